@@ -1,0 +1,167 @@
+"""The project's independent judge: the Importance-Aware Loss in float64 NumPy, as the paper writes it.
+
+Chen, Gong, Yang, "Importance-Aware Semantic Segmentation for Autonomous Driving System", IJCAI 2017,
+Eqs. 1-19: the matrices M_t with their "x" entries, the one-hot q, the matrix X-bar, the recursion of the Q_t
+and its derivative. The package never computes the loss this way (it goes through sums per level and a small
+table), so nothing may be shared with it: no torch, no import from ial_cuda, no shortcut the paper lacks.
+
+Notation. An H x W matrix of the paper is here a vector over the P pixels that are not ignored, so an ignored
+pixel takes part in nothing, whatever its logits hold. X, q, p, h are (C, P); Y, M_t, X-bar, A, l, w are (P,).
+Indices start at 0: `t` is the paper's t + 1, level k its Group k + 1, level 0 the least important; t runs
+over the g - 1 importance factors. Indicators select (`where=`, np.where) instead of multiplying: 0 * NaN is
+not 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation. With factor_scope="batch" the factors are pooled: f and F are (1, g-1)."""
+
+    loss: Array  # () for "mean" and "sum", (N,) for "none"
+    grad: Array  # (N, C, *spatial): d sum(loss * grad_output) / d logits
+    f: Array  # (N, g-1): f_t of Eq. 3
+    F: Array  # (N, g-1): the importance factors f_t + alpha
+    S: Array  # (N, g): w^T l of each group
+    count: NDArray[np.int64]  # (N, g): valid pixels of each group
+
+
+def _pixels(X: Array, q: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
+    """What a pixel knows without the others: l (Eq. 1), h (Eq. 18), X-bar and its exact derivative by X.
+
+    X-bar_ij is entry c = Y_ij of the pixel's vector "normalized to [0, 1]" (footnote 1): of its softmax.
+    """
+    X = X - X.max(axis=0)  # the softmax does not see it, and exp cannot overflow
+    log_p = X - np.log(np.exp(X).sum(axis=0))
+    p = np.exp(log_p)
+    l_G = -log_p.sum(axis=0, where=q)  # Eq. 1
+    h = np.where(q, p - 1, p)  # Eq. 18
+    X_bar = p.sum(axis=0, where=q)
+    dX_bar = X_bar * (q - p)  # (C, P): row Y of the softmax's Jacobian
+    return l_G, h, X_bar, dX_bar
+
+
+def _chain(
+    X_bar: Array,
+    dX_bar: Array,
+    dl: Array,
+    level: NDArray[np.int64],
+    S: Array,
+    r: Array,
+    alpha: float,
+    lambdas: Array,
+    mean: bool,
+) -> tuple[Array, Array, Array]:
+    """Eqs. 3-17 over the pixels of n images that share their factors (the paper has n = 1).
+
+    S (n, g) holds w^T l of each image and group, r (n,) the incoming gradient of each image's IAL, dl (C, P)
+    Eq. 19 times the r of the pixel's image. Returns f (g-1,), IAL (n,) and d sum(r * IAL) / d X (C, P).
+    A Q_t is n numbers, one an image. f_t is shared and hears from all of them: r @ rest below, where the
+    paper has a plain product.
+    """
+    f = np.zeros(len(lambdas))
+    Q, dQ = np.zeros(len(S)), np.zeros_like(dl)  # nothing beyond the most important group (Eqs. 7, 13)
+    for t in reversed(range(len(lambdas))):
+        M = np.where(level == t, 0.0, np.where(level > t, 1.0, np.nan))  # Fig. 2(b)-(d), NaN for "x"
+        compared = ~np.isnan(M)  # I{M_t != "x"}
+        Z = max(1, np.count_nonzero(compared)) if mean else 1  # our option; with none compared f_t = 0 / 1
+        # Eq. 3. The Frobenius norm squares its square root away.
+        f[t] = np.sum((M + lambdas[t]) * (X_bar - M) ** 2, where=compared) / (2 * Z)
+        A = (M + lambdas[t]) * (X_bar - M)  # Eq. 16, "x" still in it
+        df = np.where(compared, A * dX_bar, 0.0) / Z  # Eqs. 14, 17
+
+        F = f[t] + alpha
+        rest, d_rest = S[:, t + 1] + Q, np.where(level == t + 1, dl, 0.0) + dQ
+        Q = F * rest  # Eqs. 5-7
+        # Eqs. 10-13. d_rest is a matter of the groups above t only, which is where M_t = 1.
+        dQ = np.where(compared, df * (r @ rest), 0.0) + np.where(M == 1, F * d_rest, 0.0)
+    return f, S[:, 0] + Q, np.where(level == 0, dl, 0.0) + dQ  # Eqs. 8, 9
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def importance_aware_loss(
+    logits: ArrayLike,
+    target: ArrayLike,
+    levels: Sequence[Sequence[int]],
+    *,
+    weight: ArrayLike | None = None,
+    pixel_weight: ArrayLike | None = None,
+    alpha: float = 1.0,
+    lambdas: float | Sequence[float] = 0.5,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    factor_normalization: str = "mean",
+    factor_scope: str = "image",
+    gradient: str = "exact",
+    grad_output: ArrayLike | None = None,
+) -> Result:
+    """Loss and gradient for logits (N, C, *spatial), target (N, *spatial); levels least important first.
+
+    reduction="mean" divides the sum of the images' IAL by the sum of w = weight[Y] * pixel_weight.
+    gradient="exact" is the true derivative, "paper" Eqs. 9-19 to the letter: Eq. 15 lets X-bar depend on its
+    own channel only. Where the paper is silent on the rest, design.md's table decides.
+    """
+    assert factor_normalization in ("mean", "sum"), factor_normalization
+    assert factor_scope in ("image", "batch"), factor_scope
+    assert gradient in ("exact", "paper"), gradient
+    logits, target = np.asarray(logits, dtype=np.float64), np.asarray(target).astype(np.int64)
+    N, C, *spatial = logits.shape
+    g = len(levels)
+    assert target.shape == (N, *spatial), (target.shape, logits.shape)
+    assert sorted(c for group in levels for c in group) == list(range(C)), "each class in exactly one level"
+    level_of_class = np.array([next(k for k in range(g) if c in levels[k]) for c in range(C)])
+
+    # The valid pixels of all images side by side, each with its image, label, level and weight.
+    valid = target.ravel() != ignore_index
+    X = np.moveaxis(logits, 1, 0).reshape(C, -1)[:, valid]
+    Y = target.ravel()[valid]
+    assert ((Y >= 0) & (Y < C)).all(), "a label outside [0, C) that is not ignore_index"
+    image = np.repeat(np.arange(N), int(np.prod(spatial)))[valid]
+    level = level_of_class[Y]
+    w = np.ones(len(Y)) if weight is None else np.asarray(weight, dtype=np.float64)[Y]
+    if pixel_weight is not None:
+        assert np.shape(pixel_weight) == target.shape, np.shape(pixel_weight)
+        w = w * np.asarray(pixel_weight, dtype=np.float64).ravel()[valid]
+
+    q = np.arange(C)[:, None] == Y
+    l_G, h, X_bar, dX_bar = _pixels(X, q)
+    if gradient == "paper":
+        dX_bar = np.where(q, dX_bar, 0.0)  # Eq. 15: X-bar (1 - X-bar) at c = Y, zero elsewhere
+
+    groups = [[(image == n) & (level == k) for k in range(g)] for n in range(N)]
+    S = np.array([[w[G] @ l_G[G] for G in row] for row in groups]).reshape(N, g)  # Eqs. 1, 2: w^T l
+    count = np.array([[G.sum() for G in row] for row in groups], dtype=np.int64).reshape(N, g)
+
+    # What reaches each image's IAL from above: grad_output over the reduction's divisor.
+    divisor = {"mean": w.sum(), "sum": 1.0, "none": 1.0}[reduction]
+    scale = 1 / divisor if divisor != 0 else 0.0
+    shape = (N,) if reduction == "none" else ()
+    upstream = np.ones(shape) if grad_output is None else np.asarray(grad_output, dtype=np.float64)
+    assert upstream.shape == shape, (upstream.shape, shape)
+    r = np.broadcast_to(upstream * scale, (N,))
+    dl = r[image] * w * h  # Eq. 19
+
+    scopes = [[n] for n in range(N)] if factor_scope == "image" else [list(range(N))]
+    f, IAL, dX = np.zeros((len(scopes), g - 1)), np.zeros(N), np.zeros_like(X)
+    lam = np.broadcast_to(np.asarray(lambdas, dtype=np.float64), (g - 1,))
+    mean = factor_normalization == "mean"
+    for i, images in enumerate(scopes):
+        on = np.isin(image, images)
+        f[i], IAL[images], dX[:, on] = _chain(
+            X_bar[on], dX_bar[:, on], dl[:, on], level[on], S[images], r[images], alpha, lam, mean
+        )
+
+    loss = IAL if reduction == "none" else np.asarray(IAL.sum() * scale if divisor != 0 else 0.0)
+    grad = np.zeros((C, valid.size))
+    grad[:, valid] = dX
+    grad = np.moveaxis(grad.reshape(C, N, *spatial), 0, 1)
+    return Result(loss, grad, f, f + alpha, S, count)
