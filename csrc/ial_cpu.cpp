@@ -1,0 +1,377 @@
+// The operators on CPU tensors: the work is cut into chunks that depend on the shapes alone, each chunk's sums go into
+// its own row, and the rows are added in order. So the result is bitwise the same for any number of threads.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/Dispatch.h>
+#include <ATen/MemoryOverlap.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+#include <sstream>
+
+#include "ial_ops.h"
+
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h>
+#define IAL_X86 1
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace ial {
+
+// The pixels of a block, and of the blocks that take a short rest.
+constexpr int kWide = 64, kNarrow = 16;
+
+// Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by lane.
+template <typename T>
+struct Arithmetic {
+    using A = float;
+    using I = int32_t;
+};
+template <>
+struct Arithmetic<double> {
+    using A = double;
+    using I = int64_t;
+};
+
+template <typename T>
+struct Problem {
+    using A = typename Arithmetic<T>::A;
+    using I = typename Arithmetic<T>::I;
+
+    Layout layout;
+    const T* logits;
+    T* grad;
+    const void* target;
+    Label label;
+    const A* weight;              // [C], or null for ones
+    const A* pixel_weight;        // or null for ones
+    const int32_t* class_levels;  // [C]
+    int levels;
+    int64_t ignore_index;
+    bool exact;
+};
+
+// Labels that are neither a class nor ignore_index: how many, and the first.
+struct BadLabels {
+    int64_t count = 0, label = 0, image = 0, pixel = 0;
+
+    void add(int64_t y, int64_t n, int64_t p) {
+        if (count++ == 0) label = y, image = n, pixel = p;
+    }
+};
+
+}  // namespace ial
+
+#define IAL_ISA baseline
+#define IAL_TARGET
+#define IAL_F16C 0
+#include "ial_cpu_kernels.h"
+#undef IAL_ISA
+#undef IAL_TARGET
+#undef IAL_F16C
+
+#ifdef IAL_X86
+#define IAL_F16C 1
+#define IAL_ISA avx2
+#define IAL_TARGET __attribute__((target("avx2,fma,f16c")))
+#include "ial_cpu_kernels.h"
+#undef IAL_ISA
+#undef IAL_TARGET
+
+#define IAL_ISA avx512
+#ifdef __clang__
+#define IAL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
+#else
+#define IAL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
+#endif
+#include "ial_cpu_kernels.h"
+#undef IAL_ISA
+#undef IAL_TARGET
+#undef IAL_F16C
+#endif  // IAL_X86
+
+namespace ial {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+enum class Isa { kBaseline, kAvx2, kAvx512 };
+
+// The widest instruction set that this machine has and ATEN_CPU_CAPABILITY allows.
+Isa isa() {
+#ifdef IAL_X86
+    static const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return Isa::kAvx512;
+    if (capability == "AVX2") return Isa::kAvx2;
+#endif
+    return Isa::kBaseline;
+}
+
+#ifdef IAL_X86
+#define IAL_DISPATCH(function, ...)                                      \
+    (isa() == Isa::kAvx512 ? avx512::function(__VA_ARGS__)               \
+     : isa() == Isa::kAvx2 ? avx2::function(__VA_ARGS__)                 \
+                           : baseline::function(__VA_ARGS__))
+#else
+#define IAL_DISPATCH(function, ...) baseline::function(__VA_ARGS__)
+#endif
+
+// Equal chunks of the pixels of each image: large enough to pay for their start, and few enough that their sums take
+// little memory beside the logits.
+struct Chunks {
+    int64_t pixels, per_image, count;
+
+    Chunks(const Layout& layout, int levels) {
+        constexpr int64_t kElements = 1 << 16, kSumBytes = 1 << 18;
+        const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
+        const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
+        pixels = std::max(kElements / layout.classes, least);
+        pixels = (pixels / kWide + 1) * kWide;
+        per_image = (layout.pixels + pixels - 1) / pixels;
+        count = layout.batch * per_image;
+    }
+};
+
+template <typename A>
+struct Buffer {
+    explicit Buffer(int64_t size) : storage(size + 64 / sizeof(A)) {}
+    A* aligned() {  // to a vector of 64 bytes
+        const auto address = reinterpret_cast<uintptr_t>(storage.data());
+        return reinterpret_cast<A*>((address + 63) / 64 * 64);
+    }
+    std::vector<A> storage;
+};
+
+// A tensor argument in the type that the kernels compute in; `kept` owns the copy where one is needed.
+template <typename A>
+const A* in_arithmetic(const OptionalTensor& tensor, bool dense, Tensor* kept) {
+    if (!tensor) return nullptr;
+    *kept = tensor->to(c10::CppTypeToScalarType<A>::value);
+    if (dense) *kept = kept->contiguous();
+    return kept->const_data_ptr<A>();
+}
+
+// The tensors of a call behind plain pointers, for logits of type T.
+template <typename T>
+struct Call {
+    using A = typename Problem<T>::A;
+
+    Tensor weight, pixel_weight;
+    std::vector<int32_t> class_levels;
+    Problem<T> problem{};
+
+    Call(const Inputs& inputs, const Tensor& grad) : class_levels(inputs.class_levels.begin(), inputs.class_levels.end()) {
+        problem.weight = in_arithmetic<A>(inputs.weight, true, &weight);
+        problem.pixel_weight = in_arithmetic<A>(inputs.pixel_weight, false, &pixel_weight);
+        const OptionalTensor laid_out = inputs.pixel_weight ? OptionalTensor(pixel_weight) : std::nullopt;
+        problem.layout = Inputs{inputs.logits, inputs.target, inputs.weight, laid_out, inputs.class_levels,
+                                inputs.ignore_index}
+                             .layout(grad);
+        problem.logits = inputs.logits.const_data_ptr<T>();
+        problem.target = inputs.target.const_data_ptr();
+        problem.label = inputs.label();
+        problem.class_levels = class_levels.data();
+        problem.levels = inputs.levels();
+        problem.ignore_index = inputs.ignore_index;
+    }
+};
+
+[[noreturn]] void throw_bad_labels(const BadLabels& bad, const Inputs& inputs) {
+    std::vector<int64_t> position(inputs.target.dim());
+    int64_t pixel = bad.pixel;
+    for (int64_t d = inputs.target.dim() - 1; d > 0; --d) {
+        position[d] = pixel % inputs.target.size(d);
+        pixel /= inputs.target.size(d);
+    }
+    position[0] = bad.image;
+    TORCH_CHECK_VALUE(false, "target: ", bad.count, " label(s) outside [0, ", inputs.logits.size(1),
+                      ") that are not ignore_index = ", inputs.ignore_index, ", the first ", bad.label, " at ",
+                      at::IntArrayRef(position));
+}
+
+template <typename T>
+Tensor reduce_typed(const Inputs& inputs) {
+    Call<T> call(inputs, inputs.logits);
+    const Problem<T>& problem = call.problem;
+    const Layout& layout = problem.layout;
+    const Chunks chunks(layout, problem.levels);
+    const int64_t row = (problem.levels + 1) * kStats;  // the last level collects the ignored pixels
+    std::vector<double> sums(chunks.count * row);
+    std::vector<BadLabels> bad(chunks.count);
+    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+        Buffer<typename Call<T>::A> buffer(layout.classes * kWide);
+        for (int64_t i = first; i < last; ++i) {
+            const int64_t begin = i % chunks.per_image * chunks.pixels;
+            const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
+            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), &sums[i * row], &bad[i]);
+        }
+    });
+
+    BadLabels all;
+    for (const BadLabels& some : bad) {
+        if (some.count && !all.count) all = BadLabels{0, some.label, some.image, some.pixel};
+        all.count += some.count;
+    }
+    if (all.count) throw_bad_labels(all, inputs);
+
+    Tensor stats = at::empty({layout.batch, problem.levels, kStats}, inputs.logits.options().dtype(at::kDouble));
+    double* to = stats.mutable_data_ptr<double>();
+    for (int64_t n = 0; n < layout.batch; ++n)
+        for (int64_t s = 0; s < problem.levels * kStats; ++s, ++to) {
+            *to = 0;
+            for (int64_t i = 0; i < chunks.per_image; ++i) *to += sums[(n * chunks.per_image + i) * row + s];
+        }
+    return stats;
+}
+
+template <typename T>
+void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const Tensor& grad) {
+    using A = typename Call<T>::A;
+    Call<T> call(inputs, grad);
+    Problem<T>& problem = call.problem;
+    problem.grad = grad.mutable_data_ptr<T>();
+    problem.exact = exact;
+    const Layout& layout = problem.layout;
+    const Chunks chunks(layout, problem.levels);
+    const double* by_level = table.const_data_ptr<double>();
+    // Backwards, since the caches hold the end of what reduce has read.
+    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(layout.classes * kWide), rows(3 * layout.classes);
+        int64_t image = -1;
+        for (int64_t i = last - 1; i >= first; --i) {
+            const int64_t n = i / chunks.per_image;
+            const int64_t begin = i % chunks.per_image * chunks.pixels;
+            const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
+            if (n != image) {
+                image = n;
+                for (int64_t c = 0; c < layout.classes; ++c)
+                    for (const Stat s : {kS, kP2, kQ2})
+                        rows.aligned()[c * 3 + s] = static_cast<A>(
+                            by_level[(n * problem.levels + call.class_levels[c]) * kStats + s]);
+            }
+            IAL_DISPATCH(gradient, problem, n, begin, end, buffer.aligned(), rows.aligned());
+        }
+    });
+}
+
+// A gradient is a fresh mapping each time, whose page faults cost several times its computation in pages of 4 KiB.
+void advise_huge_pages(const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kHuge = 2 << 20;
+    const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+    const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / kHuge * kHuge;
+    // Only advice: where the kernel refuses it, the pages are small.
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+              const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index, std::string_view,
+              bool) {
+    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+    inputs.check();
+    return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
+                                           [&] { return reduce_typed<scalar_t>(inputs); });
+}
+
+void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view gradient, const Tensor& grad) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient",
+                                    [&] { gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad); });
+}
+
+Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
+                const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+                std::string_view gradient) {
+    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+    inputs.check();
+    inputs.check_table(table);
+    Tensor grad = at::empty_like(logits);
+    advise_huge_pages(grad);
+    gradient_into(inputs, table, gradient, grad);
+    return grad;
+}
+
+void gradient_inplace_cpu(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+               std::string_view gradient) {
+    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+    inputs.check();
+    inputs.check_table(table);
+    at::assert_no_internal_overlap(logits);
+    gradient_into(inputs, table, gradient, logits);
+}
+
+std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                                   std::string_view reduction, std::string_view factor_normalization,
+                                   std::string_view factor_scope, at::ScalarType dtype) {
+    const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
+    const bool none = c.reduction == Reduction::kNone;
+    Tensor shared = at::empty({c.pool_batch ? 1 : c.batch, c.levels - 1}, stats.options());
+    Tensor losses = at::empty({none ? c.batch : 1}, stats.options());
+    double* f = shared.mutable_data_ptr<double>();
+    double* loss = losses.mutable_data_ptr<double>();
+    if (c.pool_batch) factors(c, 0, c.batch, f);
+    if (!none) *loss = 0;
+    for (int64_t n = 0; n < c.batch; ++n) {
+        if (!c.pool_batch) factors(c, n, n + 1, f + n * (c.levels - 1));
+        const double image = image_loss(c, n, f + (c.pool_batch ? 0 : n * (c.levels - 1)));
+        if (none)
+            loss[n] = image;
+        else
+            *loss += image;
+    }
+    if (c.reduction == Reduction::kMean) {
+        const double weight = c.weight();
+        *loss = weight != 0 ? *loss / weight : 0;
+    }
+    losses = losses.to(dtype);
+    return {none ? losses : losses.squeeze(0), shared};
+}
+
+Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas, double alpha,
+             std::string_view reduction, std::string_view factor_normalization, std::string_view factor_scope) {
+    const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
+    const int64_t values = c.reduction == Reduction::kNone ? c.batch : 1;
+    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss: shape ", grad_loss.sizes(), ", expected ", values,
+                      " value(s) for reduction='", reduction, "'");
+    const Tensor grad = grad_loss.to(at::kDouble).contiguous();
+    Tensor result = at::empty_like(stats);
+    const double* g = grad.const_data_ptr<double>();
+    double* to = result.mutable_data_ptr<double>();
+    const double weight = c.weight();
+    if (c.pool_batch)
+        table(c, 0, c.batch, g, weight, to);
+    else
+        for (int64_t n = 0; n < c.batch; ++n) table(c, n, n + 1, g, weight, to);
+    return result;
+}
+
+}  // namespace
+
+const char* cpu_instruction_set() {
+    switch (isa()) {
+        case Isa::kAvx512:
+            return "AVX-512";
+        case Isa::kAvx2:
+            return "AVX2";
+        default:
+            return "baseline";
+    }
+}
+
+TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {
+    m.impl("reduce", reduce_cpu);
+    m.impl("gradient", gradient_cpu);
+    m.impl("gradient_", gradient_inplace_cpu);
+    m.impl("combine", combine_cpu);
+    m.impl("table", table_cpu);
+}
+
+}  // namespace ial

@@ -1,0 +1,360 @@
+// The operators: schemas, checks shared by the devices, autograd, and the Python module that carries them.
+#include "ial_ops.h"
+
+#include <ATen/Version.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <algorithm>
+
+namespace ial {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Checks and translation
+
+int Inputs::levels() const {
+    return static_cast<int>(*std::max_element(class_levels.begin(), class_levels.end())) + 1;
+}
+
+void Inputs::check() const {
+    TORCH_CHECK_VALUE(logits.dim() >= 2, "logits: shape ", logits.sizes(), ", expected (N, C, *spatial)");
+    TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: ", logits.scalar_type(),
+                     ", expected float64, float32, float16 or bfloat16");
+    TORCH_CHECK_VALUE(!class_levels.empty() && logits.size(1) == static_cast<int64_t>(class_levels.size()),
+                      "logits: shape ", logits.sizes(), ", expected (N, C, *spatial) with C = ", class_levels.size(),
+                      " classes of the hierarchy");
+    for (const int64_t level : class_levels)
+        TORCH_CHECK_VALUE(level >= 0 && level < static_cast<int64_t>(class_levels.size()), "class_levels: level ",
+                          level, ", expected 0 to ", class_levels.size() - 1);
+    const auto expect = [this](const char* name, const Tensor& tensor) {
+        bool same = tensor.dim() == logits.dim() - 1 && tensor.size(0) == logits.size(0);
+        for (int64_t d = 1; same && d < tensor.dim(); ++d) same = tensor.size(d) == logits.size(d + 1);
+        TORCH_CHECK_VALUE(same, name, ": shape ", tensor.sizes(), ", expected (N, *spatial) of logits ",
+                          logits.sizes());
+        TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, ": on ", tensor.device(), ", expected ",
+                          logits.device(), " as logits");
+    };
+    expect("target", target);
+    const auto type = target.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target: ", type,
+                     ", expected int64, int32 or uint8");
+    if (weight) {
+        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1), "weight: shape ", weight->sizes(),
+                          ", expected (", logits.size(1), ",), one per class");
+        TORCH_CHECK_VALUE(weight->device() == logits.device(), "weight: on ", weight->device(), ", expected ",
+                          logits.device(), " as logits");
+        TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "weight: ", weight->scalar_type(),
+                         ", expected a floating type");
+    }
+    if (pixel_weight) {
+        expect("pixel_weight", *pixel_weight);
+        TORCH_CHECK_TYPE(at::isFloatingType(pixel_weight->scalar_type()), "pixel_weight: ",
+                         pixel_weight->scalar_type(), ", expected a floating type");
+    }
+}
+
+void Inputs::check_table(const Tensor& table) const {
+    TORCH_CHECK_VALUE(table.dim() == 3 && table.size(0) == logits.size(0) && table.size(1) == levels() &&
+                          table.size(2) == kStats && table.is_contiguous() && table.scalar_type() == at::kDouble &&
+                          table.device() == logits.device(),
+                      "table: shape ", table.sizes(), " of ", table.scalar_type(), " on ", table.device(),
+                      ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats), ") of Double, contiguous, on ",
+                      logits.device());
+}
+
+Label Inputs::label() const {
+    const auto type = target.scalar_type();
+    return type == at::kByte ? Label::kUInt8 : type == at::kInt ? Label::kInt32 : Label::kInt64;
+}
+
+Layout Inputs::layout(const Tensor& grad) const {
+    Layout layout{};
+    layout.batch = logits.size(0);
+    layout.classes = logits.size(1);
+    layout.pixels = 1;
+    layout.row = 1;
+
+    struct Operand {
+        const Tensor& tensor;
+        View& view;
+        int64_t spatial;  // the first spatial dimension
+    };
+    std::vector<Operand> operands = {
+        {logits, layout.logits, 2}, {grad, layout.grad, 2}, {target, layout.target, 1}};
+    if (pixel_weight) operands.push_back({*pixel_weight, layout.pixel_weight, 1});
+    for (const auto& [tensor, view, spatial] : operands) {
+        view.batch = tensor.stride(0);
+        view.channel = spatial == 2 ? tensor.stride(1) : 0;
+        view.pixel = 1;
+    }
+
+    // From the innermost dimension out: one that continues the run of the dimension inside it, in every tensor, is
+    // merged with it.
+    const int64_t rank = logits.dim() - 2;
+    std::vector<int64_t> sizes;  // innermost first
+    std::vector<std::vector<int64_t>> strides(operands.size());
+    for (int64_t d = rank - 1; d >= 0; --d) {
+        const int64_t size = logits.size(d + 2);
+        layout.pixels *= size;
+        if (size == 1) continue;
+        bool merge = !sizes.empty();
+        for (size_t i = 0; merge && i < operands.size(); ++i)
+            merge = operands[i].tensor.stride(operands[i].spatial + d) == strides[i].back() * sizes.back();
+        if (merge) {
+            sizes.back() *= size;
+            continue;
+        }
+        sizes.push_back(size);
+        for (size_t i = 0; i < operands.size(); ++i)
+            strides[i].push_back(operands[i].tensor.stride(operands[i].spatial + d));
+    }
+    if (sizes.empty()) return layout;
+    layout.row = sizes[0];
+    layout.outer_rank = static_cast<int>(sizes.size()) - 1;
+    TORCH_CHECK_VALUE(layout.outer_rank <= kMaxOuter, "logits: ", layout.outer_rank + 1,
+                      " spatial dimensions that cannot be merged, expected at most ", kMaxOuter + 1,
+                      "; pass logits.contiguous()");
+    for (size_t i = 0; i < operands.size(); ++i) operands[i].view.pixel = strides[i][0];
+    for (int d = 0; d < layout.outer_rank; ++d) {
+        const size_t from = sizes.size() - 1 - d;
+        layout.outer[d] = sizes[from];
+        for (size_t i = 0; i < operands.size(); ++i) operands[i].view.outer[d] = strides[i][from];
+    }
+    return layout;
+}
+
+bool is_exact(std::string_view gradient) {
+    TORCH_CHECK_VALUE(gradient == "exact" || gradient == "paper", "gradient: '", gradient,
+                      "', expected 'exact' or 'paper'");
+    return gradient == "exact";
+}
+
+Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
+                     std::string_view factor_normalization, std::string_view factor_scope) {
+    TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats && stats.is_contiguous() &&
+                          stats.scalar_type() == at::kDouble,
+                      "stats: shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ", int(kStats),
+                      ") of Double, contiguous");
+    TORCH_CHECK_VALUE(static_cast<int64_t>(lambdas.size()) == stats.size(1) - 1, "lambdas: ", lambdas.size(),
+                      " values, expected ", stats.size(1) - 1, " for ", stats.size(1), " levels");
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction: '", reduction,
+                      "', expected 'mean', 'sum' or 'none'");
+    TORCH_CHECK_VALUE(factor_normalization == "mean" || factor_normalization == "sum", "factor_normalization: '",
+                      factor_normalization, "', expected 'mean' or 'sum'");
+    TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope: '", factor_scope,
+                      "', expected 'image' or 'batch'");
+    Combine combine{};
+    combine.stats = stats.const_data_ptr<double>();
+    combine.lambdas = lambdas.data();
+    combine.batch = stats.size(0);
+    combine.levels = static_cast<int>(stats.size(1));
+    combine.alpha = alpha;
+    combine.normalize_factors = factor_normalization == "mean";
+    combine.pool_batch = factor_scope == "batch";
+    combine.reduction = reduction == "mean"  ? Reduction::kMean
+                        : reduction == "sum" ? Reduction::kSum
+                                             : Reduction::kNone;
+    return combine;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Autograd: the derivative of reduce is gradient, that of combine is table; theirs is not written.
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// A registered operator, found once.
+#define IAL_OP(name, ...)                                                                                  \
+    inline auto& name##_op() {                                                                             \
+        static auto handle =                                                                               \
+            c10::Dispatcher::singleton().findSchemaOrThrow("ial_cuda::" #name, "").typed<__VA_ARGS__>(); \
+        return handle;                                                                                     \
+    }
+
+IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
+                      int64_t, std::string_view, bool))
+IAL_OP(gradient, Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                        at::IntArrayRef, int64_t, std::string_view))
+IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                       at::IntArrayRef, int64_t, std::string_view))
+IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
+                                           std::string_view, std::string_view, at::ScalarType))
+IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view, std::string_view,
+                     std::string_view))
+#undef IAL_OP
+
+OptionalTensor defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+
+struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
+    static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
+                          bool inplace) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        ctx->save_for_backward({logits, target, or_undefined(weight), or_undefined(pixel_weight)});
+        ctx->saved_data["class_levels"] = class_levels.vec();
+        ctx->saved_data["ignore_index"] = ignore_index;
+        ctx->saved_data["gradient"] = std::string(gradient);
+        ctx->saved_data["inplace"] = inplace;
+        return reduce_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, inplace);
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        const variable_list saved = ctx->get_saved_variables();
+        const Tensor& logits = saved[0];
+        const std::vector<int64_t> class_levels = ctx->saved_data["class_levels"].toIntVector();
+        const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+        const std::string gradient = ctx->saved_data["gradient"].toStringRef();
+        const OptionalTensor weight = defined(saved[2]), pixel_weight = defined(saved[3]);
+        const Tensor table = grads[0].contiguous();
+        Tensor grad;
+        if (ctx->saved_data["inplace"].toBool()) {
+            const at::AutoDispatchBelowAutograd guard;
+            gradient__op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index, gradient);
+            grad = logits.detach();
+        } else {
+            grad = gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index, gradient);
+        }
+        return {grad, {}, {}, {}, {}, {}, {}, {}};
+    }
+};
+
+struct CombineFunction : torch::autograd::Function<CombineFunction> {
+    static variable_list forward(AutogradContext* ctx, const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                                 std::string_view reduction, std::string_view factor_normalization,
+                                 std::string_view factor_scope, at::ScalarType dtype) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        ctx->save_for_backward({stats});
+        ctx->saved_data["lambdas"] = lambdas.vec();
+        ctx->saved_data["alpha"] = alpha;
+        ctx->saved_data["reduction"] = std::string(reduction);
+        ctx->saved_data["factor_normalization"] = std::string(factor_normalization);
+        ctx->saved_data["factor_scope"] = std::string(factor_scope);
+        auto [loss, factors] =
+            combine_op().call(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
+        ctx->mark_non_differentiable({factors});
+        return {loss, factors};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        auto& saved = ctx->saved_data;
+        const Tensor grad_stats = table_op().call(
+            ctx->get_saved_variables()[0], grads[0], saved["lambdas"].toDoubleVector(), saved["alpha"].toDouble(),
+            saved["reduction"].toStringRef(), saved["factor_normalization"].toStringRef(),
+            saved["factor_scope"].toStringRef());
+        return {grad_stats, {}, {}, {}, {}, {}, {}};
+    }
+};
+
+// gradient and table are derivatives already; differentiating them once more is an error, not a silent zero.
+template <auto& op>
+struct Once : torch::autograd::Function<Once<op>> {
+    template <typename... Args>
+    static Tensor forward(AutogradContext*, const Args&... args) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        return op().call(args...);
+    }
+    static variable_list backward(AutogradContext*, const variable_list&) {
+        TORCH_CHECK_NOT_IMPLEMENTED(false, kDoubleBackward);
+    }
+};
+
+Tensor reduce_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                       const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+                       std::string_view gradient, bool inplace) {
+    return ReduceFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, inplace);
+}
+
+std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                                            std::string_view reduction, std::string_view factor_normalization,
+                                            std::string_view factor_scope, at::ScalarType dtype) {
+    const variable_list outputs =
+        CombineFunction::apply(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
+    return {outputs[0], outputs[1]};
+}
+
+Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
+                         const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+                         std::string_view gradient) {
+    return Once<gradient_op>::apply(logits, table, target, weight, pixel_weight, class_levels, ignore_index, gradient);
+}
+
+Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas, double alpha,
+                      std::string_view reduction, std::string_view factor_normalization,
+                      std::string_view factor_scope) {
+    return Once<table_op>::apply(stats, grad_loss, lambdas, alpha, reduction, factor_normalization, factor_scope);
+}
+
+// What was saved for the backward of another operator, or twice of this one, must not be read after this.
+void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tensor& target,
+                           const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
+    {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        gradient__op().call(logits, table, target, weight, pixel_weight, class_levels, ignore_index, gradient);
+    }
+    torch::autograd::increment_version(logits);
+}
+
+}  // namespace
+
+// reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. `gradient` and `inplace` say how
+//   it is differentiated.
+// gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
+// combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
+// table: dL/dstats from the incoming gradient of the loss.
+TORCH_LIBRARY(ial_cuda, m) {
+    m.def(
+        "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
+        "int ignore_index, str gradient, bool inplace) -> Tensor");
+    m.def(
+        "gradient(Tensor logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
+        "int[] class_levels, int ignore_index, str gradient) -> Tensor");
+    m.def(
+        "gradient_(Tensor(a!) logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
+        "int[] class_levels, int ignore_index, str gradient) -> ()");
+    m.def(
+        "combine(Tensor stats, float[] lambdas, float alpha, str reduction, str factor_normalization, "
+        "str factor_scope, ScalarType dtype) -> (Tensor, Tensor)");
+    m.def(
+        "table(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
+        "str factor_normalization, str factor_scope) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ial_cuda, Autograd, m) {
+    m.impl("reduce", reduce_autograd);
+    m.impl("gradient", gradient_autograd);
+    m.impl("combine", combine_autograd);
+    m.impl("table", table_autograd);
+}
+
+TORCH_LIBRARY_IMPL(ial_cuda, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }
+
+}  // namespace ial
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.doc() = "The compiled operators of ial_cuda, reached through torch.ops.ial_cuda.";
+    m.def(
+        "build_info",
+        [] {
+            pybind11::dict info;
+            info["torch"] = TORCH_VERSION;
+            info["compiler"] = __VERSION__;
+            info["cpu"] = ial::cpu_instruction_set();
+            return info;
+        },
+        "What the extension was built with, and the instruction set its CPU kernels use on this machine.");
+}

@@ -1,0 +1,42 @@
+// What the operators of every device share: their arguments checked, and translated into plain structs.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+#include "ial_math.h"
+
+namespace ial {
+
+constexpr const char* kDoubleBackward =
+    "ial_cuda: double backward is not implemented; use backend=\"reference\" where gradients of gradients are needed";
+
+// The arguments of reduce and gradient. Throws ValueError or TypeError, naming the argument, what came and what was
+// expected, for whatever a kernel relies on.
+struct Inputs {
+    const at::Tensor& logits;
+    const at::Tensor& target;
+    const std::optional<at::Tensor>& weight;
+    const std::optional<at::Tensor>& pixel_weight;
+    at::IntArrayRef class_levels;
+    int64_t ignore_index;
+
+    int levels() const;
+    void check() const;
+    void check_table(const at::Tensor& table) const;  // dL/dstats: (N, g, kStats) of Double
+
+    // `grad` has the logits' shape.
+    Layout layout(const at::Tensor& grad) const;
+    Label label() const;
+};
+
+// The arguments of combine and table, with `stats` and `lambdas` borrowed from the tensor and the list.
+Combine make_combine(const at::Tensor& stats, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
+                     std::string_view factor_normalization, std::string_view factor_scope);
+
+bool is_exact(std::string_view gradient);
+
+const char* cpu_instruction_set();
+
+}  // namespace ial
