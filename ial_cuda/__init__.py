@@ -1,0 +1,18 @@
+"""The Importance-Aware Loss for semantic segmentation (Chen, Gong and Yang, IJCAI 2017) in fused kernels."""
+
+from .hierarchy import CAMVID, CITYSCAPES, Hierarchy
+from .loss import Components, ImportanceAwareLoss, importance_aware_loss, validate_target
+from .weights import median_frequency_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CAMVID",
+    "CITYSCAPES",
+    "Components",
+    "Hierarchy",
+    "ImportanceAwareLoss",
+    "importance_aware_loss",
+    "median_frequency_weights",
+    "validate_target",
+]

@@ -1,0 +1,147 @@
+"""Loads the compiled operators, tells torch their shapes, and knows why a backend is missing.
+
+``unavailable[backend]`` is None where the backend can be used, else a sentence with the reason and the mend.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_REBUILD = (
+    "reinstall it against this torch: "
+    "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall ial_cuda"
+)
+
+
+def _read_build() -> dict[str, Any]:
+    """What setup.py left beside the extension: torch, cuda, torch_cuda, nvcc, arch_list, compiler."""
+    try:
+        return json.loads((Path(__file__).parent / "_build.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
+    """The extension, or why there is none. Asked first, since a foreign torch shows as an undefined symbol."""
+    if build and (build["torch"], build["torch_cuda"]) != (torch.__version__, torch.version.cuda):
+        return None, (
+            f"the extension was built for torch {build['torch']} (CUDA {build['torch_cuda']}), but torch "
+            f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_REBUILD}"
+        )
+    try:
+        from . import _C
+    except ImportError as error:
+        if not build:
+            return None, f"the extension was not built (no C++ compiler when ial_cuda was installed?); {_REBUILD}"
+        return None, f"the extension does not load ({error}); {_REBUILD}"
+    return _C, None
+
+
+build = _read_build()
+_C, _problem = _load(build)
+_no_cuda_kernels = "this version of ial_cuda has no CUDA kernels yet"
+unavailable: dict[str, str | None] = {
+    "cpu": _problem,
+    "cuda": _problem or _no_cuda_kernels,
+    "triton": "this version of ial_cuda has no Triton kernels yet",
+    "reference": None,
+}
+#: The backends for each type of device, best first.
+preference: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+def describe() -> str:
+    """The text of ``python -m ial_cuda info``: versions, the build, every backend, and what "auto" takes."""
+    from . import __version__
+
+    lines = [
+        f"ial_cuda {__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
+    ]
+    if build:
+        kernels = f"nvcc {build['nvcc']} for {', '.join(build['arch_list'])}" if build["cuda"] else "no nvcc"
+        lines.append(f"built with torch {build['torch']}, {build['compiler']}, {kernels}")
+    if torch.cuda.is_available():
+        lines += [f"device cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    lines.append("backends:")
+    for backend, reason in unavailable.items():
+        detail = f" ({_C.build_info()['cpu']})" if _C and backend == "cpu" else ""
+        lines.append(f"  {backend:<9} {'no: ' + reason if reason else 'yes' + detail}")
+    for device, backends in preference.items():
+        lines.append(f'backend="auto" on {device}: {next(b for b in backends if unavailable[b] is None)}')
+    return "\n".join(lines)
+
+
+if _C is not None:
+
+    @torch.library.register_fake("ial_cuda::reduce")
+    def _(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        class_levels: list[int],
+        ignore_index: int,
+        gradient: str,
+        inplace: bool,
+    ) -> Tensor:
+        return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
+
+    @torch.library.register_fake("ial_cuda::gradient")
+    def _(
+        logits: Tensor,
+        table: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        class_levels: list[int],
+        ignore_index: int,
+        gradient: str,
+    ) -> Tensor:
+        return torch.empty_like(logits)
+
+    @torch.library.register_fake("ial_cuda::gradient_")
+    def _(
+        logits: Tensor,
+        table: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        class_levels: list[int],
+        ignore_index: int,
+        gradient: str,
+    ) -> None:
+        return None
+
+    @torch.library.register_fake("ial_cuda::combine")
+    def _(
+        stats: Tensor,
+        lambdas: list[float],
+        alpha: float,
+        reduction: str,
+        factor_normalization: str,
+        factor_scope: str,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        images, levels, _ = stats.shape
+        loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
+        return loss, stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
+
+    @torch.library.register_fake("ial_cuda::table")
+    def _(
+        stats: Tensor,
+        grad_loss: Tensor,
+        lambdas: list[float],
+        alpha: float,
+        reduction: str,
+        factor_normalization: str,
+        factor_scope: str,
+    ) -> Tensor:
+        return torch.empty_like(stats)

@@ -1,0 +1,92 @@
+"""The Importance-Aware Loss in plain PyTorch, to be read beside the paper (Chen, Gong and Yang, IJCAI 2017).
+
+Everything else in this package is measured against this file, for correctness and for speed. It runs on every
+device and in every floating dtype, and autograd differentiates it, as often as one likes. Eq. 1 to 8 are the
+code below; Eq. 9 to 19 are what autograd makes of it, exactly so with ``gradient="paper"``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .hierarchy import Hierarchy
+
+
+def importance_aware_loss(
+    logits: Tensor,
+    target: Tensor,
+    hierarchy: Hierarchy,
+    *,
+    weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    alpha: float = 1.0,
+    lambdas: Sequence[float],
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    factor_normalization: str = "mean",
+    factor_scope: str = "image",
+    gradient: str = "exact",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g); arguments as `ial_cuda.importance_aware_loss`.
+
+    A label that is neither a class nor ``ignore_index`` is left out and makes the loss NaN, with no
+    synchronisation. Logits that are not finite give NaN gradients under ignored pixels too, as they do in
+    `torch.nn.functional.cross_entropy`.
+    """
+    g = hierarchy.num_levels
+    x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
+    target = target.reshape(x.shape[0], x.shape[2])  # (N, P), as all that follows
+
+    is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
+    bad = ~is_class & (target != ignore_index)
+    y = torch.where(is_class, target, 0).long()
+    level = torch.where(is_class, torch.tensor(hierarchy.class_levels, device=x.device)[y], -1)
+    w = is_class.to(x.dtype)
+    if weight is not None:
+        w = w * weight.to(x.dtype)[y]
+    if pixel_weight is not None:
+        w = w * pixel_weight.reshape_as(target).to(x.dtype)
+
+    l = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
+    if gradient == "exact":
+        pi = torch.exp(-l)
+    else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
+        others = x.detach().scatter(1, y.unsqueeze(1), -torch.inf).logsumexp(1)
+        pi = torch.sigmoid(x.gather(1, y.unsqueeze(1)).squeeze(1) - others)
+
+    def total(value: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, value, 0).sum(dim=1)
+
+    S = [total(w * l, level == k) for k in range(g)]  # w'l of Eqs. 1 and 2, each (N,)
+    count = [(level == k).sum(dim=1) for k in range(g)]
+
+    f = []  # Eq. 3, each (N,) or, pooled, (1,)
+    for t in range(g - 1):
+        M = (level > t).to(x.dtype)
+        compared = level >= t  # M_t is not "x"
+        f_t = 0.5 * total((M + lambdas[t]) * (pi - M) ** 2, compared)
+        Z_t = sum(count[t:])
+        if factor_scope == "batch":
+            f_t, Z_t = f_t.sum(0, keepdim=True), Z_t.sum(0, keepdim=True)
+        f.append(f_t / Z_t.clamp(min=1) if factor_normalization == "mean" else f_t)
+
+    Q = torch.zeros_like(S[-1])
+    for t in reversed(range(g - 1)):
+        Q = (f[t] + alpha) * (S[t + 1] + Q)  # Eqs. 5 to 7
+    ial = S[0] + Q  # Eq. 8
+
+    if reduction == "none":
+        loss = ial
+    elif reduction == "sum":
+        loss = ial.sum()
+    else:
+        weight_sum = w.sum()
+        loss = ial.sum() * torch.where(weight_sum != 0, 1 / weight_sum, 0)
+    loss = loss.masked_fill(bad.any(), torch.nan)
+    f_all = torch.stack(f, dim=1) if f else x.new_zeros(1 if factor_scope == "batch" else x.shape[0], 0)
+    return loss, f_all, torch.stack(S, dim=1), torch.stack(count, dim=1)
