@@ -1,0 +1,151 @@
+"""What the tests of the loss share: backends, inputs, and the rule by which a result is judged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from ial_cuda import Hierarchy, _ops, importance_aware_loss
+
+
+def _backend(name: str):
+    reason = _ops.unavailable[name]
+    if reason is None and name in ("cuda", "triton") and not torch.cuda.is_available():
+        reason = "no CUDA device"
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
+
+
+#: Every backend, those that this machine cannot run skipped with the reason.
+BACKENDS = [_backend(name) for name in _ops.unavailable]
+#: Those with kernels of our own.
+KERNELS = [_backend(name) for name in _ops.unavailable if name != "reference"]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])
+OPTIONS = {
+    "alpha": [1.0, 0.3],
+    "lambdas": [0.5, (0.2, 0.0, 1.5)],
+    "reduction": ["mean", "sum", "none"],
+    "factor_normalization": ["mean", "sum"],
+    "factor_scope": ["image", "batch"],
+    "gradient": ["exact", "paper"],
+}
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("cuda", "triton") else "cpu"
+
+
+def make_target(shape, num_classes, *, ignore_index=255, ignored=0.15, dtype=torch.int64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(num_classes, shape, generator=generator)
+    target[torch.rand(shape, generator=generator) < ignored] = ignore_index
+    return target.to(dtype)
+
+
+def make_logits(shape, dtype=torch.float64, *, spread=3.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64) * spread).to(dtype)
+
+
+def trained_like(target, num_classes, dtype, *, margin=6.0, seed=0):
+    """Logits of a network that mostly knows: a margin for a class, right in nine pixels of ten."""
+    generator = torch.Generator().manual_seed(seed)
+    wrong = torch.rand(target.shape, generator=generator) < 0.1
+    guess = torch.where(wrong | (target >= num_classes), torch.randint(num_classes, target.shape, generator=generator), target)
+    logits = torch.randn((target.shape[0], num_classes, *target.shape[1:]), generator=generator, dtype=torch.float64)
+    return logits.scatter_add_(1, guess.unsqueeze(1).long(), torch.full(guess.shape, margin, dtype=torch.float64).unsqueeze(1)).to(dtype)
+
+
+def camvid_labels(count: int) -> torch.Tensor:
+    """The first label maps of CamVid's test set, (count, 360, 480) uint8, void = 11."""
+    root = os.environ.get("IAL_CAMVID")
+    if not root:
+        pytest.skip("IAL_CAMVID is not set: the CamVid label maps are not here")
+    image = pytest.importorskip("PIL.Image")
+    files = sorted((Path(root) / "testannot").glob("*.png"))[:: 233 // count][:count]
+    return torch.from_numpy(np.stack([np.asarray(image.open(file)) for file in files]))
+
+
+def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
+    """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
+    device = device_of(backend)
+    leaf = logits.to(device).detach()
+    leaf = leaf.requires_grad_() if leaf is not logits else logits.detach().requires_grad_()
+    weights = {
+        name: options.pop(name).to(device) for name in ("weight", "pixel_weight") if options.get(name) is not None
+    }
+    loss, components = importance_aware_loss(
+        leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
+    )
+    upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
+    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    return loss.detach().cpu(), grad.cpu(), tuple(value.cpu() for value in components)
+
+
+def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
+    """The float64 oracle on what the tensors hold."""
+    arrays = {
+        name: options.pop(name).double().numpy()
+        for name in ("weight", "pixel_weight")
+        if options.get(name) is not None
+    }
+    return oracle.importance_aware_loss(
+        logits.detach().double().numpy(),
+        target.numpy(),
+        hierarchy.levels,
+        grad_output=None if grad_output is None else grad_output.double().numpy(),
+        **arrays,
+        **options,
+    )
+
+
+def check(backend, logits, target, hierarchy=HIERARCHY, **options):
+    """Asserts the error rule against the oracle: no further from the truth than eager PyTorch in the same
+    arithmetic, plus a few ulp.
+
+    |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1 ulp of the output. The first is a maximum
+    over the tensor, since an element of the eager result may be right by luck. The second is at the tensor's
+    largest value, since every gradient is a difference (p - 1); in float64 it is 64 ulp, since there the oracle
+    errs as much as what it judges. The third, the rounding of a half-precision gradient, is at the element's own
+    value; beyond the range of float16 that is infinity.
+    """
+    expected = truth(logits, target, hierarchy, **options)
+    loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
+    arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    eager_loss, eager_grad, (eager_f, eager_F, eager_S, _) = run(
+        "reference", logits.to(arithmetic), target, hierarchy, **options
+    )
+    ulps = 64 if arithmetic == torch.float64 else 4
+    assert loss.dtype == arithmetic
+    assert grad.dtype == logits.dtype and grad.shape == logits.shape
+
+    for name, ours, eager, true in (
+        ("loss", loss, eager_loss, expected.loss),
+        ("grad", grad, eager_grad, expected.grad),
+        ("f", f, eager_f, expected.f),
+        ("F", F, eager_F, expected.F),
+        ("S", S, eager_S, expected.S),
+    ):
+        assert tuple(ours.shape) == true.shape, name
+        if true.size == 0:
+            continue
+        limits = torch.finfo(ours.dtype)
+        allowed = np.abs(eager.double().numpy() - true).max()
+        allowed = allowed + ulps * torch.finfo(arithmetic).eps * np.abs(true).max()
+        if ours.dtype != arithmetic:
+            allowed = allowed + np.maximum(limits.eps * np.abs(true), limits.smallest_normal * limits.eps)
+        got = ours.double().numpy()
+        overflows = np.isinf(got) & (np.abs(true) >= limits.max) & (np.sign(got) == np.sign(true))
+        error = np.where(overflows, 0, np.abs(got - true))
+        worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+        assert (error <= allowed).all(), (
+            f"{name} of {backend} at {worst}: {ours[worst].item()}, expected {true[worst]}, "
+            f"error {error[worst]:.3g}, allowed {np.broadcast_to(allowed, error.shape)[worst]:.3g}"
+        )
+    np.testing.assert_array_equal(count.numpy(), expected.count)

@@ -1,0 +1,202 @@
+"""Every backend against the float64 oracle: values, gradients, factors and sums, for every option and layout."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BACKENDS, DTYPES, HIERARCHY, OPTIONS, camvid_labels, check, make_logits, make_target, run, trained_like
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, importance_aware_loss
+
+WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
+PRESETS = {"flat": Hierarchy.flat(5), "two": Hierarchy([[4, 2], [0, 1, 3]]), "four": HIERARCHY}
+
+
+def options_of(values):
+    options = dict(zip(OPTIONS, values, strict=True))
+    return options
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("values", list(itertools.product(*OPTIONS.values())), ids=lambda v: "-".join(map(str, v)))
+def test_every_combination_of_options(backend, values):
+    options = options_of(values)
+    shape = (3, 5, 9, 10)
+    target = make_target((3, 9, 10), 5)
+    grad_output = torch.tensor([0.7, -1.3, 2.0]) if options["reduction"] == "none" else torch.tensor(-0.6)
+    check(
+        backend,
+        make_logits(shape),
+        target,
+        weight=WEIGHT,
+        pixel_weight=torch.rand(target.shape, generator=torch.Generator().manual_seed(1)),
+        grad_output=grad_output,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", OPTIONS["gradient"])
+@pytest.mark.parametrize("hierarchy", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("spatial", [(), (1,), (17,), (64,), (7, 61), (3, 5, 6), (2, 3, 2, 3)], ids=str)
+def test_every_dtype_and_rank(backend, dtype, gradient, hierarchy, spatial):
+    check(
+        backend,
+        make_logits((2, 5, *spatial), dtype),
+        make_target((2, *spatial), 5),
+        hierarchy,
+        weight=WEIGHT,
+        gradient=gradient,
+    )
+
+
+# (N, C, *spatial) logits made of a larger or permuted tensor; none of them is copied.
+LAYOUTS = {
+    "contiguous": lambda make: make(2, 5, 20, 37),
+    "channels_last": lambda make: make(2, 5, 20, 37).to(memory_format=torch.channels_last),
+    "channels_last_3d": lambda make: make(2, 5, 4, 5, 37).to(memory_format=torch.channels_last_3d),
+    "cropped": lambda make: make(2, 5, 23, 90)[..., 1:21, 3:75],
+    "cropped_channels_last": lambda make: make(2, 5, 23, 41).to(memory_format=torch.channels_last)[..., 1:21, 3:40],
+    "transposed": lambda make: make(2, 5, 70, 20).transpose(2, 3),
+    "every_other_pixel": lambda make: make(2, 5, 20, 150)[..., ::2],
+    "some_channels": lambda make: make(2, 9, 20, 37)[:, 2:7],
+    "every_other_channel": lambda make: make(2, 9, 20, 37)[:, ::2],
+    "expanded": lambda make: make(1, 5, 20, 37).expand(2, 5, 20, 37),
+    "odd_offset": lambda make: make(2 * 5 * 20 * 37 + 3)[3:].view(2, 5, 20, 37),
+    "permuted_3d": lambda make: make(2, 5, 4, 9, 7).permute(0, 1, 4, 2, 3),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(backend, dtype, layout):
+    logits = LAYOUTS[layout](lambda *shape: make_logits(shape, dtype))
+    target = make_target((2, *logits.shape[2:]), 5)
+    check(backend, logits, target, weight=WEIGHT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
+def test_every_target(backend, dtype, strided):
+    logits = make_logits((2, 5, 12, 90), torch.float32)
+    target = make_target((2, 12, 180), 5, dtype=dtype)[..., ::2] if strided else make_target((2, 12, 90), 5, dtype=dtype)
+    weights = torch.rand(2, 90, 12, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    check(backend, logits, target, pixel_weight=weights if strided else weights.contiguous())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ignore_index", [255, -100, 2, 7])
+def test_every_ignore_index(backend, ignore_index):
+    target = make_target((2, 30, 31), 5, ignore_index=ignore_index)
+    check(backend, make_logits((2, 5, 30, 31), torch.float32), target, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 11, 19, 21, 32, 33, 59, 150, 171, 1000])
+def test_every_number_of_classes(backend, dtype, classes):
+    levels = [list(range(k, classes, 4)) for k in range(min(4, classes))]
+    logits = make_logits((2, classes, 9, 11), dtype)
+    target = make_target((2, 9, 11), classes, ignore_index=-1)
+    check(backend, logits, target, Hierarchy(levels), ignore_index=-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_level_for_each_class(backend):
+    hierarchy = Hierarchy([[c] for c in reversed(range(40))])
+    check(backend, make_logits((2, 40, 8, 9)), make_target((2, 8, 9), 40), hierarchy, lambdas=0.1, alpha=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["random", "trained"])
+def test_camvid(backend, dtype, kind):
+    target = camvid_labels(3)
+    assert (target == 11).any(), "the images were chosen to have void"
+    logits = make_logits((3, 11, 360, 480), dtype) if kind == "random" else trained_like(target, 11, dtype)
+    weight = torch.tensor([0.2793, 0.2017, 4.7865, 0.1490, 1.0, 0.4217, 3.8467, 1.9736, 0.7889, 6.3747, 8.8587])
+    for options in ({}, {"gradient": "paper", "factor_normalization": "sum", "reduction": "none"}):
+        check(backend, logits, target, CAMVID, weight=weight, ignore_index=11, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", OPTIONS["reduction"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_one_level_is_cross_entropy(backend, reduction, weighted):
+    logits = make_logits((3, 19, 21, 33)).requires_grad_()
+    target = make_target((3, 21, 33), 19)
+    weight = torch.rand(19, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if weighted else None
+    loss, grad, _ = run(backend, logits, target, Hierarchy.flat(19), weight=weight, reduction=reduction)
+    expected = F.cross_entropy(logits, target, weight, ignore_index=255, reduction=reduction)
+    if reduction == "none":
+        expected = expected.sum(dim=(1, 2))
+    (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
+    # both in float64, whose eps is 2.2e-16; sums of 2000 terms and cancellations in p - 1 take a few digits
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("normalization", OPTIONS["factor_normalization"])
+@pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
+@pytest.mark.parametrize("reduction", OPTIONS["reduction"])
+def test_gradcheck(backend, normalization, scope, reduction):
+    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    logits = make_logits((2, 5, 4, 3), spread=1.0).to(device).requires_grad_()
+    target = make_target((2, 4, 3), 5).to(device)
+    assert torch.autograd.gradcheck(
+        lambda x: importance_aware_loss(
+            x,
+            target,
+            HIERARCHY,
+            weight=WEIGHT.to(device),
+            factor_normalization=normalization,
+            factor_scope=scope,
+            reduction=reduction,
+            backend=backend,
+        ),
+        logits,
+    )
+
+
+@st.composite
+def problems(draw):
+    classes = draw(st.integers(1, 40))
+    levels = draw(st.integers(1, min(classes, 6)))
+    order = draw(st.permutations(range(classes)))
+    cuts = sorted(draw(st.sets(st.integers(1, classes - 1), min_size=levels - 1, max_size=levels - 1))) if levels > 1 else []
+    hierarchy = Hierarchy([order[a:b] for a, b in zip([0, *cuts], [*cuts, classes], strict=True)])
+    shape = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=3)))
+    images = draw(st.integers(1, 4))
+    options = {name: draw(st.sampled_from(values)) for name, values in OPTIONS.items() if name != "lambdas"}
+    options["lambdas"] = [draw(st.sampled_from([0.0, 0.5, 2.0])) for _ in range(levels - 1)]
+    seed = draw(st.integers(0, 2**20))
+    logits = make_logits((images, classes, *shape), draw(st.sampled_from(DTYPES)), seed=seed)
+    target = make_target((images, *shape), classes, ignored=draw(st.sampled_from([0.0, 0.3, 1.0])), seed=seed)
+    dims = [0, 1, *(2 + torch.randperm(len(shape), generator=torch.Generator().manual_seed(seed))).tolist()]
+    logits = logits.permute(dims).contiguous().permute(torch.tensor(dims).argsort().tolist())
+    return logits, target, hierarchy, options
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(problem=problems())
+def test_anything(backend, problem):
+    logits, target, hierarchy, options = problem
+    check(backend, logits, target, hierarchy, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cityscapes_groups_count(backend):
+    """The preset's levels, seen through the counts of one pixel of each class."""
+    target = torch.arange(19).view(1, 19)
+    *_, (_, _, _, count) = run(backend, make_logits((1, 19, 19)), target, CITYSCAPES)
+    assert count.tolist() == [[1, 5, 3, 10]]

@@ -1,0 +1,260 @@
+"""What setup.py decides, what it says when it cannot build, and what lands in the sdist and the wheel."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SHIPPED = {".gitignore", ".ci/run"}
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ial_cuda_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    return load_setup()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of what a build needs, with nothing built in it."""
+    tree = tmp_path / "tree"
+    built = shutil.ignore_patterns("_C*.so", "_C*.pyd", "_build.json", "__pycache__")
+    for folder in ("ial_cuda", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=built)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree)
+    return tree
+
+
+def python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs this Python with `env` and without what the caller of the tests has set for the build."""
+    ours = ("IAL_", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=300
+    )
+
+
+def without_compiler(tmp_path: Path) -> dict[str, str]:
+    nowhere = tmp_path / "empty"
+    nowhere.mkdir()
+    return {"PATH": str(nowhere), "CC": "no-such-cc", "CXX": "no-such-c++", "IAL_CUDA_FORCE_CPU": "1"}
+
+
+# ---------------------------------------------------------------------------------------------- decisions
+
+ARCHS = frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"})
+ALL = ("8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+
+
+@pytest.mark.parametrize(
+    ("env", "torch_cuda", "version", "archs", "expected"),
+    [
+        pytest.param({}, "13.0", "13.0", ARCHS, ALL, id="default list"),
+        pytest.param({}, "13.1", "13.0", ARCHS, ALL, id="minor versions may differ"),
+        pytest.param({}, "12.8", "12.4", ARCHS - {"10.0", "12.0"}, ("8.0", "8.6", "9.0+PTX"), id="old nvcc"),
+        pytest.param({}, "14.0", "14.0", ARCHS - {"8.0"}, ALL[1:], id="new nvcc"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": ""}, "13.0", "13.0", ARCHS, ALL, id="empty list is no list"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "7.5"}, "13.0", "13.0", ARCHS, ("7.5",), id="list"),
+        pytest.param(
+            {"TORCH_CUDA_ARCH_LIST": "8.9 9.0;12.0+PTX"},
+            "13.0",
+            "13.0",
+            ARCHS,
+            ("8.9", "9.0", "12.0+PTX"),
+            id="list with both separators",
+        ),
+        pytest.param({"IAL_CUDA_FORCE_CPU": "0"}, "13.0", "13.0", ARCHS, ALL, id="0 forces nothing"),
+    ],
+)
+def test_decides_for_cuda(setup, env, torch_cuda, version, archs, expected):
+    plan = setup.decide(env, torch_cuda, setup.Nvcc("/cuda", version, archs))
+    assert plan == setup.Plan(cuda=True, arch_list=expected, warning=None)
+
+
+@pytest.mark.parametrize(
+    ("env", "torch_cuda", "version", "said"),
+    [
+        pytest.param({"IAL_CUDA_FORCE_CPU": "1"}, "13.0", "13.0", (), id="forced"),
+        pytest.param({"IAL_CUDA_FORCE_CPU": "1"}, "13.0", None, (), id="forced, no nvcc"),
+        pytest.param({}, None, "13.0", (), id="torch for the CPU"),
+        pytest.param({}, "13.0", None, ("CUDA 13.0", "no working nvcc", "CUDA 13 toolkit"), id="no nvcc"),
+        pytest.param({}, "13.0", "12.4", ("CUDA 13.0", "CUDA 12.4", "CUDA 13 toolkit"), id="major, older"),
+        pytest.param({}, "12.8", "13.0", ("CUDA 12.8", "CUDA 13.0", "CUDA 12 toolkit"), id="major, newer"),
+        pytest.param({}, "1.0", "10.0", ("CUDA 1.0", "CUDA 10.0"), id="major, not a prefix"),
+    ],
+)
+def test_decides_for_the_cpu(setup, env, torch_cuda, version, said):
+    nvcc = setup.Nvcc("/cuda", version, ARCHS) if version else None
+    plan = setup.decide(env, torch_cuda, nvcc)
+    assert (plan.cuda, plan.arch_list) == (False, ())
+    assert (plan.warning is None) == (not said)
+    for words in said:
+        assert words in plan.warning
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the nvcc of this test is a shell script")
+def test_asks_nvcc_where_it_lives(setup, tmp_path, monkeypatch):
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        "--version) echo 'Cuda compilation tools, release 12.4, V12.4.131';;\n"
+        "--list-gpu-arch) printf 'compute_90\\ncompute_120\\n';;\n"
+        "--dryrun) echo '#$ TOP=/opt/toolkit/bin/..' >&2;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(setup.cpp_extension, "CUDA_HOME", str(tmp_path))
+    assert setup.find_nvcc() == setup.Nvcc("/opt/toolkit", "12.4", frozenset({"9.0", "12.0"}))
+
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    assert setup.find_nvcc() is None, "an nvcc that does not run is as good as none"
+
+
+# ---------------------------------------------------------------------------------- what cannot be built
+
+
+def test_without_torch_one_sentence(tree, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "torch.py").write_text("raise ImportError('No module named torch')")
+    hook = "from setuptools import build_meta; build_meta.get_requires_for_build_wheel()"
+    done = python("-c", hook, cwd=tree, PYTHONPATH=str(hidden))
+    assert done.returncode != 0
+    assert done.stdout == ""
+    sentence, newline, rest = done.stderr.partition("\n")
+    assert (newline, rest) == ("\n", ""), done.stderr
+    assert sentence.startswith("ial_cuda builds against the torch you run it with")
+    assert "which build isolation hides" in sentence
+    assert "pip install --no-build-isolation" in sentence
+
+
+def test_old_setuptools_one_sentence(monkeypatch):
+    monkeypatch.setattr("setuptools.__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"needs setuptools>=77 .* 65\.5\.0 is installed"):
+        load_setup()
+
+
+def test_without_compiler_a_wheel_of_pure_python(tree, tmp_path):
+    pytest.importorskip("pip")
+    with (tree / "ial_cuda" / "__init__.py").open("a") as file:
+        file.write("\nraise RuntimeError('a build must not import the package')\n")
+    wheel = ("-m", "pip", "wheel", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-w", "dist", ".")
+    done = python(*wheel, cwd=tree, **without_compiler(tmp_path))
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "BUILT WITHOUT ITS C++ EXTENSION" in said
+    assert "no C++ compiler, 'no-such-c++' is not on PATH" in said
+
+    (path,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        record = json.loads(archive.read("ial_cuda/_build.json"))
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ial_cuda"}
+    assert {"ial_cuda/__init__.py", "ial_cuda/py.typed"} <= set(names)
+    assert not [name for name in names if name.startswith("ial_cuda/_C")]
+    assert record["torch"] == torch.__version__
+    assert record["cuda"] is None
+    assert "no-such-c++" in record["warning"]
+
+
+def test_required_extension_is_an_error(tree, tmp_path):
+    hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    done = python("-c", hook, cwd=tree, IAL_CUDA_REQUIRE_EXT="1", **without_compiler(tmp_path))
+    assert done.returncode != 0
+    assert "no C++ compiler, 'no-such-c++' is not on PATH" in done.stderr
+    assert not list(tree.glob("dist/*.whl"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the failing compiler of this test is POSIX's `false`")
+def test_failed_compile_leaves_no_old_extension(tree):
+    old = tree / "ial_cuda" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    old.write_bytes(b"built for another torch")
+    false = shutil.which("false")
+    # "strict" asks for every file that the build says it wrote, so that none may be missing.
+    hook = "from setuptools import build_meta; build_meta.build_editable('dist', {'editable_mode': 'strict'})"
+    done = python("-c", hook, cwd=tree, CC=false, CXX=false, IAL_CUDA_FORCE_CPU="1")
+    assert done.returncode == 0, done.stderr
+    assert "BUILT WITHOUT ITS C++ EXTENSION" in done.stderr
+    assert not old.exists()
+    assert json.loads((tree / "ial_cuda" / "_build.json").read_text())["warning"]
+
+
+# ----------------------------------------------------------------------------------------- what was built
+
+
+def test_record_beside_the_extension():
+    package = Path(importlib.util.find_spec("ial_cuda").origin).parent
+    if not list(package.glob("_C.*")):
+        pytest.skip("ial_cuda is installed without its extension here")
+    record = json.loads((package / "_build.json").read_text())
+    assert set(record) == {"torch", "cuda", "torch_cuda", "nvcc", "arch_list", "compiler", "warning"}
+    assert record["torch"] == torch.__version__
+    assert record["torch_cuda"] == torch.version.cuda
+    assert record["cuda"] in (None, torch.version.cuda)
+    assert bool(record["arch_list"]) == (record["cuda"] is not None)
+    assert any(digit in record["compiler"] for digit in "0123456789")
+
+
+def source_files() -> list[str]:
+    """What git has, or would have after `git add .`."""
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("git is not there to say which files are sources")
+    top = subprocess.run([git, "rev-parse", "--show-toplevel"], cwd=ROOT, capture_output=True, text=True)
+    if top.returncode != 0 or Path(top.stdout.strip()).resolve() != ROOT:
+        pytest.skip(f"not the top of a git checkout: {top.stderr.strip() or top.stdout.strip()}")
+    listing = [git, "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and (ROOT / name).exists()]
+
+
+def test_sdist_holds_the_sources_and_nothing_else(tmp_path):
+    sources = source_files()
+    strangers = [
+        "ial_cuda/_C.cpython-310-x86_64-linux-gnu.so",
+        "ial_cuda/_build.json",
+        "build/torch-2.11.0/csrc/ial_ops.o",
+        "tests/__pycache__/test_packaging.cpython-310.pyc",
+        "tests/simt.so",
+        "camvid/0001TP_006690.png",
+        ".venv/pyvenv.cfg",
+    ]
+    for name in sources + strangers:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    for name in sources:
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in strangers:
+        (tmp_path / name).write_text("not a source")
+
+    hook = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    done = python("-c", hook, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {member.name.partition("/")[2] for member in archive if not member.isdir()}
+    written = {
+        name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("ial_cuda.egg-info/")
+    }
+    assert names - written == set(sources) - NOT_SHIPPED
