@@ -1,0 +1,70 @@
+# `make test` and `make bench` work from nothing but python3: they create .venv, install torch and the package in it,
+# and build the extension wherever a C++ compiler is (with the CUDA kernels where nvcc is).
+
+VENV   ?= .venv
+PYTHON ?= python3
+TORCH  ?= torch>=2.11
+
+PY      := $(VENV)/bin/python
+STAMP   := build/installed
+CXX_SRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+
+# Where there is a compiler, a broken build must not pass for a machine that has none.
+export IAL_CUDA_REQUIRE_EXT ?= $(if $(shell command -v $${CXX:-c++} 2>/dev/null),1,0)
+
+# The extension lies in the checkout and fits one torch: a stamp that another environment left, or this one before
+# its torch changed, does not count.
+TORCH_HERE := $(PY) -c 'import sys; from importlib.metadata import version; print(sys.prefix, version("torch"))'
+ifneq ($(shell $(TORCH_HERE) 2>/dev/null),$(shell cat $(STAMP) 2>/dev/null))
+.PHONY: $(STAMP)
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help test bench lint format sdist clean
+
+help: ## print this
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@echo
+	@echo "VENV=$(VENV)  an environment to use; a torch in it is left as it is. Else one is created there."
+	@echo "TORCH='$(TORCH)'  what to install where there is no torch.  PYTHON=$(PYTHON)  creates the environment."
+	@echo "IAL_CAMVID  the CamVid data set's folder, for the tests and benchmarks that use it."
+
+test: lint ## check style, then run the tests
+	$(PY) -m pytest
+
+bench: $(STAMP) ## time the loss on this machine
+	$(PY) -m benchmarks.loss
+
+lint: $(STAMP) ## check style and formatting
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SRC)
+
+format: $(STAMP) ## format the sources
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CXX_SRC)
+
+sdist: $(STAMP) ## write the source distribution to dist/
+	$(PY) -m build --sdist --no-isolation
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist ial_cuda.egg-info ial_cuda/_C*.so ial_cuda/_build.json .pytest_cache .ruff_cache .hypothesis
+	find ial_cuda tests benchmarks -name __pycache__ -prune -exec rm -r {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ial_cuda needs Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0] + ": name another with PYTHON=")'
+	@echo "==> creating the environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The constraint keeps pip from ever replacing a torch that it finds.
+$(STAMP): $(CXX_SRC) setup.py pyproject.toml | $(PY)
+	@mkdir -p build
+	@$(PY) -c 'from importlib import metadata as m; print(*("torch==" + d.version for d in m.distributions(name="torch")))' > build/constraints.txt
+	@echo "==> $(VENV) has $$(grep torch build/constraints.txt || echo 'no torch yet'), wanted is $(TORCH)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt '$(TORCH)' 'setuptools>=77' ninja
+	@echo "==> building ial_cuda into $(VENV) (minutes, where nvcc compiles)"
+	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e '.[dev]'
+	@cat ial_cuda/_build.json
+	@$(TORCH_HERE) > $@
