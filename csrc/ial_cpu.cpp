@@ -1,11 +1,12 @@
-// The operators on CPU tensors: the work is cut into chunks that depend on the shapes alone, each chunk's sums go into
-// its own row, and the rows are added in order. So the result is bitwise the same for any number of threads.
+// The operators on CPU tensors: the work is cut into chunks that depend on the shapes alone, each chunk's
+// sums go into its own row, and the rows are added in order. So the result is bitwise the same for any number
+// of threads.
+#include <ATen/Dispatch.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -24,10 +25,12 @@
 
 namespace ial {
 
-// The pixels of a block, and of the blocks that take a short rest.
-constexpr int kWide = 64, kNarrow = 16;
+// The pixels of a block, and of the blocks that take a short rest; how many rows of a block are fetched ahead
+// of the one being read; what a streaming store writes.
+constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kStreamBytes = 32;
 
-// Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by lane.
+// Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
+// lane.
 template <typename T>
 struct Arithmetic {
     using A = float;
@@ -49,12 +52,13 @@ struct Problem {
     T* grad;
     const void* target;
     Label label;
-    const A* weight;              // [C], or null for ones
+    const A* weight;              // [C]
     const A* pixel_weight;        // or null for ones
     const int32_t* class_levels;  // [C]
     int levels;
     int64_t ignore_index;
-    bool exact;
+    bool stream;  // store past the caches
+    A cross;      // 1 for the exact gradient, 0 for the paper's
 };
 
 // Labels that are neither a class nor ignore_index: how many, and the first.
@@ -62,7 +66,11 @@ struct BadLabels {
     int64_t count = 0, label = 0, image = 0, pixel = 0;
 
     void add(int64_t y, int64_t n, int64_t p) {
-        if (count++ == 0) label = y, image = n, pixel = p;
+        if (count++ == 0) {
+            label = y;
+            image = n;
+            pixel = p;
+        }
     }
 };
 
@@ -70,14 +78,14 @@ struct BadLabels {
 
 #define IAL_ISA baseline
 #define IAL_TARGET
-#define IAL_F16C 0
+#define IAL_X86_VECTORS 0
 #include "ial_cpu_kernels.h"
 #undef IAL_ISA
 #undef IAL_TARGET
-#undef IAL_F16C
+#undef IAL_X86_VECTORS
 
 #ifdef IAL_X86
-#define IAL_F16C 1
+#define IAL_X86_VECTORS 1
 #define IAL_ISA avx2
 #define IAL_TARGET __attribute__((target("avx2,fma,f16c")))
 #include "ial_cpu_kernels.h"
@@ -88,12 +96,13 @@ struct BadLabels {
 #ifdef __clang__
 #define IAL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
 #else
-#define IAL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
+#define IAL_TARGET \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
 #endif
 #include "ial_cpu_kernels.h"
 #undef IAL_ISA
 #undef IAL_TARGET
-#undef IAL_F16C
+#undef IAL_X86_VECTORS
 #endif  // IAL_X86
 
 namespace ial {
@@ -115,16 +124,16 @@ Isa isa() {
 }
 
 #ifdef IAL_X86
-#define IAL_DISPATCH(function, ...)                                      \
-    (isa() == Isa::kAvx512 ? avx512::function(__VA_ARGS__)               \
-     : isa() == Isa::kAvx2 ? avx2::function(__VA_ARGS__)                 \
+#define IAL_DISPATCH(function, ...)                        \
+    (isa() == Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
+     : isa() == Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
                            : baseline::function(__VA_ARGS__))
 #else
 #define IAL_DISPATCH(function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-// Equal chunks of the pixels of each image: large enough to pay for their start, and few enough that their sums take
-// little memory beside the logits.
+// Equal chunks of the pixels of each image: large enough to pay for their start, and few enough that their
+// sums take little memory beside the logits.
 struct Chunks {
     int64_t pixels, per_image, count;
 
@@ -149,34 +158,34 @@ struct Buffer {
     std::vector<A> storage;
 };
 
-// A tensor argument in the type that the kernels compute in; `kept` owns the copy where one is needed.
-template <typename A>
-const A* in_arithmetic(const OptionalTensor& tensor, bool dense, Tensor* kept) {
-    if (!tensor) return nullptr;
-    *kept = tensor->to(c10::CppTypeToScalarType<A>::value);
-    if (dense) *kept = kept->contiguous();
-    return kept->const_data_ptr<A>();
-}
-
-// The tensors of a call behind plain pointers, for logits of type T.
+// The tensors of a call behind plain pointers, for logits of type T; copies of the class weights and levels.
 template <typename T>
 struct Call {
     using A = typename Problem<T>::A;
 
-    Tensor weight, pixel_weight;
+    std::vector<A> weight;
+    OptionalTensor pixel_weight;
     std::vector<int32_t> class_levels;
     Problem<T> problem{};
 
-    Call(const Inputs& inputs, const Tensor& grad) : class_levels(inputs.class_levels.begin(), inputs.class_levels.end()) {
-        problem.weight = in_arithmetic<A>(inputs.weight, true, &weight);
-        problem.pixel_weight = in_arithmetic<A>(inputs.pixel_weight, false, &pixel_weight);
-        const OptionalTensor laid_out = inputs.pixel_weight ? OptionalTensor(pixel_weight) : std::nullopt;
-        problem.layout = Inputs{inputs.logits, inputs.target, inputs.weight, laid_out, inputs.class_levels,
-                                inputs.ignore_index}
-                             .layout(grad);
+    Call(const Inputs& inputs, const Tensor& grad)
+        : weight(inputs.class_levels.size(), A(1)),
+          class_levels(inputs.class_levels.begin(), inputs.class_levels.end()) {
+        constexpr at::ScalarType arithmetic = c10::CppTypeToScalarType<A>::value;
+        if (inputs.weight) {
+            const Tensor given = inputs.weight->to(arithmetic).contiguous();
+            std::copy_n(given.const_data_ptr<A>(), weight.size(), weight.begin());
+        }
+        if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
+
+        const Inputs converted{inputs.logits, inputs.target,       inputs.weight,
+                               pixel_weight,  inputs.class_levels, inputs.ignore_index};
+        problem.layout = converted.layout(grad);
         problem.logits = inputs.logits.const_data_ptr<T>();
         problem.target = inputs.target.const_data_ptr();
         problem.label = inputs.label();
+        problem.weight = weight.data();
+        problem.pixel_weight = pixel_weight ? pixel_weight->const_data_ptr<A>() : nullptr;
         problem.class_levels = class_levels.data();
         problem.levels = inputs.levels();
         problem.ignore_index = inputs.ignore_index;
@@ -192,8 +201,8 @@ struct Call {
     }
     position[0] = bad.image;
     TORCH_CHECK_VALUE(false, "target: ", bad.count, " label(s) outside [0, ", inputs.logits.size(1),
-                      ") that are not ignore_index = ", inputs.ignore_index, ", the first ", bad.label, " at ",
-                      at::IntArrayRef(position));
+                      ") that are not ignore_index = ", inputs.ignore_index, ", the first ", bad.label,
+                      " at ", at::IntArrayRef(position));
 }
 
 template <typename T>
@@ -202,15 +211,16 @@ Tensor reduce_typed(const Inputs& inputs) {
     const Problem<T>& problem = call.problem;
     const Layout& layout = problem.layout;
     const Chunks chunks(layout, problem.levels);
-    const int64_t row = (problem.levels + 1) * kStats;  // the last level collects the ignored pixels
+    const int64_t row = problem.levels * kStats;
     std::vector<double> sums(chunks.count * row);
     std::vector<BadLabels> bad(chunks.count);
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<typename Call<T>::A> buffer(layout.classes * kWide);
+        Buffer<typename Call<T>::A> buffer(2 * layout.classes * kWide);
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % chunks.per_image * chunks.pixels;
             const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
-            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), &sums[i * row], &bad[i]);
+            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), &sums[i * row],
+                         &bad[i]);
         }
     });
 
@@ -221,7 +231,8 @@ Tensor reduce_typed(const Inputs& inputs) {
     }
     if (all.count) throw_bad_labels(all, inputs);
 
-    Tensor stats = at::empty({layout.batch, problem.levels, kStats}, inputs.logits.options().dtype(at::kDouble));
+    Tensor stats =
+        at::empty({layout.batch, problem.levels, kStats}, inputs.logits.options().dtype(at::kDouble));
     double* to = stats.mutable_data_ptr<double>();
     for (int64_t n = 0; n < layout.batch; ++n)
         for (int64_t s = 0; s < problem.levels * kStats; ++s, ++to) {
@@ -231,19 +242,23 @@ Tensor reduce_typed(const Inputs& inputs) {
     return stats;
 }
 
+// Half of a usual last-level cache: a gradient of this size leaves little of itself there.
+constexpr size_t kStreamFrom = 16 << 20;
+
 template <typename T>
-void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const Tensor& grad) {
+void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const Tensor& grad, bool fresh) {
     using A = typename Call<T>::A;
     Call<T> call(inputs, grad);
     Problem<T>& problem = call.problem;
     problem.grad = grad.mutable_data_ptr<T>();
-    problem.exact = exact;
+    problem.cross = exact ? 1 : 0;
+    problem.stream = fresh && grad.nbytes() >= kStreamFrom;
     const Layout& layout = problem.layout;
     const Chunks chunks(layout, problem.levels);
     const double* by_level = table.const_data_ptr<double>();
     // Backwards, since the caches hold the end of what reduce has read.
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(layout.classes * kWide), rows(3 * layout.classes);
+        Buffer<A> buffer(2 * layout.classes * kWide), rows(3 * layout.classes);
         int64_t image = -1;
         for (int64_t i = last - 1; i >= first; --i) {
             const int64_t n = i / chunks.per_image;
@@ -261,56 +276,64 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
     });
 }
 
-// A gradient is a fresh mapping each time, whose page faults cost several times its computation in pages of 4 KiB.
-void advise_huge_pages(const Tensor& tensor) {
+// A large gradient is a fresh mapping each time. In pages of 4 KiB its page faults cost several times the
+// kernel that writes it, and since that writes all classes at once, its threads would meet in every page: so
+// huge pages are asked for, and touched first by one thread each. It is only advice: where the system refuses
+// it, nothing is lost.
+void prefault(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHuge = 2 << 20;
-    const auto begin = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + kHuge - 1) / kHuge * kHuge;
-    const auto end = (reinterpret_cast<uintptr_t>(tensor.data_ptr()) + tensor.nbytes()) / kHuge * kHuge;
-    // Only advice: where the kernel refuses it, the pages are small.
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+    const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
+    const int64_t pages = (int64_t(address + tensor.nbytes()) - int64_t(begin)) / int64_t(kHuge);
+    if (pages < 1 || madvise(reinterpret_cast<void*>(begin), pages * kHuge, MADV_HUGEPAGE) != 0) return;
+    at::parallel_for(0, pages, 1, [begin](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) *reinterpret_cast<volatile char*>(begin + i * kHuge) = 0;
+    });
 #endif
 }
 
 Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-              const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index, std::string_view,
-              bool) {
+                  const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+                  std::string_view, bool) {
     const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
     inputs.check();
     return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
                                            [&] { return reduce_typed<scalar_t>(inputs); });
 }
 
-void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view gradient, const Tensor& grad) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient",
-                                    [&] { gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad); });
+void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view gradient, const Tensor& grad,
+                   bool fresh) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient", [&] {
+        gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad, fresh);
+    });
 }
 
-Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
-                const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                std::string_view gradient) {
+Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
+                    const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
     const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
     inputs.check();
     inputs.check_table(table);
     Tensor grad = at::empty_like(logits);
-    advise_huge_pages(grad);
-    gradient_into(inputs, table, gradient, grad);
+    prefault(grad);
+    gradient_into(inputs, table, gradient, grad, /*fresh=*/true);
     return grad;
 }
 
-void gradient_inplace_cpu(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-               std::string_view gradient) {
+void gradient_inplace_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
+                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
     const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
     inputs.check();
     inputs.check_table(table);
     at::assert_no_internal_overlap(logits);
-    gradient_into(inputs, table, gradient, logits);
+    gradient_into(inputs, table, gradient, logits, /*fresh=*/false);
 }
 
 std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
-                                   std::string_view reduction, std::string_view factor_normalization,
-                                   std::string_view factor_scope, at::ScalarType dtype) {
+                                       std::string_view reduction, std::string_view factor_normalization,
+                                       std::string_view factor_scope, at::ScalarType dtype) {
     const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
     const bool none = c.reduction == Reduction::kNone;
     Tensor shared = at::empty({c.pool_batch ? 1 : c.batch, c.levels - 1}, stats.options());
@@ -336,11 +359,12 @@ std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, at::ArrayRef<double>
 }
 
 Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas, double alpha,
-             std::string_view reduction, std::string_view factor_normalization, std::string_view factor_scope) {
+                 std::string_view reduction, std::string_view factor_normalization,
+                 std::string_view factor_scope) {
     const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
     const int64_t values = c.reduction == Reduction::kNone ? c.batch : 1;
-    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss: shape ", grad_loss.sizes(), ", expected ", values,
-                      " value(s) for reduction='", reduction, "'");
+    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss: shape ", grad_loss.sizes(), ", expected ",
+                      values, " value(s) for reduction='", reduction, "'");
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     Tensor result = at::empty_like(stats);
     const double* g = grad.const_data_ptr<double>();

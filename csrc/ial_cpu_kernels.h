@@ -1,11 +1,11 @@
 // reduce and gradient on the CPU, over one range of the pixels of one image.
 //
-// ial_cpu.cpp includes this file once per instruction set, which IAL_ISA names and IAL_TARGET enables for each function,
-// and picks one at run time. No lambda is used here: it would not inherit the target.
+// ial_cpu.cpp includes this file once per instruction set, which IAL_ISA names and IAL_TARGET enables for
+// each function, and picks one at run time. No lambda is used here: it would not inherit the target.
 //
-// Pixels go in blocks of B: the block's logits are copied once, converted, into a buffer [C, B] that stays in L1, since
-// rows of a megapixel image lie a power of two apart and would evict each other. Every loop over the B pixels has a
-// constant length and no branch, so that the compiler turns it into vector code.
+// Pixels go in blocks of B: the block's logits are copied once, converted, into a buffer [C, B] that stays in
+// L1, since rows of a megapixel image lie a power of two apart and would evict each other. Every loop over
+// the B pixels has a constant length and no branch, so that the compiler turns it into vector code.
 
 namespace ial {
 namespace IAL_ISA {
@@ -13,43 +13,49 @@ namespace IAL_ISA {
 #define IAL_INLINE IAL_TARGET inline __attribute__((always_inline))
 #define IAL_SIMD _Pragma("omp simd")
 
-// exp(x) for x <= 0 within 1 ulp; 0 below the smallest normal number, NaN for NaN. x = n ln 2 + r, |r| <= ln(2)/2, and
-// exp(r) = 1 + r + r^2 q(r) with q the Chebyshev fit of degree 4 (float: 1.0e-8 relative) or 9 (double: 1.7e-17).
-// Adding `shift` = 1.5 * 2^mantissa_bits rounds to the integer n and leaves it in the low bits.
+// exp(x) for x <= 0 within 1.5 ulp; 0 below the smallest normal number, NaN for NaN. x = n ln 2 + r, |r| <=
+// ln(2)/2, and exp(r) = 1 + r + r^2 q(r) with q the Chebyshev fit of degree 4 (float: 1.0e-8 relative) or 9
+// (double: 1.7e-17). Adding `shift` = 1.5 * 2^mantissa_bits + bias rounds to the integer n and leaves n +
+// bias, the exponent of 2^n, in the low bits; below the range n stops at -bias, where that exponent means 0.
+// In float, n times the error of ln 2 (1.9e-9) stays below half an ulp for x > -20, and what is smaller
+// hardly adds to a sum that holds a 1.
 IAL_INLINE float exp_nonpositive(float x) {
-    const float shift = 12582912.0f;
+    const float shift = 12582912.0f + 127.0f, least = -88.0f;
+    x = least > x ? least : x;
     const float n = x * 1.44269504088896341f + shift;
-    const float r = (x - (n - shift) * 0.693145751953125f) - (n - shift) * 1.42860682030941723e-6f;
-    float q = 1.3926183587713494e-3f;
-    q = q * r + 8.363179052722578e-3f;
-    q = q * r + 4.1666554617204574e-2f;
-    q = q * r + 1.6666576989698775e-1f;
-    q = q * r + 0.5f;
-    const float power = __builtin_bit_cast(float, (__builtin_bit_cast(int32_t, n) << 23) + 0x3f800000);
-    return x < -87.0f ? 0.0f : (1.0f + (r + r * r * q)) * power;
+    const float r = x - (n - shift) * 0.693147180559945309f;
+    float e = 1.3926183587713494e-3f;
+    e = e * r + 8.363179052722578e-3f;
+    e = e * r + 4.1666554617204574e-2f;
+    e = e * r + 1.6666576989698775e-1f;
+    e = e * r + 0.5f;
+    e = e * r + 1.0f;
+    e = e * r + 1.0f;
+    return e * __builtin_bit_cast(float, __builtin_bit_cast(int32_t, n) << 23);
 }
 
 IAL_INLINE double exp_nonpositive(double x) {
-    const double shift = 6755399441055744.0;
+    const double shift = 6755399441055744.0 + 1023.0, least = -709.0;
+    x = least > x ? least : x;
     const double n = x * 1.44269504088896340736 + shift;
     const double r = (x - (n - shift) * 0.69314718036912381649) - (n - shift) * 1.90821492927058770002e-10;
-    double q = 2.510038549551032e-8;
-    q = q * r + 2.7620088445409746e-7;
-    q = q * r + 2.7557268459997064e-6;
-    q = q * r + 2.4801521295954376e-5;
-    q = q * r + 1.9841269863053618e-4;
-    q = q * r + 1.3888888917213717e-3;
-    q = q * r + 8.333333333330062e-3;
-    q = q * r + 4.166666666662413e-2;
-    q = q * r + 1.6666666666666669e-1;
-    q = q * r + 0.5;
-    const double power =
-        __builtin_bit_cast(double, (__builtin_bit_cast(int64_t, n) << 52) + (int64_t(1023) << 52));
-    return x < -708.0 ? 0.0 : (1.0 + (r + r * r * q)) * power;
+    double e = 2.510038549551032e-8;
+    e = e * r + 2.7620088445409746e-7;
+    e = e * r + 2.7557268459997064e-6;
+    e = e * r + 2.4801521295954376e-5;
+    e = e * r + 1.9841269863053618e-4;
+    e = e * r + 1.3888888917213717e-3;
+    e = e * r + 8.333333333330062e-3;
+    e = e * r + 4.166666666662413e-2;
+    e = e * r + 1.6666666666666669e-1;
+    e = e * r + 0.5;
+    e = e * r + 1.0;
+    e = e * r + 1.0;
+    return e * __builtin_bit_cast(double, __builtin_bit_cast(int64_t, n) << 52);
 }
 
-// log(s) for s >= 1 or NaN: s = 2^e m with m in [sqrt(1/2), sqrt(2)), z = (m - 1) / (m + 1), |z| <= 0.172, and
-// log(m) = 2 (z + z^3/3 + z^5/5 + ...), cut where the next term is below half an ulp.
+// log(s) for s >= 1 or NaN: s = 2^e m with m in [sqrt(1/2), sqrt(2)), z = (m - 1) / (m + 1), |z| <= 0.172,
+// and log(m) = 2 (z + z^3/3 + z^5/5 + ...), cut where the next term is below half an ulp.
 IAL_INLINE float log_above_one(float s) {
     const int32_t bits = __builtin_bit_cast(int32_t, s) - 0x3f3504f3;
     const float m = __builtin_bit_cast(float, (bits & 0x7fffff) + 0x3f3504f3);
@@ -81,7 +87,9 @@ IAL_INLINE double log_above_one(double s) {
 IAL_INLINE float widen(float x) { return x; }
 IAL_INLINE double widen(double x) { return x; }
 IAL_INLINE float widen(c10::Half x) { return static_cast<float>(x); }
-IAL_INLINE float widen(c10::BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.x) << 16); }
+IAL_INLINE float widen(c10::BFloat16 x) {
+    return __builtin_bit_cast(float, static_cast<uint32_t>(x.x) << 16);
+}
 
 IAL_INLINE void narrow(float x, float* to) { *to = x; }
 IAL_INLINE void narrow(double x, double* to) { *to = x; }
@@ -93,10 +101,11 @@ IAL_INLINE void narrow(float x, c10::BFloat16* to) {
 }
 
 // Half precision goes through F16C where the instruction set has it: compilers leave the conversion scalar.
-#if IAL_F16C
+#if IAL_X86_VECTORS
 IAL_INLINE void widen_lanes(const c10::Half* from, float* to, int lanes) {
     for (int j = 0; j < lanes; j += 8)
-        _mm256_storeu_ps(to + j, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
+        _mm256_storeu_ps(to + j,
+                         _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
 }
 IAL_INLINE void narrow_lanes(const float* from, c10::Half* to, int lanes) {
     for (int j = 0; j < lanes; j += 8)
@@ -114,35 +123,55 @@ IAL_INLINE void narrow_lanes(const A* from, T* to, int lanes) {
     IAL_SIMD for (int j = 0; j < lanes; ++j) narrow(from[j], to + j);
 }
 
-// B pixels of one row of one image, and what the two kernels need of them. Lanes past `count` hold finite values.
+// narrow_lanes past the caches: what is too large for its reader to find there need not be read before it is
+// written.
+template <typename T, typename A>
+IAL_INLINE void stream_lanes(const A* from, T* to, int lanes) {
+#if IAL_X86_VECTORS
+    alignas(kStreamBytes) T narrowed[kStreamBytes / sizeof(T)];
+    constexpr int step = kStreamBytes / sizeof(T);
+    for (int j = 0; j < lanes; j += step) {
+        narrow_lanes(from + j, narrowed, step);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + j), *reinterpret_cast<const __m256i*>(narrowed));
+    }
+#else
+    narrow_lanes(from, to, lanes);
+#endif
+}
+
+IAL_INLINE bool aligned(const void* address) {
+    return reinterpret_cast<uintptr_t>(address) % kStreamBytes == 0;
+}
+
+// B pixels of one row of one image, and what the two kernels need of them. Lanes past `count` hold finite
+// values.
 template <typename T, int B>
 struct Block {
     using A = typename Problem<T>::A;
     using I = typename Problem<T>::I;
 
     const Problem<T>& problem;
-    A* x;  // [C, B]: the logits, after softmax() their exponentials
+    const int classes;
+    A *x, *x_ahead;  // [C, B] each: the logits, after softmax() their exponentials; those of the block after
+                     // this one
     int count = 0;
-    alignas(64) A max[B], sum[B], w[B], logit[B];  // logit: the target's
-    alignas(64) I label[B];                        // the target, -1 where it is ignored
+    bool bad_labels = false;
+    alignas(64) A max[B], max_ahead[B], sum[B], w[B], logit[B];  // logit: the target's
+    alignas(64) I label[B];                                      // the target, -1 where it is no class
 
-    IAL_INLINE Block(const Problem<T>& problem, A* x) : problem(problem), x(x) {}
+    IAL_INLINE Block(const Problem<T>& problem, A* buffer)
+        : problem(problem),
+          classes(static_cast<int>(problem.layout.classes)),
+          x(buffer),
+          x_ahead(buffer + problem.layout.classes * B) {}
 
     IAL_INLINE void load_logits(int64_t n, int64_t p, int pixels) {
-        count = pixels;
         const View& view = problem.layout.logits;
-        const int classes = static_cast<int>(problem.layout.classes);
         const T* from = problem.logits + problem.layout.offset(view, n, p);
+        count = pixels;
         IAL_SIMD for (int j = 0; j < B; ++j) max[j] = -__builtin_inf();
         if (count == B && view.pixel == 1) {
-            for (int c = 0; c < classes; ++c, from += view.channel) {
-                A* row = x + c * B;
-                // The hardware follows fewer streams than there are classes.
-                for (int line = 0; line < B * int(sizeof(T)); line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(from + B) + line);
-                widen_lanes(from, row, B);
-                IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
-            }
+            for (int c = 0; c < classes; ++c) load_row(from + c * view.channel, x + c * B, max);
             return;
         }
         for (int j = 0; j < count; ++j)
@@ -154,104 +183,205 @@ struct Block {
         }
     }
 
-    // The pixel's own weight and its label; a label that is neither a class nor ignore_index is reported and left out.
-    IAL_INLINE void load_target(int64_t n, int64_t p, BadLabels* bad) {
+    IAL_INLINE void load_row(const T* from, A* row, A* max) {
+        widen_lanes(from, row, B);
+        IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
+    }
+
+    template <typename U>
+    IAL_INLINE static void prefetch(const U* lanes) {
+        for (int line = 0; line < B * int(sizeof(U)); line += 64)
+            __builtin_prefetch(reinterpret_cast<const char*>(lanes) + line);
+    }
+
+    // Makes the block loaded ahead the current one.
+    IAL_INLINE void advance() {
+        A* const done = x;
+        x = x_ahead;
+        x_ahead = done;
+        IAL_SIMD for (int j = 0; j < B; ++j) max[j] = max_ahead[j];
+    }
+
+    template <typename L>
+    IAL_INLINE void load_labels(const L* from, int64_t stride) {
+        const int64_t ignore = problem.ignore_index, classes = problem.layout.classes;
+        int bad = 0;
+        if (count == B && stride == 1) {
+            prefetch(from + B);
+            _Pragma("omp simd reduction(| : bad)") for (int j = 0; j < B; ++j) {
+                const int64_t y = from[j];
+                const bool is_class = y >= 0 && y < classes && y != ignore;
+                label[j] = is_class ? static_cast<I>(y) : I(-1);
+                bad |= !is_class && y != ignore;
+            }
+        } else {
+            for (int j = 0; j < B; ++j) {
+                const int64_t y = j < count ? from[j * stride] : ignore;
+                const bool is_class = y >= 0 && y < classes && y != ignore;
+                label[j] = is_class ? static_cast<I>(y) : I(-1);
+                bad |= !is_class && y != ignore;
+            }
+        }
+        bad_labels = bad != 0;
+    }
+
+    // The labels, -1 where they are no class, and each pixel's weight and target logit (0 there).
+    IAL_INLINE void load_target(int64_t n, int64_t p) {
         const View& labels = problem.layout.target;
-        const View& weights = problem.layout.pixel_weight;
         const int64_t first = problem.layout.offset(labels, n, p);
-        const int64_t weight = problem.pixel_weight ? problem.layout.offset(weights, n, p) : 0;
-        for (int j = 0; j < B; ++j) label[j] = -1, w[j] = 0, logit[j] = 0;
+        switch (problem.label) {
+            case Label::kUInt8:
+                load_labels(static_cast<const uint8_t*>(problem.target) + first, labels.pixel);
+                break;
+            case Label::kInt32:
+                load_labels(static_cast<const int32_t*>(problem.target) + first, labels.pixel);
+                break;
+            default:
+                load_labels(static_cast<const int64_t*>(problem.target) + first, labels.pixel);
+        }
+        for (int j = 0; j < B; ++j) {
+            const I y = label[j] < 0 ? 0 : label[j];
+            logit[j] = x[y * B + j];
+            w[j] = label[j] < 0 ? 0 : problem.weight[y];
+        }
+        if (problem.pixel_weight) {
+            const View& weights = problem.layout.pixel_weight;
+            const A* from = problem.pixel_weight + problem.layout.offset(weights, n, p);
+            for (int j = 0; j < count; ++j) w[j] = label[j] < 0 ? 0 : w[j] * from[j * weights.pixel];
+        }
+    }
+
+    // Labels that are neither a class nor ignore_index.
+    IAL_INLINE void report(int64_t n, int64_t p, BadLabels* bad) const {
+        if (!bad_labels) return;
+        const View& labels = problem.layout.target;
+        const int64_t first = problem.layout.offset(labels, n, p);
         for (int j = 0; j < count; ++j) {
             const int64_t y = load_label(problem.target, problem.label, first + j * labels.pixel);
-            if (y == problem.ignore_index) continue;
-            if (y < 0 || y >= problem.layout.classes) {
-                bad->add(y, n, p + j);
-                continue;
-            }
-            label[j] = static_cast<I>(y);
-            logit[j] = x[y * B + j];
-            w[j] = problem.weight ? problem.weight[y] : A(1);
-            if (problem.pixel_weight) w[j] *= problem.pixel_weight[weight + j * weights.pixel];
+            if (label[j] < 0 && y != problem.ignore_index) bad->add(y, n, p + j);
         }
     }
 
-    // sum_c exp(x_c - max), the exponentials left in x where `keep`.
+    // sum_c exp(x_c - max), the exponentials left in x where `keep`. Where `ahead` points to the logits of
+    // the block after this one, they are loaded on the way: memory works while the arithmetic does, and each
+    // line is used as it comes, before the other rows of an image whose rows lie a power of two apart evict
+    // it.
     template <bool keep>
-    IAL_INLINE void softmax() {
-        const int classes = static_cast<int>(problem.layout.classes);
-        IAL_SIMD for (int j = 0; j < B; ++j) sum[j] = 0;
-        for (int c = 0; c < classes; ++c) {
-            A* row = x + c * B;
-            IAL_SIMD for (int j = 0; j < B; ++j) {
-                const A e = exp_nonpositive(row[j] - max[j]);
-                sum[j] += e;
-                if (keep) row[j] = e;
+    IAL_INLINE void softmax(const T* ahead) {
+        IAL_SIMD for (int j = 0; j < B; ++j) {
+            sum[j] = 0;
+            max_ahead[j] = -__builtin_inf();
+        }
+        if (ahead) {
+            const int64_t channel = problem.layout.logits.channel;
+            for (int c = 0; c < classes; ++c) {
+                const int row = c + (kRowsAhead < classes ? kRowsAhead : classes);
+                prefetch(row < classes ? ahead + row * channel : ahead + B + (row - classes) * channel);
+                exponentials<keep>(x + c * B);
+                load_row(ahead + c * channel, x_ahead + c * B, max_ahead);
             }
+        } else {
+            for (int c = 0; c < classes; ++c) exponentials<keep>(x + c * B);
         }
     }
 
-    // stats[levels + 1, kStats] += the block's pixels; the last row takes the ignored ones.
+    template <bool keep>
+    IAL_INLINE void exponentials(A* row) {
+        IAL_SIMD for (int j = 0; j < B; ++j) {
+            const A e = exp_nonpositive(row[j] - max[j]);
+            sum[j] += e;
+            if (keep) row[j] = e;
+        }
+    }
+
+    // stats[levels, kStats] += the block's pixels, in one sweep for each level that occurs among them.
     IAL_INLINE void accumulate(double* stats) {
-        alignas(64) A nll[B], pi[B];
+        alignas(64) A s[B], p2[B], q2[B];
+        alignas(64) I level[B];
         IAL_SIMD for (int j = 0; j < B; ++j) {
             const A shifted = logit[j] - max[j];
-            nll[j] = log_above_one(sum[j]) - shifted;
-            pi[j] = exp_nonpositive(shifted) / sum[j];
+            const A pi = exp_nonpositive(shifted) / sum[j];
+            s[j] = w[j] * (log_above_one(sum[j]) - shifted);
+            p2[j] = pi * pi;
+            q2[j] = (1 - pi) * (1 - pi);
         }
-        for (int j = 0; j < count; ++j) {
-            const int level = label[j] < 0 ? problem.levels : problem.class_levels[label[j]];
-            double* s = stats + level * kStats;
-            s[kS] += w[j] * nll[j];
-            s[kP2] += pi[j] * pi[j];
-            s[kQ2] += (1 - pi[j]) * (1 - pi[j]);
-            s[kCount] += 1;
-            s[kWeight] += w[j];
+        for (int j = 0; j < B; ++j) level[j] = label[j] < 0 ? problem.levels : problem.class_levels[label[j]];
+        for (I k = -1;;) {
+            I next = problem.levels;
+            _Pragma("omp simd reduction(min : next)") for (int j = 0; j < B; ++j) next =
+                level[j] > k && level[j] < next ? level[j] : next;
+            if (next == problem.levels) break;
+            k = next;
+            A sums[kStats] = {};
+            A &ss = sums[kS], &sp = sums[kP2], &sq = sums[kQ2], &sc = sums[kCount], &sw = sums[kWeight];
+            _Pragma("omp simd reduction(+ : ss, sp, sq, sc, sw)") for (int j = 0; j < B; ++j) {
+                const bool here = level[j] == k;
+                ss += here ? s[j] : A(0);
+                sp += here ? p2[j] : A(0);
+                sq += here ? q2[j] : A(0);
+                sc += here ? A(1) : A(0);
+                sw += here ? w[j] : A(0);
+            }
+            for (int i = 0; i < kStats; ++i) stats[k * kStats + i] += sums[i];
         }
     }
 
     // rows: [C, 3], by class the dL/dS, dL/dP2 and dL/dQ2 of its level
     IAL_INLINE void store_gradient(int64_t n, int64_t p, const A* rows) {
-        alignas(64) A ds[B], dp2[B], dq2[B], scale[B], extra[B], g[B];
-        const int classes = static_cast<int>(problem.layout.classes);
+        alignas(64) A ds[B], dp2[B], dq2[B], scale[B], extra[B];
         for (int j = 0; j < B; ++j) {
             const A* row = rows + (label[j] < 0 ? 0 : label[j]) * 3;
-            ds[j] = row[kS], dp2[j] = row[kP2], dq2[j] = row[kQ2];
-            // Ignored pixels have gradient zero whatever their logits are, and 0 * NaN is not.
-            if (label[j] < 0 && sum[j] != sum[j])
-                for (int c = 0; c < classes; ++c) x[c * B + j] = 0;
+            ds[j] = row[kS];
+            dp2[j] = row[kP2];
+            dq2[j] = row[kQ2];
         }
-        const bool exact = problem.exact;
-        IAL_SIMD for (int j = 0; j < B; ++j) {
+        const A cross = problem.cross;
+        int spoilt = 0;
+        _Pragma("omp simd reduction(| : spoilt)") for (int j = 0; j < B; ++j) {
             const A pi = exp_nonpositive(logit[j] - max[j]) / sum[j];
-            const PixelGradient<A> pixel = pixel_gradient(ds[j], dp2[j], dq2[j], w[j], pi, exact);
+            const PixelGradient<A> pixel(ds[j], dp2[j], dq2[j], w[j], pi, cross);
             scale[j] = label[j] < 0 ? 0 : pixel.scale / sum[j];
             extra[j] = label[j] < 0 ? 0 : pixel.extra;
+            spoilt |= label[j] < 0 && sum[j] != sum[j];
         }
+        // Ignored pixels have gradient zero whatever their logits are, and 0 * NaN is not.
+        if (spoilt)
+            for (int j = 0; j < B; ++j)
+                for (int c = 0; label[j] < 0 && c < classes; ++c) x[c * B + j] = 0;
         const View& view = problem.layout.grad;
         T* to = problem.grad + problem.layout.offset(view, n, p);
+        const bool dense = count == B && view.pixel == 1;
+        const bool stream =
+            dense && problem.stream && aligned(to) && view.channel * sizeof(T) % kStreamBytes == 0;
         for (I c = 0; c < classes; ++c) {
             A* row = x + c * B;
-            IAL_SIMD for (int j = 0; j < B; ++j) g[j] = row[j] * scale[j] + (label[j] == c ? extra[j] : A(0));
-            if (count == B && view.pixel == 1)
-                narrow_lanes(g, to + c * view.channel, B);
-            else
-                for (int j = 0; j < B; ++j) row[j] = g[j];
+            if (dense) {
+                alignas(64) A g[B];
+                IAL_SIMD for (int j = 0; j < B; ++j) g[j] =
+                    row[j] * scale[j] + (label[j] == c ? extra[j] : A(0));
+                stream ? stream_lanes(g, to + c * view.channel, B)
+                       : narrow_lanes(g, to + c * view.channel, B);
+            } else {
+                IAL_SIMD for (int j = 0; j < B; ++j) row[j] =
+                    row[j] * scale[j] + (label[j] == c ? extra[j] : A(0));
+            }
         }
-        if (count == B && view.pixel == 1) return;
+        if (dense) return;
         for (int j = 0; j < count; ++j)
             for (int c = 0; c < classes; ++c) narrow(x[c * B + j], to + j * view.pixel + c * view.channel);
     }
 };
 
-// What the two kernels do with a block once its logits and labels are there.
+// What the two kernels do with a block once its logits are there; `ahead` as in softmax().
 struct Reduce {
-    double* stats;  // [levels + 1, kStats]
+    double* stats;  // [levels, kStats]
     BadLabels* bad;
 
     template <typename T, int B>
-    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p) const {
-        block.load_target(n, p, bad);
-        block.template softmax<false>();
+    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
+        block.load_target(n, p);
+        block.report(n, p, bad);
+        block.template softmax<false>(ahead);
         block.accumulate(stats);
     }
 };
@@ -261,47 +391,54 @@ struct Gradient {
     const A* rows;  // [C, 3]
 
     template <typename T, int B>
-    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p) const {
-        BadLabels reported_by_reduce;
-        block.load_target(n, p, &reported_by_reduce);
-        block.template softmax<true>();
+    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
+        block.load_target(n, p);
+        block.template softmax<true>(ahead);
         block.store_gradient(n, p, rows);
     }
 };
 
-// The pixels [begin, end) of image n. Blocks never cross the end of a row or of the range, and a short rest goes in
-// narrow blocks: which lane a pixel falls into depends on the shapes alone, never on the number of threads.
-// buffer: [C, kWide]
+// The pixels [begin, end) of image n. Blocks never cross the end of a row or of the range, and a short rest
+// goes in narrow blocks: which lane a pixel falls into depends on the shapes alone, never on the number of
+// threads. buffer: [2, C, kWide]
 template <typename T, typename Kernel>
-IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end, typename Problem<T>::A* buffer,
-                const Kernel& kernel) {
-    const int64_t row = problem.layout.row;
+IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
+                           typename Problem<T>::A* buffer, const Kernel& kernel) {
+    const Layout& layout = problem.layout;
     for (int64_t p = begin; p < end;) {
-        const int64_t in_row = row - p % row, rest = end - p < in_row ? end - p : in_row;
-        if (rest >= kWide) {
+        const int64_t in_row = layout.row - p % layout.row;
+        const int64_t stop = p + (end - p < in_row ? end - p : in_row);
+        if (stop - p >= kWide) {
             Block<T, kWide> block(problem, buffer);
             block.load_logits(n, p, kWide);
-            kernel.run(block, n, p);
-            p += kWide;
-        } else {
-            const int count = static_cast<int>(rest < kNarrow ? rest : kNarrow);
-            Block<T, kNarrow> block(problem, buffer);
-            block.load_logits(n, p, count);
-            kernel.run(block, n, p);
-            p += count;
+            for (; stop - p >= kWide; p += kWide) {
+                const bool more = stop - p >= 2 * kWide;
+                const bool dense = layout.logits.pixel == 1;
+                kernel.run(
+                    block, n, p,
+                    more && dense ? problem.logits + layout.offset(layout.logits, n, p + kWide) : nullptr);
+                if (more && dense)
+                    block.advance();
+                else if (more)
+                    block.load_logits(n, p + kWide, kWide);
+            }
+        }
+        for (Block<T, kNarrow> block(problem, buffer); p < stop; p += block.count) {
+            block.load_logits(n, p, static_cast<int>(stop - p < kNarrow ? stop - p : kNarrow));
+            kernel.run(block, n, p, static_cast<const T*>(nullptr));
         }
     }
 }
 
 template <typename T>
-IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end, typename Problem<T>::A* buffer,
-            double* stats, BadLabels* bad) {
+IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
+                       typename Problem<T>::A* buffer, double* stats, BadLabels* bad) {
     for_blocks(problem, n, begin, end, buffer, Reduce{stats, bad});
 }
 
 template <typename T>
 IAL_TARGET void gradient(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
-              typename Problem<T>::A* buffer, const typename Problem<T>::A* rows) {
+                         typename Problem<T>::A* buffer, const typename Problem<T>::A* rows) {
     for_blocks(problem, n, begin, end, buffer, Gradient<typename Problem<T>::A>{rows});
 }
 

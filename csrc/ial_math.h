@@ -1,13 +1,15 @@
-// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), shared by host and device code.
+// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), shared by host and device
+// code.
 //
 //   reduce    one read of the logits: per image n and level k five sums, stats[N, g, 5]
 //   combine   stats -> the factors f_t and the loss                          (Eqs. 3-8)
 //   table     stats and the incoming gradient -> table = dL/dstats[N, g, 5]
 //   gradient  one read of the logits, one write of their gradient            (Eqs. 9-19)
 //
-// The loss sees the logits through `stats` alone, so a level's row of `table` is all that a pixel must know of the rest
-// of the batch: alpha, lambda, the normalisations, the reduction and the incoming gradient stay out of the kernels.
-// No torch and no CUDA header here: every struct is plain, every size and stride is in elements.
+// The loss sees the logits through `stats` alone, so a level's row of `table` is all that a pixel must know
+// of the rest of the batch: alpha, lambda, the normalisations, the reduction and the incoming gradient stay
+// out of the kernels. No torch and no CUDA header here: every struct is plain, every size and stride is in
+// elements.
 #pragma once
 
 #include <cstdint>
@@ -20,17 +22,17 @@
 
 namespace ial {
 
-// The five sums of a level. S is w'l of Eqs. 1 and 2; P2 and Q2 are the two values that (pi - M_t)^2 takes in Eq. 3.
-// The other two are the number of pixels and the sum of their weights, constants to the derivative.
+// The five sums of a level. S is w'l of Eqs. 1 and 2; P2 and Q2 are the two values that (pi - M_t)^2 takes in
+// Eq. 3. The other two are the number of pixels and the sum of their weights, constants to the derivative.
 enum Stat : int { kS, kP2, kQ2, kCount, kWeight, kStats };
 
 enum class Reduction : int { kMean, kSum, kNone };
 enum class Label : int { kUInt8, kInt32, kInt64 };
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Layout: where pixel p of image n lies, for tensors (N, C, *spatial) or (N, *spatial) of any stride.
-// Spatial dimensions that every tensor traverses as one are merged, so `outer_rank` is 0 for contiguous and for
-// channels_last tensors; a pixel index then counts along rows of `row` pixels.
+// Spatial dimensions that every tensor traverses as one are merged, so `outer_rank` is 0 for contiguous and
+// for channels_last tensors; a pixel index then counts along rows of `row` pixels.
 
 constexpr int kMaxOuter = 6;
 
@@ -66,29 +68,30 @@ IAL_HD int64_t load_label(const void* target, Label type, int64_t i) {
     }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // One pixel: its gradient is  dL/dX_c = scale p_c + [c = y] extra.
 //
-// With ce = w dL/dS and B = dL/dpi = 2 (pi dL/dP2 - (1 - pi) dL/dQ2), the part of the loss that reaches the pixel through
-// the factors (A of Eq. 16, times what it is multiplied by in Eqs. 10-13):
-//   exact   dL/dX_c = (p_c - [c=y]) (ce - pi B)
-//   paper   dL/dX_c = (p_c - [c=y]) ce + [c=y] pi (1 - pi) B      Eq. 15: dpi/dX has its own channel only
+// With ce = w dL/dS and reach = pi dL/dpi = 2 pi (pi dL/dP2 - (1 - pi) dL/dQ2), the part of the loss that
+// gets to the pixel through the factors (Eq. 16's A, times what multiplies it in Eqs. 10-13):
+//   exact   dL/dX_c = (p_c - [c=y]) (ce - reach)
+//   paper   dL/dX_c = (p_c - [c=y]) ce + [c=y] (1 - pi) reach      Eq. 15: dpi/dX has its own channel only
+// `cross` is 1 for the exact form and 0 for the paper's: whether dpi crosses over to the other channels.
 
 template <typename T>
 struct PixelGradient {
     T scale, extra;
+
+    IAL_HD PixelGradient(T ds, T dp2, T dq2, T w, T pi, T cross) {
+        const T ce = w * ds;
+        const T reach = T(2) * pi * (pi * dp2 - (T(1) - pi) * dq2);
+        scale = ce - cross * reach;
+        extra = reach * (T(1) - (T(1) - cross) * pi) - ce;
+    }
 };
 
-template <typename T>
-IAL_HD PixelGradient<T> pixel_gradient(T ds, T dp2, T dq2, T w, T pi, bool exact) {
-    const T ce = w * ds;
-    const T b = T(2) * (pi * dp2 - (T(1) - pi) * dq2);
-    const T full = ce - pi * b;
-    return exact ? PixelGradient<T>{full, -full} : PixelGradient<T>{ce, pi * (T(1) - pi) * b - ce};
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Combine. The factors of an image come from its own sums, or from those of the whole batch: images [first, last).
+// -------------------------------------------------------------------------------------------------
+// Combine. The factors of an image come from its own sums, or from those of the whole batch: images [first,
+// last).
 
 struct Combine {
     const double* stats;    // [batch, levels, kStats]
@@ -123,7 +126,8 @@ struct Combine {
     }
 };
 
-// What Eq. 3 needs when it is walked from the most important level down: sums over the levels above t, and Z_t.
+// What Eq. 3 needs when it is walked from the most important level down: sums over the levels above t, and
+// Z_t.
 struct Factor {
     double q2_above = 0, count = 0;
     double f = 0, z = 1;
@@ -155,9 +159,11 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
     return chain;
 }
 
-// table[n, k] = dL/dstats[n, k] for the images [first, last), which share their factors. With lead_k = prod_{t<k} F_t,
-// b_t = lead_t T_{t+1} and G_n = dL/dIAL_n (S and T here: sums over n of G_n S_n and G_n T_n):
-//   dL/dS_nk = G_n lead_k,  dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t,  dL/dP2_k = 1/2 b_k lambda_k / Z_k
+// table[n, k] = dL/dstats[n, k] for the images [first, last), which share their factors. With lead_k =
+// prod_{t<k} F_t, b_t = lead_t T_{t+1} and G_n = dL/dIAL_n (S and T here: sums over n of G_n S_n and G_n
+// T_n):
+//   dL/dS_nk = G_n lead_k,  dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t,  dL/dP2_k = 1/2 b_k lambda_k /
+//   Z_k
 // Down the levels, F_t and T_{t+1} / Z_t are left in the rows of image `first`; up again they are used.
 IAL_HD void table(const Combine& c, int64_t first, int64_t last, const double* grad_loss, double total_weight,
                   double* table) {
@@ -170,7 +176,8 @@ IAL_HD void table(const Combine& c, int64_t first, int64_t last, const double* g
         rows[t * kStats + kS] = f;
         rows[t * kStats + kP2] = chain / factor.z;
         double s = 0;
-        for (int64_t n = first; n < last; ++n) s += c.image_gradient(grad_loss, n, total_weight) * c.stat(n, t, kS);
+        for (int64_t n = first; n < last; ++n)
+            s += c.image_gradient(grad_loss, n, total_weight) * c.stat(n, t, kS);
         chain = s + f * chain;
     }
     double lead = 1, dq2 = 0;

@@ -19,7 +19,7 @@ namespace ial {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Checks and translation
 
 int Inputs::levels() const {
@@ -31,11 +31,12 @@ void Inputs::check() const {
     TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: ", logits.scalar_type(),
                      ", expected float64, float32, float16 or bfloat16");
     TORCH_CHECK_VALUE(!class_levels.empty() && logits.size(1) == static_cast<int64_t>(class_levels.size()),
-                      "logits: shape ", logits.sizes(), ", expected (N, C, *spatial) with C = ", class_levels.size(),
+                      "logits: shape ", logits.sizes(),
+                      ", expected (N, C, *spatial) with C = ", class_levels.size(),
                       " classes of the hierarchy");
     for (const int64_t level : class_levels)
-        TORCH_CHECK_VALUE(level >= 0 && level < static_cast<int64_t>(class_levels.size()), "class_levels: level ",
-                          level, ", expected 0 to ", class_levels.size() - 1);
+        TORCH_CHECK_VALUE(level >= 0 && level < static_cast<int64_t>(class_levels.size()),
+                          "class_levels: level ", level, ", expected 0 to ", class_levels.size() - 1);
     const auto expect = [this](const char* name, const Tensor& tensor) {
         bool same = tensor.dim() == logits.dim() - 1 && tensor.size(0) == logits.size(0);
         for (int64_t d = 1; same && d < tensor.dim(); ++d) same = tensor.size(d) == logits.size(d + 1);
@@ -49,8 +50,8 @@ void Inputs::check() const {
     TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target: ", type,
                      ", expected int64, int32 or uint8");
     if (weight) {
-        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1), "weight: shape ", weight->sizes(),
-                          ", expected (", logits.size(1), ",), one per class");
+        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1), "weight: shape ",
+                          weight->sizes(), ", expected (", logits.size(1), ",), one per class");
         TORCH_CHECK_VALUE(weight->device() == logits.device(), "weight: on ", weight->device(), ", expected ",
                           logits.device(), " as logits");
         TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "weight: ", weight->scalar_type(),
@@ -58,18 +59,18 @@ void Inputs::check() const {
     }
     if (pixel_weight) {
         expect("pixel_weight", *pixel_weight);
-        TORCH_CHECK_TYPE(at::isFloatingType(pixel_weight->scalar_type()), "pixel_weight: ",
-                         pixel_weight->scalar_type(), ", expected a floating type");
+        TORCH_CHECK_TYPE(at::isFloatingType(pixel_weight->scalar_type()),
+                         "pixel_weight: ", pixel_weight->scalar_type(), ", expected a floating type");
     }
 }
 
 void Inputs::check_table(const Tensor& table) const {
     TORCH_CHECK_VALUE(table.dim() == 3 && table.size(0) == logits.size(0) && table.size(1) == levels() &&
-                          table.size(2) == kStats && table.is_contiguous() && table.scalar_type() == at::kDouble &&
-                          table.device() == logits.device(),
+                          table.size(2) == kStats && table.is_contiguous() &&
+                          table.scalar_type() == at::kDouble && table.device() == logits.device(),
                       "table: shape ", table.sizes(), " of ", table.scalar_type(), " on ", table.device(),
-                      ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats), ") of Double, contiguous, on ",
-                      logits.device());
+                      ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats),
+                      ") of Double, contiguous, on ", logits.device());
 }
 
 Label Inputs::label() const {
@@ -98,8 +99,8 @@ Layout Inputs::layout(const Tensor& grad) const {
         view.pixel = 1;
     }
 
-    // From the innermost dimension out: one that continues the run of the dimension inside it, in every tensor, is
-    // merged with it.
+    // From the innermost dimension out: one that continues the run of the dimension inside it, in every
+    // tensor, is merged with it.
     const int64_t rank = logits.dim() - 2;
     std::vector<int64_t> sizes;  // innermost first
     std::vector<std::vector<int64_t>> strides(operands.size());
@@ -139,18 +140,19 @@ bool is_exact(std::string_view gradient) {
     return gradient == "exact";
 }
 
-Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
-                     std::string_view factor_normalization, std::string_view factor_scope) {
-    TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats && stats.is_contiguous() &&
-                          stats.scalar_type() == at::kDouble,
-                      "stats: shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ", int(kStats),
-                      ") of Double, contiguous");
+Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                     std::string_view reduction, std::string_view factor_normalization,
+                     std::string_view factor_scope) {
+    TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats &&
+                          stats.is_contiguous() && stats.scalar_type() == at::kDouble,
+                      "stats: shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ",
+                      int(kStats), ") of Double, contiguous");
     TORCH_CHECK_VALUE(static_cast<int64_t>(lambdas.size()) == stats.size(1) - 1, "lambdas: ", lambdas.size(),
                       " values, expected ", stats.size(1) - 1, " for ", stats.size(1), " levels");
-    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction: '", reduction,
-                      "', expected 'mean', 'sum' or 'none'");
-    TORCH_CHECK_VALUE(factor_normalization == "mean" || factor_normalization == "sum", "factor_normalization: '",
-                      factor_normalization, "', expected 'mean' or 'sum'");
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction: '",
+                      reduction, "', expected 'mean', 'sum' or 'none'");
+    TORCH_CHECK_VALUE(factor_normalization == "mean" || factor_normalization == "sum",
+                      "factor_normalization: '", factor_normalization, "', expected 'mean' or 'sum'");
     TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope: '", factor_scope,
                       "', expected 'image' or 'batch'");
     Combine combine{};
@@ -167,7 +169,7 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
     return combine;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Autograd: the derivative of reduce is gradient, that of combine is table; theirs is not written.
 
 namespace {
@@ -176,26 +178,28 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A registered operator, found once.
-#define IAL_OP(name, ...)                                                                                  \
-    inline auto& name##_op() {                                                                             \
-        static auto handle =                                                                               \
+#define IAL_OP(name, ...)                                                                                \
+    inline auto& name##_op() {                                                                           \
+        static auto handle =                                                                             \
             c10::Dispatcher::singleton().findSchemaOrThrow("ial_cuda::" #name, "").typed<__VA_ARGS__>(); \
-        return handle;                                                                                     \
+        return handle;                                                                                   \
     }
 
-IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
-                      int64_t, std::string_view, bool))
-IAL_OP(gradient, Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                        at::IntArrayRef, int64_t, std::string_view))
-IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                       at::IntArrayRef, int64_t, std::string_view))
+IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                      at::IntArrayRef, int64_t, std::string_view, bool))
+IAL_OP(gradient, Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                        const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
+IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                       const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
                                            std::string_view, std::string_view, at::ScalarType))
-IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view, std::string_view,
-                     std::string_view))
+IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view,
+                     std::string_view, std::string_view))
 #undef IAL_OP
 
-OptionalTensor defined(const Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+OptionalTensor defined(const Tensor& tensor) {
+    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
 
 struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
@@ -209,7 +213,8 @@ struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
         ctx->saved_data["ignore_index"] = ignore_index;
         ctx->saved_data["gradient"] = std::string(gradient);
         ctx->saved_data["inplace"] = inplace;
-        return reduce_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, inplace);
+        return reduce_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
+                                inplace);
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -223,19 +228,22 @@ struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
         Tensor grad;
         if (ctx->saved_data["inplace"].toBool()) {
             const at::AutoDispatchBelowAutograd guard;
-            gradient__op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index, gradient);
+            gradient__op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index,
+                                gradient);
             grad = logits.detach();
         } else {
-            grad = gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index, gradient);
+            grad = gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels,
+                                      ignore_index, gradient);
         }
         return {grad, {}, {}, {}, {}, {}, {}, {}};
     }
 };
 
 struct CombineFunction : torch::autograd::Function<CombineFunction> {
-    static variable_list forward(AutogradContext* ctx, const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
-                                 std::string_view reduction, std::string_view factor_normalization,
-                                 std::string_view factor_scope, at::ScalarType dtype) {
+    static variable_list forward(AutogradContext* ctx, const Tensor& stats, at::ArrayRef<double> lambdas,
+                                 double alpha, std::string_view reduction,
+                                 std::string_view factor_normalization, std::string_view factor_scope,
+                                 at::ScalarType dtype) {
         const at::AutoDispatchBelowADInplaceOrView guard;
         ctx->save_for_backward({stats});
         ctx->saved_data["lambdas"] = lambdas.vec();
@@ -251,10 +259,10 @@ struct CombineFunction : torch::autograd::Function<CombineFunction> {
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
         auto& saved = ctx->saved_data;
-        const Tensor grad_stats = table_op().call(
-            ctx->get_saved_variables()[0], grads[0], saved["lambdas"].toDoubleVector(), saved["alpha"].toDouble(),
-            saved["reduction"].toStringRef(), saved["factor_normalization"].toStringRef(),
-            saved["factor_scope"].toStringRef());
+        const Tensor grad_stats =
+            table_op().call(ctx->get_saved_variables()[0], grads[0], saved["lambdas"].toDoubleVector(),
+                            saved["alpha"].toDouble(), saved["reduction"].toStringRef(),
+                            saved["factor_normalization"].toStringRef(), saved["factor_scope"].toStringRef());
         return {grad_stats, {}, {}, {}, {}, {}, {}};
     }
 };
@@ -275,7 +283,8 @@ struct Once : torch::autograd::Function<Once<op>> {
 Tensor reduce_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                        const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
                        std::string_view gradient, bool inplace) {
-    return ReduceFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, inplace);
+    return ReduceFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
+                                 inplace);
 }
 
 std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
@@ -286,16 +295,18 @@ std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<do
     return {outputs[0], outputs[1]};
 }
 
-Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target, const OptionalTensor& weight,
-                         const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                         std::string_view gradient) {
-    return Once<gradient_op>::apply(logits, table, target, weight, pixel_weight, class_levels, ignore_index, gradient);
+Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target,
+                         const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                         at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
+    return Once<gradient_op>::apply(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
+                                    gradient);
 }
 
-Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas, double alpha,
-                      std::string_view reduction, std::string_view factor_normalization,
+Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas,
+                      double alpha, std::string_view reduction, std::string_view factor_normalization,
                       std::string_view factor_scope) {
-    return Once<table_op>::apply(stats, grad_loss, lambdas, alpha, reduction, factor_normalization, factor_scope);
+    return Once<table_op>::apply(stats, grad_loss, lambdas, alpha, reduction, factor_normalization,
+                                 factor_scope);
 }
 
 // What was saved for the backward of another operator, or twice of this one, must not be read after this.
@@ -304,14 +315,16 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
                            at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
     {
         const at::AutoDispatchBelowADInplaceOrView guard;
-        gradient__op().call(logits, table, target, weight, pixel_weight, class_levels, ignore_index, gradient);
+        gradient__op().call(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
+                            gradient);
     }
     torch::autograd::increment_version(logits);
 }
 
 }  // namespace
 
-// reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. `gradient` and `inplace` say how
+// reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. `gradient` and
+// `inplace` say how
 //   it is differentiated.
 // gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.

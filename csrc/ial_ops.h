@@ -10,10 +10,11 @@
 namespace ial {
 
 constexpr const char* kDoubleBackward =
-    "ial_cuda: double backward is not implemented; use backend=\"reference\" where gradients of gradients are needed";
+    "ial_cuda: double backward is not implemented; use backend=\"reference\" where gradients of gradients "
+    "are needed";
 
-// The arguments of reduce and gradient. Throws ValueError or TypeError, naming the argument, what came and what was
-// expected, for whatever a kernel relies on.
+// The arguments of reduce and gradient. Throws ValueError or TypeError, naming the argument, what came and
+// what was expected, for whatever a kernel relies on.
 struct Inputs {
     const at::Tensor& logits;
     const at::Tensor& target;
@@ -32,8 +33,9 @@ struct Inputs {
 };
 
 // The arguments of combine and table, with `stats` and `lambdas` borrowed from the tensor and the list.
-Combine make_combine(const at::Tensor& stats, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
-                     std::string_view factor_normalization, std::string_view factor_scope);
+Combine make_combine(const at::Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                     std::string_view reduction, std::string_view factor_normalization,
+                     std::string_view factor_scope);
 
 bool is_exact(std::string_view gradient);
 

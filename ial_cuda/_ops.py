@@ -21,7 +21,7 @@ _REBUILD = (
 
 
 def _read_build() -> dict[str, Any]:
-    """What setup.py left beside the extension: torch, cuda, torch_cuda, nvcc, arch_list, compiler."""
+    """What setup.py left beside the extension: versions of torch, CUDA, nvcc and compiler, archs, warning."""
     try:
         return json.loads((Path(__file__).parent / "_build.json").read_text())
     except FileNotFoundError:
@@ -29,7 +29,9 @@ def _read_build() -> dict[str, Any]:
 
 
 def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none. Asked first, since a foreign torch shows as an undefined symbol."""
+    """The extension, or why there is none. Versions come first: a foreign torch is an undefined symbol."""
+    if build and build["compiler"] is None:
+        return None, build["warning"]
     if build and (build["torch"], build["torch_cuda"]) != (torch.__version__, torch.version.cuda):
         return None, (
             f"the extension was built for torch {build['torch']} (CUDA {build['torch_cuda']}), but torch "
@@ -38,8 +40,6 @@ def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     try:
         from . import _C
     except ImportError as error:
-        if not build:
-            return None, f"the extension was not built (no C++ compiler when ial_cuda was installed?); {_REBUILD}"
         return None, f"the extension does not load ({error}); {_REBUILD}"
     return _C, None
 
@@ -54,7 +54,10 @@ unavailable: dict[str, str | None] = {
     "reference": None,
 }
 #: The backends for each type of device, best first.
-preference: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+preference: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
 
 
 def describe() -> str:
@@ -68,8 +71,12 @@ def describe() -> str:
     if build:
         kernels = f"nvcc {build['nvcc']} for {', '.join(build['arch_list'])}" if build["cuda"] else "no nvcc"
         lines.append(f"built with torch {build['torch']}, {build['compiler']}, {kernels}")
+        if build["warning"]:
+            lines.append(f"warning of the build: {build['warning']}")
     if torch.cuda.is_available():
-        lines += [f"device cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        lines += [
+            f"device cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+        ]
     lines.append("backends:")
     for backend, reason in unavailable.items():
         detail = f" ({_C.build_info()['cpu']})" if _C and backend == "cpu" else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -59,8 +60,8 @@ def importance_aware_loss(
     """Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), differentiable by ``logits``.
 
     With the sums S_k of the weighted cross-entropy over level k, and f_t = 1/2 sum (M_t + lambda_t)
-    (pi - M_t)^2 / Z_t over the pixels of level t and above (pi the probability of a pixel's own class, M_t 0 at
-    level t and 1 above it), the loss of an image is
+    (pi - M_t)^2 / Z_t over the pixels of level t and above (pi the probability of a pixel's own class, M_t 0
+    at level t and 1 above it), the loss of an image is
 
         IAL = S_0 + (f_0 + alpha) (S_1 + (f_1 + alpha) (S_2 + ...))                             (Eqs. 1 to 8).
 
@@ -72,15 +73,16 @@ def importance_aware_loss(
             is computed in float32.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
         hierarchy: the levels of the C classes, least important first.
-        weight: (C,) class weights w of Eq. 2, a floating dtype; ones if None. See `median_frequency_weights`.
-        pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it is in
-            S_k and in the divisor of the mean, not in f_t.
+        weight: (C,) class weights w of Eq. 2, a floating dtype; ones if None. `median_frequency_weights`
+            counts them.
+        pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it is
+            in S_k and in the divisor of the mean, not in f_t.
         alpha: added to every f_t.
-        lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors.
+        lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors, not negative.
         ignore_index: pixels with this label are left out of everything, and their gradient is 0. It may be a
             class: then that class is left out.
-        reduction: "mean": the images' losses, added, over the summed weight of the valid pixels (0 where that
-            is 0); "sum"; "none": one loss for each image.
+        reduction: "mean": the images' losses, added, over the summed weight of the valid pixels (0 where
+            that is 0); "sum"; "none": one loss for each image.
         factor_normalization: "mean": Z_t is the number of pixels that f_t compares; "sum": Z_t = 1, Eq. 3 to
             the letter, which grows with the image.
         factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch.
@@ -89,9 +91,9 @@ def importance_aware_loss(
         upsample: None; coarse logits are not upsampled in this version.
         backend: "auto" (the best for the device of ``logits``), "cuda", "triton", "cpu" or "reference".
             ``python -m ial_cuda info`` tells which there are.
-        inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their size.
-            Then they are gone, and a backward pass that still needs them raises. "reference" and torch.compile,
-            which plans memory itself, leave them.
+        inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
+            size. Then they are gone, and a backward pass that still needs them raises. "reference" and
+            torch.compile, which plans memory itself, leave them.
         return_components: return ``(loss, Components)``.
         process_group: None; sums over processes are not in this version.
 
@@ -104,8 +106,8 @@ def importance_aware_loss(
             environment has IAL_CUDA_DEBUG=1: then it is the same error, at the price of a synchronisation.
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: the backend asked for is not there; the message says why, and the mend.
-        NotImplementedError: ``upsample`` or ``process_group``; or, later, when the gradient of the gradient is
-            asked for ("reference" has it).
+        NotImplementedError: ``upsample`` or ``process_group``; or, later, when the gradient of the gradient
+            is asked for ("reference" has it).
     """
     _check_options(
         reduction=reduction,
@@ -120,6 +122,8 @@ def importance_aware_loss(
         raise NotImplementedError("process_group is not None: sums over processes are not in this version")
     _check_tensors(logits, target, hierarchy, weight, pixel_weight, inplace)
     lambdas = _per_factor(lambdas, hierarchy)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha!r}, expected a finite number")
     backend = _choose_backend(backend, logits.device)
     check_labels = os.environ.get("IAL_CUDA_DEBUG") == "1" if logits.is_cuda else backend == "reference"
     if check_labels and not torch.compiler.is_compiling():
@@ -215,7 +219,8 @@ class ImportanceAwareLoss(nn.Module):
         )
         if 0 <= ignore_index < hierarchy.num_classes:
             warnings.warn(
-                f"ignore_index is {ignore_index}, a class of the hierarchy: its pixels are left out", stacklevel=2
+                f"ignore_index is {ignore_index}, a class of the hierarchy: its pixels are left out",
+                stacklevel=2,
             )
         self.hierarchy = hierarchy
         self.register_buffer("weight", weight)
@@ -242,7 +247,9 @@ class ImportanceAwareLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        shown = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False))
+        shown = ", ".join(
+            f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False)
+        )
         return f"{self.hierarchy.num_classes} classes, {self.hierarchy.num_levels} levels, {shown}"
 
 
@@ -255,7 +262,7 @@ def validate_target(target: Tensor, num_classes: int, ignore_index: int = 255) -
         ignore_index: the one label outside [0, C) that is allowed.
 
     Raises:
-        ValueError: a label outside [0, C) that is not ``ignore_index``: its value, its position, and how many.
+        ValueError: a label outside [0, C) that is not ``ignore_index``: its value, position, and how many.
     """
     bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
     if bad.any():
@@ -286,7 +293,7 @@ def _check_tensor(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> N
 
 def _check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        raise ValueError(f"{name} requires a gradient, expected a constant: the loss is differentiated by logits only")
+        raise ValueError(f"{name} requires a gradient, expected a constant: only logits are differentiated")
 
 
 def _check_class_weight(weight: Tensor | None, num_classes: int) -> None:
@@ -294,7 +301,9 @@ def _check_class_weight(weight: Tensor | None, num_classes: int) -> None:
         _check_tensor("weight", weight, _LOGITS_DTYPES)
         _check_constant("weight", weight)
         if weight.shape != (num_classes,):
-            raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class")
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class"
+            )
 
 
 def _check_tensors(
@@ -315,10 +324,10 @@ def _check_tensors(
             f"logits has shape {tuple(logits.shape)}, expected (N, C, *spatial) with the C = {num_classes} "
             "classes of hierarchy"
         )
-    expected = (*logits.shape[:1], *logits.shape[2:])
+    expected = tuple(logits.shape[:1] + logits.shape[2:])
     if target.shape != expected:
         raise ValueError(
-            f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {tuple(expected)} "
+            f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {expected} "
             f"for logits {tuple(logits.shape)}"
         )
     if pixel_weight is not None:
@@ -326,7 +335,7 @@ def _check_tensors(
         _check_constant("pixel_weight", pixel_weight)
         if pixel_weight.shape != expected:
             raise ValueError(
-                f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {tuple(expected)}"
+                f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
             )
     for name, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
         if tensor is not None and tensor.device != logits.device:
@@ -337,13 +346,14 @@ def _check_tensors(
 
 def _per_factor(lambdas: float | Sequence[float], hierarchy: Hierarchy) -> tuple[float, ...]:
     factors = hierarchy.num_levels - 1
-    if isinstance(lambdas, int | float):
-        return (float(lambdas),) * factors
-    if len(lambdas) != factors:
+    values = (float(lambdas),) * factors if isinstance(lambdas, int | float) else tuple(map(float, lambdas))
+    if len(values) != factors:
         raise ValueError(
-            f"lambdas has {len(lambdas)} values, expected one, or {factors} for {hierarchy.num_levels} levels"
+            f"lambdas has {len(values)} values, expected one, or {factors} for {hierarchy.num_levels} levels"
         )
-    return tuple(map(float, lambdas))
+    if not all(0 <= value < math.inf for value in values):
+        raise ValueError(f"lambdas is {lambdas!r}, expected finite numbers from 0")
+    return values
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
@@ -353,10 +363,9 @@ def _choose_backend(backend: str, device: torch.device) -> str:
         if best == "reference":
             _warn_once(device.type)
         return best
-    if backend not in (*suitable, "reference"):
-        raise ValueError(
-            f"backend is {backend!r}, expected one of {', '.join(map(repr, ('auto', *suitable)))} for logits on {device}"
-        )
+    if backend not in suitable:
+        expected = ", ".join(map(repr, ("auto", *suitable)))
+        raise ValueError(f"backend is {backend!r}, expected one of {expected} for logits on {device}")
     if _ops.unavailable[backend] is not None:
         raise RuntimeError(f"backend is {backend!r}, which is not there: {_ops.unavailable[backend]}")
     return backend

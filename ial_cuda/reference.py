@@ -31,7 +31,7 @@ def importance_aware_loss(
     factor_scope: str = "image",
     gradient: str = "exact",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g); arguments as `ial_cuda.importance_aware_loss`.
+    """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
     A label that is neither a class nor ``ignore_index`` is left out and makes the loss NaN, with no
     synchronisation. Logits that are not finite give NaN gradients under ignored pixels too, as they do in
@@ -52,9 +52,9 @@ def importance_aware_loss(
     if pixel_weight is not None:
         w = w * pixel_weight.reshape_as(target).to(x.dtype)
 
-    l = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
+    nll = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
     if gradient == "exact":
-        pi = torch.exp(-l)
+        pi = torch.exp(-nll)
     else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
         others = x.detach().scatter(1, y.unsqueeze(1), -torch.inf).logsumexp(1)
         pi = torch.sigmoid(x.gather(1, y.unsqueeze(1)).squeeze(1) - others)
@@ -62,7 +62,7 @@ def importance_aware_loss(
     def total(value: Tensor, where: Tensor) -> Tensor:
         return torch.where(where, value, 0).sum(dim=1)
 
-    S = [total(w * l, level == k) for k in range(g)]  # w'l of Eqs. 1 and 2, each (N,)
+    S = [total(w * nll, level == k) for k in range(g)]  # w'l of Eqs. 1, 2, each (N,)
     count = [(level == k).sum(dim=1) for k in range(g)]
 
     f = []  # Eq. 3, each (N,) or, pooled, (1,)

@@ -57,9 +57,15 @@ def trained_like(target, num_classes, dtype, *, margin=6.0, seed=0):
     """Logits of a network that mostly knows: a margin for a class, right in nine pixels of ten."""
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.rand(target.shape, generator=generator) < 0.1
-    guess = torch.where(wrong | (target >= num_classes), torch.randint(num_classes, target.shape, generator=generator), target)
-    logits = torch.randn((target.shape[0], num_classes, *target.shape[1:]), generator=generator, dtype=torch.float64)
-    return logits.scatter_add_(1, guess.unsqueeze(1).long(), torch.full(guess.shape, margin, dtype=torch.float64).unsqueeze(1)).to(dtype)
+    guess = torch.where(
+        wrong | (target >= num_classes), torch.randint(num_classes, target.shape, generator=generator), target
+    )
+    logits = torch.randn(
+        (target.shape[0], num_classes, *target.shape[1:]), generator=generator, dtype=torch.float64
+    )
+    return logits.scatter_add_(
+        1, guess.unsqueeze(1).long(), torch.full(guess.shape, margin, dtype=torch.float64).unsqueeze(1)
+    ).to(dtype)
 
 
 def camvid_labels(count: int) -> torch.Tensor:
@@ -78,7 +84,9 @@ def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **opt
     leaf = logits.to(device).detach()
     leaf = leaf.requires_grad_() if leaf is not logits else logits.detach().requires_grad_()
     weights = {
-        name: options.pop(name).to(device) for name in ("weight", "pixel_weight") if options.get(name) is not None
+        name: options.pop(name).to(device)
+        for name in ("weight", "pixel_weight")
+        if options.get(name) is not None
     }
     loss, components = importance_aware_loss(
         leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
@@ -109,11 +117,11 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
     """Asserts the error rule against the oracle: no further from the truth than eager PyTorch in the same
     arithmetic, plus a few ulp.
 
-    |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1 ulp of the output. The first is a maximum
-    over the tensor, since an element of the eager result may be right by luck. The second is at the tensor's
-    largest value, since every gradient is a difference (p - 1); in float64 it is 64 ulp, since there the oracle
-    errs as much as what it judges. The third, the rounding of a half-precision gradient, is at the element's own
-    value; beyond the range of float16 that is infinity.
+    |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1 ulp of the output. The first is a
+    maximum over the tensor, since an element of the eager result may be right by luck. The second is at the
+    tensor's largest value, since every gradient is a difference (p - 1); in float64 it is 64 ulp, since there
+    the oracle errs as much as what it judges. The third, the rounding of a half-precision gradient, is at the
+    element's own value; beyond the range of float16 that is infinity.
     """
     expected = truth(logits, target, hierarchy, **options)
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)

@@ -1,4 +1,4 @@
-"""Every backend against the float64 oracle: values, gradients, factors and sums, for every option and layout."""
+"""Every backend against the float64 oracle: loss, gradient, factors and sums, for every option and layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BACKENDS, DTYPES, HIERARCHY, OPTIONS, camvid_labels, check, make_logits, make_target, run, trained_like
+from cases import (
+    BACKENDS,
+    DTYPES,
+    HIERARCHY,
+    OPTIONS,
+    camvid_labels,
+    check,
+    make_logits,
+    make_target,
+    run,
+    trained_like,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +34,9 @@ def options_of(values):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("values", list(itertools.product(*OPTIONS.values())), ids=lambda v: "-".join(map(str, v)))
+@pytest.mark.parametrize(
+    "values", list(itertools.product(*OPTIONS.values())), ids=lambda v: "-".join(map(str, v))
+)
 def test_every_combination_of_options(backend, values):
     options = options_of(values)
     shape = (3, 5, 9, 10)
@@ -62,7 +75,9 @@ LAYOUTS = {
     "channels_last": lambda make: make(2, 5, 20, 37).to(memory_format=torch.channels_last),
     "channels_last_3d": lambda make: make(2, 5, 4, 5, 37).to(memory_format=torch.channels_last_3d),
     "cropped": lambda make: make(2, 5, 23, 90)[..., 1:21, 3:75],
-    "cropped_channels_last": lambda make: make(2, 5, 23, 41).to(memory_format=torch.channels_last)[..., 1:21, 3:40],
+    "cropped_channels_last": lambda make: make(2, 5, 23, 41).to(memory_format=torch.channels_last)[
+        ..., 1:21, 3:40
+    ],
     "transposed": lambda make: make(2, 5, 70, 20).transpose(2, 3),
     "every_other_pixel": lambda make: make(2, 5, 20, 150)[..., ::2],
     "some_channels": lambda make: make(2, 9, 20, 37)[:, 2:7],
@@ -87,7 +102,11 @@ def test_every_layout(backend, dtype, layout):
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 def test_every_target(backend, dtype, strided):
     logits = make_logits((2, 5, 12, 90), torch.float32)
-    target = make_target((2, 12, 180), 5, dtype=dtype)[..., ::2] if strided else make_target((2, 12, 90), 5, dtype=dtype)
+    target = (
+        make_target((2, 12, 180), 5, dtype=dtype)[..., ::2]
+        if strided
+        else make_target((2, 12, 90), 5, dtype=dtype)
+    )
     weights = torch.rand(2, 90, 12, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
     check(backend, logits, target, pixel_weight=weights if strided else weights.contiguous())
 
@@ -122,7 +141,9 @@ def test_camvid(backend, dtype, kind):
     target = camvid_labels(3)
     assert (target == 11).any(), "the images were chosen to have void"
     logits = make_logits((3, 11, 360, 480), dtype) if kind == "random" else trained_like(target, 11, dtype)
-    weight = torch.tensor([0.2793, 0.2017, 4.7865, 0.1490, 1.0, 0.4217, 3.8467, 1.9736, 0.7889, 6.3747, 8.8587])
+    weight = torch.tensor(
+        [0.2793, 0.2017, 4.7865, 0.1490, 1.0, 0.4217, 3.8467, 1.9736, 0.7889, 6.3747, 8.8587]
+    )
     for options in ({}, {"gradient": "paper", "factor_normalization": "sum", "reduction": "none"}):
         check(backend, logits, target, CAMVID, weight=weight, ignore_index=11, **options)
 
@@ -133,7 +154,9 @@ def test_camvid(backend, dtype, kind):
 def test_one_level_is_cross_entropy(backend, reduction, weighted):
     logits = make_logits((3, 19, 21, 33)).requires_grad_()
     target = make_target((3, 21, 33), 19)
-    weight = torch.rand(19, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if weighted else None
+    weight = (
+        torch.rand(19, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) if weighted else None
+    )
     loss, grad, _ = run(backend, logits, target, Hierarchy.flat(19), weight=weight, reduction=reduction)
     expected = F.cross_entropy(logits, target, weight, ignore_index=255, reduction=reduction)
     if reduction == "none":
@@ -172,7 +195,11 @@ def problems(draw):
     classes = draw(st.integers(1, 40))
     levels = draw(st.integers(1, min(classes, 6)))
     order = draw(st.permutations(range(classes)))
-    cuts = sorted(draw(st.sets(st.integers(1, classes - 1), min_size=levels - 1, max_size=levels - 1))) if levels > 1 else []
+    cuts = (
+        sorted(draw(st.sets(st.integers(1, classes - 1), min_size=levels - 1, max_size=levels - 1)))
+        if levels > 1
+        else []
+    )
     hierarchy = Hierarchy([order[a:b] for a, b in zip([0, *cuts], [*cuts, classes], strict=True)])
     shape = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=3)))
     images = draw(st.integers(1, 4))
@@ -187,7 +214,9 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 @given(problem=problems())
 def test_anything(backend, problem):
     logits, target, hierarchy, options = problem
