@@ -192,17 +192,18 @@ struct Call {
     }
 };
 
+// The message of ial_cuda.validate_target.
 [[noreturn]] void throw_bad_labels(const BadLabels& bad, const Inputs& inputs) {
-    std::vector<int64_t> position(inputs.target.dim());
+    std::string position;
     int64_t pixel = bad.pixel;
     for (int64_t d = inputs.target.dim() - 1; d > 0; --d) {
-        position[d] = pixel % inputs.target.size(d);
+        position = ", " + std::to_string(pixel % inputs.target.size(d)) + position;
         pixel /= inputs.target.size(d);
     }
-    position[0] = bad.image;
-    TORCH_CHECK_VALUE(false, "target: ", bad.count, " label(s) outside [0, ", inputs.logits.size(1),
-                      ") that are not ignore_index = ", inputs.ignore_index, ", the first ", bad.label,
-                      " at ", at::IntArrayRef(position));
+    if (position.empty()) position = ",";
+    TORCH_CHECK_VALUE(false, "target has label ", bad.label, " at (", bad.image, position, "), the first of ",
+                      bad.count, " bad pixels, expected labels 0 to ", inputs.logits.size(1) - 1,
+                      " or ignore_index=", inputs.ignore_index);
 }
 
 template <typename T>
@@ -295,9 +296,10 @@ void prefault(const Tensor& tensor) {
 
 Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                   const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                  std::string_view, bool) {
+                  std::string_view gradient, bool) {
     const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
     inputs.check();
+    is_exact(gradient);  // meant for the backward pass, which is late for a complaint
     return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
                                            [&] { return reduce_typed<scalar_t>(inputs); });
 }
@@ -363,7 +365,7 @@ Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<doub
                  std::string_view factor_scope) {
     const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
     const int64_t values = c.reduction == Reduction::kNone ? c.batch : 1;
-    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss: shape ", grad_loss.sizes(), ", expected ",
+    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
                       values, " value(s) for reduction='", reduction, "'");
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     Tensor result = at::empty_like(stats);

@@ -27,40 +27,40 @@ int Inputs::levels() const {
 }
 
 void Inputs::check() const {
-    TORCH_CHECK_VALUE(logits.dim() >= 2, "logits: shape ", logits.sizes(), ", expected (N, C, *spatial)");
-    TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits: ", logits.scalar_type(),
+    TORCH_CHECK_VALUE(logits.dim() >= 2, "logits has shape ", logits.sizes(), ", expected (N, C, *spatial)");
+    TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits has dtype ", logits.scalar_type(),
                      ", expected float64, float32, float16 or bfloat16");
     TORCH_CHECK_VALUE(!class_levels.empty() && logits.size(1) == static_cast<int64_t>(class_levels.size()),
-                      "logits: shape ", logits.sizes(),
+                      "logits has shape ", logits.sizes(),
                       ", expected (N, C, *spatial) with C = ", class_levels.size(),
                       " classes of the hierarchy");
     for (const int64_t level : class_levels)
         TORCH_CHECK_VALUE(level >= 0 && level < static_cast<int64_t>(class_levels.size()),
-                          "class_levels: level ", level, ", expected 0 to ", class_levels.size() - 1);
+                          "class_levels has level ", level, ", expected 0 to ", class_levels.size() - 1);
     const auto expect = [this](const char* name, const Tensor& tensor) {
         bool same = tensor.dim() == logits.dim() - 1 && tensor.size(0) == logits.size(0);
         for (int64_t d = 1; same && d < tensor.dim(); ++d) same = tensor.size(d) == logits.size(d + 1);
-        TORCH_CHECK_VALUE(same, name, ": shape ", tensor.sizes(), ", expected (N, *spatial) of logits ",
+        TORCH_CHECK_VALUE(same, name, " has shape ", tensor.sizes(), ", expected (N, *spatial) of logits ",
                           logits.sizes());
-        TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, ": on ", tensor.device(), ", expected ",
+        TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", expected ",
                           logits.device(), " as logits");
     };
     expect("target", target);
     const auto type = target.scalar_type();
-    TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target: ", type,
+    TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target has dtype ", type,
                      ", expected int64, int32 or uint8");
     if (weight) {
-        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1), "weight: shape ",
+        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == logits.size(1), "weight has shape ",
                           weight->sizes(), ", expected (", logits.size(1), ",), one per class");
-        TORCH_CHECK_VALUE(weight->device() == logits.device(), "weight: on ", weight->device(), ", expected ",
-                          logits.device(), " as logits");
-        TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "weight: ", weight->scalar_type(),
-                         ", expected a floating type");
+        TORCH_CHECK_VALUE(weight->device() == logits.device(), "weight is on ", weight->device(),
+                          ", expected ", logits.device(), " as logits");
+        TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), "weight has dtype ",
+                         weight->scalar_type(), ", expected a floating type");
     }
     if (pixel_weight) {
         expect("pixel_weight", *pixel_weight);
-        TORCH_CHECK_TYPE(at::isFloatingType(pixel_weight->scalar_type()),
-                         "pixel_weight: ", pixel_weight->scalar_type(), ", expected a floating type");
+        TORCH_CHECK_TYPE(at::isFloatingType(pixel_weight->scalar_type()), "pixel_weight has dtype ",
+                         pixel_weight->scalar_type(), ", expected a floating type");
     }
 }
 
@@ -68,7 +68,7 @@ void Inputs::check_table(const Tensor& table) const {
     TORCH_CHECK_VALUE(table.dim() == 3 && table.size(0) == logits.size(0) && table.size(1) == levels() &&
                           table.size(2) == kStats && table.is_contiguous() &&
                           table.scalar_type() == at::kDouble && table.device() == logits.device(),
-                      "table: shape ", table.sizes(), " of ", table.scalar_type(), " on ", table.device(),
+                      "table has shape ", table.sizes(), " of ", table.scalar_type(), " on ", table.device(),
                       ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats),
                       ") of Double, contiguous, on ", logits.device());
 }
@@ -122,7 +122,7 @@ Layout Inputs::layout(const Tensor& grad) const {
     if (sizes.empty()) return layout;
     layout.row = sizes[0];
     layout.outer_rank = static_cast<int>(sizes.size()) - 1;
-    TORCH_CHECK_VALUE(layout.outer_rank <= kMaxOuter, "logits: ", layout.outer_rank + 1,
+    TORCH_CHECK_VALUE(layout.outer_rank <= kMaxOuter, "logits has ", layout.outer_rank + 1,
                       " spatial dimensions that cannot be merged, expected at most ", kMaxOuter + 1,
                       "; pass logits.contiguous()");
     for (size_t i = 0; i < operands.size(); ++i) operands[i].view.pixel = strides[i][0];
@@ -135,7 +135,7 @@ Layout Inputs::layout(const Tensor& grad) const {
 }
 
 bool is_exact(std::string_view gradient) {
-    TORCH_CHECK_VALUE(gradient == "exact" || gradient == "paper", "gradient: '", gradient,
+    TORCH_CHECK_VALUE(gradient == "exact" || gradient == "paper", "gradient is \'", gradient,
                       "', expected 'exact' or 'paper'");
     return gradient == "exact";
 }
@@ -145,15 +145,16 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
                      std::string_view factor_scope) {
     TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats &&
                           stats.is_contiguous() && stats.scalar_type() == at::kDouble,
-                      "stats: shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ",
+                      "stats has shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ",
                       int(kStats), ") of Double, contiguous");
-    TORCH_CHECK_VALUE(static_cast<int64_t>(lambdas.size()) == stats.size(1) - 1, "lambdas: ", lambdas.size(),
-                      " values, expected ", stats.size(1) - 1, " for ", stats.size(1), " levels");
-    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction: '",
+    TORCH_CHECK_VALUE(static_cast<int64_t>(lambdas.size()) == stats.size(1) - 1, "lambdas has ",
+                      lambdas.size(), " values, expected ", stats.size(1) - 1, " for ", stats.size(1),
+                      " levels");
+    TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none", "reduction is \'",
                       reduction, "', expected 'mean', 'sum' or 'none'");
     TORCH_CHECK_VALUE(factor_normalization == "mean" || factor_normalization == "sum",
-                      "factor_normalization: '", factor_normalization, "', expected 'mean' or 'sum'");
-    TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope: '", factor_scope,
+                      "factor_normalization is \'", factor_normalization, "', expected 'mean' or 'sum'");
+    TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope is \'", factor_scope,
                       "', expected 'image' or 'batch'");
     Combine combine{};
     combine.stats = stats.const_data_ptr<double>();

@@ -122,8 +122,9 @@ def importance_aware_loss(
         raise NotImplementedError("process_group is not None: sums over processes are not in this version")
     _check_tensors(logits, target, hierarchy, weight, pixel_weight, inplace)
     lambdas = _per_factor(lambdas, hierarchy)
-    if not math.isfinite(alpha):
+    if not -math.inf < alpha < math.inf:
         raise ValueError(f"alpha is {alpha!r}, expected a finite number")
+    ignore_index = as_int(ignore_index, "ignore_index")
     backend = _choose_backend(backend, logits.device)
     check_labels = os.environ.get("IAL_CUDA_DEBUG") == "1" if logits.is_cuda else backend == "reference"
     if check_labels and not torch.compiler.is_compiling():
@@ -217,6 +218,7 @@ class ImportanceAwareLoss(nn.Module):
             gradient=gradient,
             backend=backend,
         )
+        ignore_index = as_int(ignore_index, "ignore_index")
         if 0 <= ignore_index < hierarchy.num_classes:
             warnings.warn(
                 f"ignore_index is {ignore_index}, a class of the hierarchy: its pixels are left out",
@@ -227,7 +229,7 @@ class ImportanceAwareLoss(nn.Module):
         self.options = {
             "alpha": alpha,
             "lambdas": _per_factor(lambdas, hierarchy),
-            "ignore_index": as_int(ignore_index, "ignore_index"),
+            "ignore_index": ignore_index,
             "reduction": reduction,
             "factor_normalization": factor_normalization,
             "factor_scope": factor_scope,

@@ -1,0 +1,351 @@
+"""The operators as torch sees them: opcheck, torch.compile, autocast, in place, memory, threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo
+from cases import BACKENDS, DTYPES, HIERARCHY, KERNELS, check, device_of, make_logits, make_target, run
+
+from ial_cuda import CITYSCAPES, ImportanceAwareLoss, importance_aware_loss
+
+SPATIAL = (24, 40)
+LAMBDAS = [0.5, 0.5, 0.5]
+LEVELS = list(HIERARCHY.class_levels)
+
+
+def problem(backend, dtype=torch.float32, requires_grad=True):
+    """Logits that are no leaf, so that `inplace` may have them, and their target."""
+    device = device_of(backend)
+    leaf = make_logits((2, 5, *SPATIAL), dtype).to(device).requires_grad_(requires_grad)
+    return leaf, leaf * 1, make_target((2, *SPATIAL), 5).to(device)
+
+
+def op_arguments(device):
+    logits = make_logits((2, 5, *SPATIAL), torch.float32).to(device)
+    target = make_target((2, *SPATIAL), 5).to(device)
+    weight = torch.rand(5, device=device)
+    pixel_weight = torch.rand(2, *SPATIAL, device=device)
+    ops = torch.ops.ial_cuda
+    stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", False)
+    pooled = (LAMBDAS, 1.0, "mean", "mean", "batch")
+    table = ops.table(stats, torch.ones((), device=device), *pooled)
+    rest = (target, weight, pixel_weight, LEVELS, 255)
+    return {
+        "reduce": (ops.reduce, (logits.clone().requires_grad_(), *rest, "exact", False)),
+        "reduce_plain": (
+            ops.reduce,
+            (logits.clone().requires_grad_(), target, None, None, LEVELS, 255, "paper", False),
+        ),
+        "gradient": (ops.gradient, (logits, table, *rest, "exact")),
+        "gradient_": (ops.gradient_, (logits.clone(), table, *rest, "paper")),
+        "combine": (ops.combine, (stats.clone().requires_grad_(), *pooled, torch.float32)),
+        "combine_none": (
+            ops.combine,
+            (stats.clone().requires_grad_(), LAMBDAS, 1.0, "none", "sum", "image", torch.float64),
+        ),
+        "table": (ops.table, (stats, torch.ones((), device=device), *pooled)),
+    }
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] != "triton"])
+@pytest.mark.parametrize(
+    "name", ["reduce", "reduce_plain", "gradient", "gradient_", "combine", "combine_none", "table"]
+)
+def test_opcheck(backend, name):
+    op, arguments = op_arguments(device_of(backend))[name]
+    results = torch.library.opcheck(op.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}, results
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_equals_eager(backend, dynamic):
+    torch._dynamo.reset()
+    device = device_of(backend)
+    criterion = ImportanceAwareLoss(HIERARCHY, torch.rand(5), backend=backend, inplace=True).to(device)
+
+    def step(leaf, target):
+        return criterion(leaf * 1.5, target)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for height in (24, 31):
+        leaf = make_logits((2, 5, height, 40), torch.float32).to(device).requires_grad_()
+        target = make_target((2, height, 40), 5).to(device)
+        loss, expected = compiled(leaf, target), step(leaf, target)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        (expected_grad,) = torch.autograd.grad(expected, leaf)
+        # Inductor does not look into the operators, so theirs is bitwise the eager result.
+        tolerance = dict(rtol=1e-5, atol=1e-9) if backend == "reference" else dict(rtol=0, atol=0)
+        torch.testing.assert_close(loss, expected, **tolerance)
+        torch.testing.assert_close(grad, expected_grad, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(backend):
+    """Half-precision logits of an autocast region go in as they are; the loss is float32."""
+    device = device_of(backend)
+    x = torch.randn(2, 8, *SPATIAL, device=device)
+    head = torch.nn.Conv2d(8, 5, 1, device=device)
+    target = make_target((2, *SPATIAL), 5).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        logits = head(x)
+        loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend)
+    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    outside = importance_aware_loss(logits.detach(), target, HIERARCHY, backend=backend)
+    torch.testing.assert_close(loss, outside, rtol=0, atol=0)
+    loss.backward()
+    assert head.weight.grad.isfinite().all() and head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_double_backward_is_an_error(backend):
+    leaf, logits, target = problem(backend)
+    loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward is not implemented; use backend="):
+        grad.square().sum().backward()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_no_gradient_no_graph(backend):
+    _, logits, target = problem(backend, requires_grad=False)
+    assert not importance_aware_loss(logits, target, HIERARCHY, backend=backend).requires_grad
+    _, logits, target = problem(backend)
+    with torch.no_grad():
+        assert not importance_aware_loss(logits, target, HIERARCHY, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_valid_is_zero_and_connected(backend):
+    leaf, logits, target = problem(backend)
+    loss = importance_aware_loss(logits, torch.full_like(target, 255), HIERARCHY, backend=backend)
+    assert loss.item() == 0
+    loss.backward()
+    assert (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4), (0, 5)], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty(backend, shape, reduction):
+    loss, grad, (f, _, S, count) = run(
+        backend,
+        torch.zeros(shape),
+        torch.zeros((shape[0], *shape[2:]), dtype=torch.int64),
+        reduction=reduction,
+    )
+    assert loss.shape == ((shape[0],) if reduction == "none" else ()) and (loss == 0).all()
+    assert grad.shape == shape
+    assert f.shape == (shape[0], 3) and S.shape == count.shape == (shape[0], 4)
+    assert (f == 0).all() and (S == 0).all() and (count == 0).all()
+
+
+# ---- extreme logits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_huge_logits(backend, dtype):
+    logits = make_logits((2, 5, *SPATIAL), dtype, spread=1.0).sign() * 1e4
+    target = make_target((2, *SPATIAL), 5)
+    loss, grad, _ = run(backend, logits, target)
+    assert loss.isfinite() and grad.isfinite().all()
+    check(backend, logits, target)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("whole_pixel", [False, True], ids=["one", "all"])
+def test_what_is_not_finite_is_where_eager_has_it(backend, dtype, value, whole_pixel):
+    logits = make_logits((2, 5, *SPATIAL), dtype)
+    target = make_target((2, *SPATIAL), 5, ignored=0.0)
+    logits[1, slice(None) if whole_pixel else 2, 3, 4] = value
+    target[1, 3, 4] = 0
+    loss, grad, (f, _, S, _) = run(backend, logits, target, reduction="none")
+    eager_loss, eager_grad, (eager_f, _, eager_S, _) = run("reference", logits, target, reduction="none")
+    for ours, eager in ((loss, eager_loss), (f, eager_f), (S, eager_S), (grad, eager_grad)):
+        assert torch.equal(ours.isnan(), eager.isnan())
+        assert torch.equal(ours.isinf(), eager.isinf())
+    assert grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_ignored_pixels_do_not_count_whatever_they_hold(backend, dtype, value, layout):
+    target = make_target((2, *SPATIAL), 5, ignored=0.3)
+    clean = make_logits((2, 5, *SPATIAL), dtype).contiguous(memory_format=layout)
+    spoilt = (
+        torch.where((target == 255).unsqueeze(1), value, clean).to(dtype).contiguous(memory_format=layout)
+    )
+    loss, grad, _ = run(backend, spoilt, target)
+    expected, expected_grad, _ = run(backend, clean, target)
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, expected_grad)
+    assert (grad.movedim(1, -1)[target == 255] == 0).all()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("spatial", [(), (1,), (61,), (7, 64), (3, 5, 9)], ids=str)
+def test_every_element_is_written(backend, spatial):
+    """In deterministic mode torch fills what is allocated empty with NaN."""
+    logits, target = make_logits((3, 19, *spatial), torch.float32), make_target((3, *spatial), 19)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1000).isnan().all()
+        loss, grad, components = run(backend, logits, target, CITYSCAPES)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert loss.isfinite() and grad.isfinite().all()
+    assert all(value.isfinite().all() for value in components)
+
+
+# ---- in place -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_inplace_is_the_same_gradient_in_the_logits(backend, dtype, layout):
+    _, logits, target = problem(backend, dtype)
+    logits = logits.contiguous(memory_format=layout)
+    (expected,) = torch.autograd.grad(
+        importance_aware_loss(logits, target, HIERARCHY, backend=backend), logits, retain_graph=True
+    )
+    before = logits.detach().clone()
+    loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True)
+    assert torch.equal(logits, before), "between forward and backward the logits are still there"
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert torch.equal(grad, expected)
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inplace_reaches_the_leaf(backend):
+    leaf, logits, target = problem(backend)
+    importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True).backward()
+    copy, logits, target = problem(backend)
+    importance_aware_loss(logits, target, HIERARCHY, backend=backend).backward()
+    assert torch.equal(leaf.grad, copy.grad)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inplace_old_values_raise_later(backend):
+    stale = "modified by an inplace operation"
+    leaf, logits, target = problem(backend)
+    loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=stale):
+        loss.backward()
+
+    leaf, _, target = problem(backend)
+    logits = leaf.exp()  # whose backward reads its result
+    with pytest.raises(RuntimeError, match=stale):
+        importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True).backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_is_not_for_leaves(backend):
+    leaf, _, target = problem(backend)
+    with pytest.raises(ValueError, match="inplace is True, expected False: logits is a leaf"):
+        importance_aware_loss(leaf, target, HIERARCHY, backend=backend, inplace=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inplace_needs_elements_of_their_own(backend):
+    leaf = make_logits((1, 5, *SPATIAL), torch.float32).to(device_of(backend)).requires_grad_()
+    logits = leaf.expand(2, 5, *SPATIAL)
+    target = make_target((2, *SPATIAL), 5).to(device_of(backend))
+    loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True)
+    with pytest.raises(
+        RuntimeError, match="more than one element of the written-to tensor refers to a single"
+    ):
+        loss.backward()
+
+
+# ---- memory, threads, instruction sets ------------------------------------------------------------------
+
+
+def allocated(backend, inplace):
+    """Bytes allocated at the peak beyond what was there, of forward and backward on 1 x 19 x 512 x 1024."""
+    device = device_of(backend)
+    leaf = torch.randn(1, 19, 512, 1024, device=device).requires_grad_()
+    logits, target = leaf * 1, make_target((1, 512, 1024), 19).to(device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        loss = importance_aware_loss(logits, target, CITYSCAPES, backend=backend, inplace=inplace)
+        grad = torch.autograd.grad(loss, logits)
+    del grad
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak, logits.nbytes
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
+def test_memory(backend):
+    peak, logits = allocated(backend, inplace=False)
+    assert logits <= peak < logits + 2**20, "the gradient, and under 1 MiB beside it"
+    peak, _ = allocated(backend, inplace=True)
+    assert peak < 2**20
+    peak, _ = allocated("reference", inplace=False)
+    assert peak > 2 * logits, "else the profiler has missed what it should count"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_same_bits_every_time_and_for_any_number_of_threads(backend, layout):
+    logits = make_logits((2, 19, 200, 333), torch.float32).contiguous(memory_format=layout)
+    target = make_target((2, 200, 333), 19)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                run(
+                    backend,
+                    logits,
+                    target,
+                    CITYSCAPES,
+                    weight=torch.rand(19, generator=torch.Generator().manual_seed(0)),
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad, components in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+        assert all(torch.equal(a, b) for a, b in zip(components, results[0][2], strict=True))
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_narrower_instruction_sets(backend, capability):
+    """The tests of layouts, dtypes and extremes once more, with the kernels of another instruction set."""
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    here = Path(__file__).parent
+    question = "from ial_cuda import _ops; print(_ops._C.build_info()['cpu'])"
+    answer = subprocess.run([sys.executable, "-c", question], env=environment, capture_output=True, text=True)
+    assert answer.stdout.strip() == {"default": "baseline", "avx2": "AVX2"}[capability] or (
+        capability == "avx2" and not torch.cpu._is_avx2_supported()
+    )
+    chosen = "cpu and (layout or dtype_and_rank or number_of_classes or ignored_pixels or not_finite or huge)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    tests = subprocess.run(
+        [*command, str(here / "test_oracle.py"), str(here / "test_ops.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert tests.returncode == 0, tests.stdout[-3000:]
