@@ -138,7 +138,7 @@ struct Chunks {
     int64_t pixels, per_image, count;
 
     Chunks(const Layout& layout, int levels) {
-        constexpr int64_t kElements = 1 << 16, kSumBytes = 1 << 18;
+        constexpr int64_t kElements = 1 << 15, kSumBytes = 1 << 18;
         const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
         const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
         pixels = std::max(kElements / layout.classes, least);
