@@ -440,6 +440,9 @@ template <typename T>
 IAL_TARGET void gradient(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                          typename Problem<T>::A* buffer, const typename Problem<T>::A* rows) {
     for_blocks(problem, n, begin, end, buffer, Gradient<typename Problem<T>::A>{rows});
+#if IAL_X86_VECTORS
+    _mm_sfence();  // streaming stores are ordered by nothing else
+#endif
 }
 
 #undef IAL_INLINE
