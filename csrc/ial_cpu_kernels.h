@@ -143,8 +143,8 @@ IAL_INLINE bool aligned(const void* address) {
     return reinterpret_cast<uintptr_t>(address) % kStreamBytes == 0;
 }
 
-// B pixels of one row of one image, and what the two kernels need of them. Lanes past `count` hold finite
-// values.
+// B pixels of one row of one image, and what the two kernels need of them. Lanes past `count` hold
+// leftovers, under labels that are no class.
 template <typename T, int B>
 struct Block {
     using A = typename Problem<T>::A;
@@ -178,7 +178,6 @@ struct Block {
             for (int c = 0; c < classes; ++c) x[c * B + j] = widen(from[j * view.pixel + c * view.channel]);
         for (int c = 0; c < classes; ++c) {
             A* row = x + c * B;
-            for (int j = count; j < B; ++j) row[j] = 0;
             IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
         }
     }

@@ -1,0 +1,276 @@
+"""What the benchmarks share: inputs, the rule of correctness, clocks, memory, and what a machine is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import ial_cuda
+from ial_cuda import CITYSCAPES, _ops, median_frequency_weights
+
+#: What is measured: a function of the logits. What it returns is freed outside the measured part.
+Step = Callable[[Tensor], object]
+
+IGNORE_INDEX = 255
+#: The classes of the CamVid label maps, void last, as train ids of Cityscapes.
+CAMVID_AS_CITYSCAPES = np.array([10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, IGNORE_INDEX])
+WARM_UP_ROUNDS = 2
+#: More than the L2 cache of any GPU.
+FLUSH_BYTES = 512 << 20
+
+
+class Inputs:
+    """Logits of a network that mostly knows, their label maps, and class weights counted from these.
+
+    The logits are written anew before each measured call: a gradient computed in place destroys them, and in
+    training too they come from the layer before, with their end still in the caches.
+
+    Args:
+        shape: (N, 19, H, W).
+        dtype: of logits and weights.
+        device: of all tensors.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> None:
+        batch, _, height, width = shape
+        labels, self.labels = _label_maps(batch, height, width)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # classes that are in no image
+            weight = median_frequency_weights(labels, CITYSCAPES.num_classes)
+        self.target = labels.to(device)
+        self.weight = weight.to(device, dtype)
+        self.source = _trained_like(labels, CITYSCAPES.num_classes).to(device, dtype)
+        self._written = torch.empty_like(self.source).requires_grad_()
+
+    def logits(self) -> Tensor:
+        """The logits, fresh, as the output of a layer: not a leaf, so that they may be overwritten."""
+        with torch.no_grad():
+            self._written.copy_(self.source)
+        return self._written.view_as(self._written)
+
+
+def _label_maps(batch: int, height: int, width: int) -> tuple[Tensor, str]:
+    """Label maps (N, H, W) int64 in the classes of Cityscapes, and where they come from."""
+    root = os.environ.get("IAL_CAMVID")
+    files = sorted(Path(root, "testannot").glob("*.png"))[:batch] if root else []
+    if files:
+        size = (width, height)
+        maps = [np.asarray(Image.open(file).resize(size, Image.Resampling.NEAREST)) for file in files]
+        return torch.from_numpy(CAMVID_AS_CITYSCAPES[np.resize(maps, (batch, height, width))]), "CamVid"
+    generator = torch.Generator().manual_seed(0)
+    regions = (batch, -(-height // 32), -(-width // 32))
+    labels = torch.randint(CITYSCAPES.num_classes, regions, generator=generator)
+    labels[torch.rand(regions, generator=generator) < 0.08] = IGNORE_INDEX
+    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    return labels[:, :height, :width].contiguous(), "synthetic"
+
+
+def _trained_like(labels: Tensor, num_classes: int) -> Tensor:
+    """Noise, and a margin for one class of each pixel, the right one in nine of ten."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn((labels.shape[0], num_classes, *labels.shape[1:]), generator=generator)
+    wrong = (torch.rand(labels.shape, generator=generator) < 0.1) | (labels == IGNORE_INDEX)
+    guess = torch.where(wrong, torch.randint(num_classes, labels.shape, generator=generator), labels)
+    return logits.scatter_add_(1, guess.unsqueeze(1), torch.full_like(logits[:, :1], 6.0))
+
+
+class Result(NamedTuple):
+    """What a provider computes, on the CPU."""
+
+    loss: Tensor
+    gradient: Tensor
+
+
+def why_refused(result: Result, eager: Result, truth: Result, *, ulps: float = 4) -> str | None:
+    """Why the speed of a result must not be told; None where the result is right.
+
+    Loss and gradient may be no further from the float64 truth than those of eager PyTorch, plus some ulp of
+    eager's arithmetic at the tensor's largest value (each gradient is a difference) and, where the result is
+    of a lower precision than eager's, the rounding of each element.
+    """
+    for name, got, standard, expected in zip(Result._fields, result, eager, truth, strict=True):
+        if got.shape != expected.shape:
+            return f"{name} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+        allowed = (standard.double() - expected).abs().max()
+        allowed = allowed + ulps * torch.finfo(standard.dtype).eps * expected.abs().max()
+        if got.dtype != standard.dtype:
+            allowed = allowed + torch.finfo(got.dtype).eps * expected.abs()
+        error = (got.double() - expected).abs()
+        if not (error <= allowed).all():  # NaN is not
+            return (
+                f"{name} errs by up to {error.max():.3g}, {(error / allowed).max():.3g} times what is allowed"
+            )
+    return None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Median and the 10 % and 90 % quantiles of a step's times, in ms."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+
+def time_interleaved(
+    steps: Mapping[str, Step],
+    make_logits: Callable[[], Tensor],
+    device: str,
+    rounds: int,
+    on_round: Callable[[], None],
+) -> dict[str, Times]:
+    """Times every step once a round, in a new order each round, so that a disturbance meets them all.
+
+    Args:
+        steps: what is timed, by name.
+        make_logits: called before each step, outside the time.
+        device: whose clock counts.
+        rounds: at least 2, after some that do not count.
+        on_round: called after each round, those for warming up included.
+    """
+    stopwatch = {"cpu": _time_cpu, "cuda": _time_cuda}[device]
+    shuffle = random.Random(0).shuffle
+    order = list(steps)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        shuffle(order)
+        for name in order:
+            times[name].append(stopwatch(steps[name], make_logits()))
+        on_round()
+    return {name: _summary(taken[WARM_UP_ROUNDS:]) for name, taken in times.items()}
+
+
+def _time_cpu(step: Step, logits: Tensor) -> float:
+    start = time.perf_counter()
+    result = step(logits)
+    elapsed = time.perf_counter() - start
+    del result  # not before
+    return elapsed * 1e3
+
+
+def _time_cuda(step: Step, logits: Tensor) -> float:
+    """Time on the GPU's clock, from a cold L2 cache.
+
+    To write over that takes the GPU about as long as Python takes to queue a step, so that Python runs ahead,
+    as it does in training.
+    """
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=logits.device).zero_()
+    start.record()
+    result = step(logits)
+    end.record()
+    end.synchronize()
+    del result
+    return start.elapsed_time(end)
+
+
+def _summary(times: Sequence[float]) -> Times:
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Times(*(round(time, 4) for time in (statistics.median(times), deciles[0], deciles[-1])))
+
+
+def peak_bytes(step: Step, logits: Tensor) -> int:
+    """The most memory that the step holds at once beyond what was there before, its results included.
+
+    On the CPU the profiler tells every tensor's allocation and release. Unlike the size of the process that
+    is exact, and does not depend on what the C library keeps for itself; but only tensors are seen.
+    """
+    if logits.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(logits)
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's talk on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(logits)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = [
+            event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"
+        ]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def describe_machine() -> dict[str, Any]:
+    """Hardware and software that a time depends on; nothing that tells whose machine it is."""
+    machine = {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "huge_pages": _huge_pages(),
+        "torch_asks_for_huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ial_cuda": ial_cuda.__version__,
+        "compiler": _ops.build.get("compiler"),
+        "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["cuda"] = torch.version.cuda
+        machine["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return machine
+
+
+def machine_slug(machine: Mapping[str, Any], device: str) -> str:
+    """A name for the folder of a machine's results."""
+    model = machine["gpu" if device == "cuda" else "cpu"]
+    return re.sub(r"[^a-z0-9]+", "-", f"{device} {model}".lower()).strip("-")
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def _huge_pages() -> str | None:
+    """Who gets transparent huge pages on Linux: a large fresh tensor costs several times more without."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return found[1] if found else None
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return output.splitlines()[0]
+
+
+def write_json(file: Path, data: Any) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
