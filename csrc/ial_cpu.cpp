@@ -26,8 +26,8 @@
 namespace ial {
 
 // The pixels of a block, and of the blocks that take a short rest; how many rows of a block are fetched ahead
-// of the one being read; what a streaming store writes.
-constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kStreamBytes = 32;
+// of the one being read; the lanes in which sums are kept; what a streaming store writes.
+constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32;
 
 // Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
 // lane.
@@ -217,11 +217,12 @@ Tensor reduce_typed(const Inputs& inputs) {
     std::vector<BadLabels> bad(chunks.count);
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
         Buffer<typename Call<T>::A> buffer(2 * layout.classes * kWide);
+        Buffer<double> lanes(row * kLanes);
         for (int64_t i = first; i < last; ++i) {
             const int64_t begin = i % chunks.per_image * chunks.pixels;
             const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
-            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), &sums[i * row],
-                         &bad[i]);
+            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), lanes.aligned(),
+                         &sums[i * row], &bad[i]);
         }
     });
 
@@ -259,7 +260,7 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
     const double* by_level = table.const_data_ptr<double>();
     // Backwards, since the caches hold the end of what reduce has read.
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(2 * layout.classes * kWide), rows(3 * layout.classes);
+        Buffer<A> buffer(2 * layout.classes * kWide), rows(3 * problem.levels);
         int64_t image = -1;
         for (int64_t i = last - 1; i >= first; --i) {
             const int64_t n = i / chunks.per_image;
@@ -267,10 +268,10 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
             const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
             if (n != image) {
                 image = n;
-                for (int64_t c = 0; c < layout.classes; ++c)
+                for (int64_t k = 0; k < problem.levels; ++k)
                     for (const Stat s : {kS, kP2, kQ2})
-                        rows.aligned()[c * 3 + s] = static_cast<A>(
-                            by_level[(n * problem.levels + call.class_levels[c]) * kStats + s]);
+                        rows.aligned()[k * 3 + s] =
+                            static_cast<A>(by_level[(n * problem.levels + k) * kStats + s]);
             }
             IAL_DISPATCH(gradient, problem, n, begin, end, buffer.aligned(), rows.aligned());
         }

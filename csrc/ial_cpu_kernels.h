@@ -157,7 +157,7 @@ struct Block {
     int count = 0;
     bool bad_labels = false;
     alignas(64) A max[B], max_ahead[B], sum[B], w[B], logit[B];  // logit: the target's
-    alignas(64) I label[B];                                      // the target, -1 where it is no class
+    alignas(64) I label[B], level[B];                            // the target's, -1 where it is no class
 
     IAL_INLINE Block(const Problem<T>& problem, A* buffer)
         : problem(problem),
@@ -242,6 +242,7 @@ struct Block {
             const I y = label[j] < 0 ? 0 : label[j];
             logit[j] = x[y * B + j];
             w[j] = label[j] < 0 ? 0 : problem.weight[y];
+            level[j] = label[j] < 0 ? -1 : problem.class_levels[y];
         }
         if (problem.pixel_weight) {
             const View& weights = problem.layout.pixel_weight;
@@ -293,10 +294,10 @@ struct Block {
         }
     }
 
-    // stats[levels, kStats] += the block's pixels, in one sweep for each level that occurs among them.
-    IAL_INLINE void accumulate(double* stats) {
-        alignas(64) A s[B], p2[B], q2[B];
-        alignas(64) I level[B];
+    // sums[levels, kStats, kLanes] += the block's pixels, in one sweep for each level between its lowest and
+    // its highest; of most blocks these are the same.
+    IAL_INLINE void accumulate(double* sums) {
+        alignas(64) A s[B], p2[B], q2[B], one[B];
         IAL_SIMD for (int j = 0; j < B; ++j) {
             const A shifted = logit[j] - max[j];
             const A pi = exp_nonpositive(shifted) / sum[j];
@@ -304,32 +305,34 @@ struct Block {
             p2[j] = pi * pi;
             q2[j] = (1 - pi) * (1 - pi);
         }
-        for (int j = 0; j < B; ++j) level[j] = label[j] < 0 ? problem.levels : problem.class_levels[label[j]];
-        for (I k = -1;;) {
-            I next = problem.levels;
-            _Pragma("omp simd reduction(min : next)") for (int j = 0; j < B; ++j) next =
-                level[j] > k && level[j] < next ? level[j] : next;
-            if (next == problem.levels) break;
-            k = next;
-            A sums[kStats] = {};
-            A &ss = sums[kS], &sp = sums[kP2], &sq = sums[kQ2], &sc = sums[kCount], &sw = sums[kWeight];
-            _Pragma("omp simd reduction(+ : ss, sp, sq, sc, sw)") for (int j = 0; j < B; ++j) {
-                const bool here = level[j] == k;
-                ss += here ? s[j] : A(0);
-                sp += here ? p2[j] : A(0);
-                sq += here ? q2[j] : A(0);
-                sc += here ? A(1) : A(0);
-                sw += here ? w[j] : A(0);
-            }
-            for (int i = 0; i < kStats; ++i) stats[k * kStats + i] += sums[i];
+        for (int j = 0; j < B; ++j) one[j] = 1;
+        I lowest = problem.levels, highest = -1;
+        _Pragma("omp simd reduction(min : lowest) reduction(max : highest)") for (int j = 0; j < B; ++j) {
+            lowest = level[j] < lowest ? level[j] : lowest;
+            highest = level[j] > highest ? level[j] : highest;
+        }
+        for (I k = lowest < 0 ? 0 : lowest; k <= highest; ++k) {
+            double* to = sums + k * kStats * kLanes;
+            add(s, k, to + kS * kLanes);
+            add(p2, k, to + kP2 * kLanes);
+            add(q2, k, to + kQ2 * kLanes);
+            add(one, k, to + kCount * kLanes);
+            add(w, k, to + kWeight * kLanes);
         }
     }
 
-    // rows: [C, 3], by class the dL/dS, dL/dP2 and dL/dQ2 of its level
+    IAL_INLINE void add(const A* values, I k, double* to) {
+        alignas(64) A total[kLanes] = {};
+        for (int i = 0; i < B; i += kLanes)
+            IAL_SIMD for (int l = 0; l < kLanes; ++l) total[l] += level[i + l] == k ? values[i + l] : A(0);
+        IAL_SIMD for (int l = 0; l < kLanes; ++l) to[l] += total[l];
+    }
+
+    // rows: [levels, 3], the dL/dS, dL/dP2 and dL/dQ2 of each level
     IAL_INLINE void store_gradient(int64_t n, int64_t p, const A* rows) {
         alignas(64) A ds[B], dp2[B], dq2[B], scale[B], extra[B];
         for (int j = 0; j < B; ++j) {
-            const A* row = rows + (label[j] < 0 ? 0 : label[j]) * 3;
+            const A* row = rows + (level[j] < 0 ? 0 : level[j]) * 3;
             ds[j] = row[kS];
             dp2[j] = row[kP2];
             dq2[j] = row[kQ2];
@@ -373,7 +376,7 @@ struct Block {
 
 // What the two kernels do with a block once its logits are there; `ahead` as in softmax().
 struct Reduce {
-    double* stats;  // [levels, kStats]
+    double* sums;  // [levels, kStats, kLanes]
     BadLabels* bad;
 
     template <typename T, int B>
@@ -381,13 +384,13 @@ struct Reduce {
         block.load_target(n, p);
         block.report(n, p, bad);
         block.template softmax<false>(ahead);
-        block.accumulate(stats);
+        block.accumulate(sums);
     }
 };
 
 template <typename A>
 struct Gradient {
-    const A* rows;  // [C, 3]
+    const A* rows;  // [levels, 3]
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
@@ -429,10 +432,17 @@ IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, 
     }
 }
 
+// stats[levels, kStats] of the range; sums: [levels, kStats, kLanes], a place for them on the way.
 template <typename T>
 IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
-                       typename Problem<T>::A* buffer, double* stats, BadLabels* bad) {
-    for_blocks(problem, n, begin, end, buffer, Reduce{stats, bad});
+                       typename Problem<T>::A* buffer, double* sums, double* stats, BadLabels* bad) {
+    const int64_t rows = int64_t(problem.levels) * kStats;
+    for (int64_t i = 0; i < rows * kLanes; ++i) sums[i] = 0;
+    for_blocks(problem, n, begin, end, buffer, Reduce{sums, bad});
+    for (int64_t i = 0; i < rows; ++i) {
+        stats[i] = 0;
+        for (int l = 0; l < kLanes; ++l) stats[i] += sums[i * kLanes + l];
+    }
 }
 
 template <typename T>
