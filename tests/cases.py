@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import simt
 import torch
 
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
@@ -19,6 +20,8 @@ def _backend(name: str):
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
+
+simt.register()
 
 #: Every backend, those that this machine cannot run skipped with the reason.
 BACKENDS = [_backend(name) for name in _ops.unavailable]

@@ -1,0 +1,496 @@
+// The CUDA kernels. They see plain structs, never a tensor; who launches them, and on what, is not their
+// business (ial_launch.h).
+//
+// A thread owns a tile: V pixels that lie side by side, 16 bytes of a row, and all their classes in
+// registers, B at a time. Where rows cannot be cut into aligned vectors, V is 1 and a pixel lies wherever its
+// strides say. Block b of the `blocks` of an image takes its tiles b, b + blocks, ... in units of kThreads.
+// Which thread adds what depends on the grid alone, and sums are added in a fixed order without atomics, so a
+// result is bitwise the same from run to run.
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include "ial_math.h"
+
+namespace ial {
+namespace gpu {
+
+// Threads of a block and of a warp, and what fits into a kernel's parameters beside the rest of them.
+constexpr int kThreads = 128, kWarp = 32, kMaxClasses = 1024, kMaxLevels = 256;
+
+// -------------------------------------------------------------------------------------------------
+// Numbers: half precision is computed in float
+
+template <typename T>
+struct Arithmetic {
+    using A = float;
+};
+template <>
+struct Arithmetic<double> {
+    using A = double;
+};
+
+#define IAL_D __device__ __forceinline__
+
+IAL_D float widen(float x) { return x; }
+IAL_D double widen(double x) { return x; }
+IAL_D float widen(__half x) { return __half2float(x); }
+IAL_D float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+IAL_D void narrow(float x, float* to) { *to = x; }
+IAL_D void narrow(double x, double* to) { *to = x; }
+IAL_D void narrow(float x, __half* to) { *to = __float2half_rn(x); }
+IAL_D void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
+
+// Of a number and a NaN, the number.
+IAL_D float larger(float a, float b) { return fmaxf(a, b); }
+IAL_D double larger(double a, double b) { return fmax(a, b); }
+IAL_D float smaller(float a, float b) { return fminf(a, b); }
+IAL_D double smaller(double a, double b) { return fmin(a, b); }
+
+IAL_D float exponential(float x) { return expf(x); }
+IAL_D double exponential(double x) { return exp(x); }
+IAL_D float logarithm(float x) { return logf(x); }
+IAL_D double logarithm(double x) { return log(x); }
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
+    T lane[V];
+};
+
+template <typename T, int V>
+IAL_D Pack<T, V> load_pack(const T* from) {
+    Pack<T, V> pack;
+    if constexpr (sizeof(pack) == 16) {
+        const uint4 bits = *reinterpret_cast<const uint4*>(from);
+        __builtin_memcpy(&pack, &bits, sizeof(pack));
+    } else {
+        pack = *reinterpret_cast<const Pack<T, V>*>(from);
+    }
+    return pack;
+}
+
+// Past what the caches keep: nobody reads it again soon.
+template <typename T, int V>
+IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
+    if constexpr (sizeof(pack) == 16) {
+        uint4 bits;
+        __builtin_memcpy(&bits, &pack, sizeof(pack));
+        __stcs(reinterpret_cast<uint4*>(to), bits);
+    } else {
+        *reinterpret_cast<Pack<T, V>*>(to) = pack;
+    }
+}
+
+// Lets the compiler forget that it has widened the lanes of `pack`: it would keep them, in twice the registers
+// that the half-precision lanes take, from one pass over the classes to the next.
+template <typename T, int V>
+IAL_D void forget_widened(Pack<T, V>& pack) {
+    if constexpr (sizeof(T) == 2 && sizeof(pack) == 16) {
+        uint4 bits;
+        __builtin_memcpy(&bits, &pack, sizeof(pack));
+        asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
+        __builtin_memcpy(&pack, &bits, sizeof(pack));
+    }
+}
+
+IAL_D double warp_sum(double value) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    return value;
+}
+
+// -------------------------------------------------------------------------------------------------
+// A tile
+
+template <typename T>
+struct Problem {
+    using A = typename Arithmetic<T>::A;
+
+    Layout layout;
+    const T* logits;
+    const void* target;
+    const A* weight;        // [C], or null for ones
+    const A* pixel_weight;  // or null for ones
+    int64_t ignore_index;
+    Label label;
+    bool dense_labels;  // a tile's labels are one aligned vector
+    int levels;
+    int blocks;  // of an image
+    uint8_t class_levels[kMaxClasses];
+
+    IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
+};
+
+// label[j]: the class of pixel j, -1 where it has none. Returns whether a label is neither a class nor
+// ignore_index.
+template <int V, typename L>
+IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, int64_t ignore, int* label) {
+    Pack<L, V> pack;
+    if (dense) {
+        pack = load_pack<L, V>(from);
+    } else {
+        for (int j = 0; j < V; ++j) pack.lane[j] = from[j * stride];
+    }
+    bool bad = false;
+    for (int j = 0; j < V; ++j) {
+        const int64_t y = pack.lane[j];
+        const bool is_class = y >= 0 && y < classes && y != ignore;
+        label[j] = is_class ? static_cast<int>(y) : -1;
+        bad |= !is_class && y != ignore;
+    }
+    return bad;
+}
+
+// V pixels x up to B classes in registers; more classes take turns. kExact: there are B classes.
+template <typename T_, int V_, int B, bool kExact>
+struct Tile {
+    using T = T_;
+    using A = typename Arithmetic<T>::A;
+    static constexpr int V = V_;
+
+    const Problem<T>& problem;
+    const int64_t image, pixel;  // the first of the tile
+    const int classes;
+    const T* const from;  // its logit of class 0
+    Pack<T, V> x[B];
+    A max[V], sum[V];
+    int label[V];
+    bool bad_label;
+
+    IAL_D Tile(const Problem<T>& problem, int64_t image, int64_t pixel)
+        : problem(problem),
+          image(image),
+          pixel(pixel),
+          classes(kExact ? B : static_cast<int>(problem.layout.classes)),
+          from(problem.logits + problem.layout.offset(problem.layout.logits, image, pixel)) {
+        load_labels();
+        softmax();
+    }
+
+    IAL_D void load_labels() {
+        const View& view = problem.layout.target;
+        const int64_t first = problem.layout.offset(view, image, pixel), ignore = problem.ignore_index;
+        const bool dense = problem.dense_labels;
+        const void* const target = problem.target;
+        switch (problem.label) {
+            case Label::kUInt8:
+                bad_label = classify<V>(static_cast<const uint8_t*>(target) + first, view.pixel, dense,
+                                        classes, ignore, label);
+                break;
+            case Label::kInt32:
+                bad_label = classify<V>(static_cast<const int32_t*>(target) + first, view.pixel, dense,
+                                        classes, ignore, label);
+                break;
+            default:
+                bad_label = classify<V>(static_cast<const int64_t*>(target) + first, view.pixel, dense,
+                                        classes, ignore, label);
+        }
+    }
+
+    // Does `body(i, c)` for each class c that is in x[i] when x holds the classes from `first`.
+    template <typename Body>
+    IAL_D void for_classes(int first, const Body& body) const {
+#pragma unroll
+        for (int i = 0; i < B; ++i)
+            if (kExact || first + i < classes) body(i, first + i);
+    }
+
+    IAL_D void load_logits(int first) {
+        const int64_t channel = problem.layout.logits.channel;
+        for_classes(first, [&](int i, int c) { x[i] = load_pack<T, V>(from + c * channel); });
+    }
+
+    // max_c x_c and sum_c exp(x_c - max). While all logits are -inf, exp(x_c - 0) = 0 stands for their terms:
+    // -inf - -inf would be NaN though a finite logit may follow.
+    IAL_D void softmax() {
+        for (int j = 0; j < V; ++j) {
+            max[j] = -HUGE_VALF;
+            sum[j] = 0;
+        }
+        for (int first = 0; first < classes; first += B) {
+            load_logits(first);
+            A seen[V], shift[V];
+            for (int j = 0; j < V; ++j) seen[j] = max[j];
+            for_classes(first, [&](int i, int) {
+                for (int j = 0; j < V; ++j) max[j] = larger(max[j], widen(x[i].lane[j]));
+            });
+            for (int j = 0; j < V; ++j) {
+                shift[j] = max[j] == -HUGE_VALF ? A(0) : max[j];
+                if (first > 0) sum[j] *= exponential(seen[j] - shift[j]);
+            }
+            for_classes(first, [&](int i, int) {
+                forget_widened(x[i]);
+                for (int j = 0; j < V; ++j) sum[j] += exponential(widen(x[i].lane[j]) - shift[j]);
+            });
+        }
+    }
+
+    // The class of pixel j, or any where it has none.
+    IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
+
+    // x_y - max. x[y] would take the registers' address; the caches still have it.
+    IAL_D A shifted_target(int j) const {
+        const View& view = problem.layout.logits;
+        return widen(from[j * view.pixel + some_class(j) * view.channel]) - max[j];
+    }
+
+    IAL_D A pixel_weight(int j) const {
+        if (!problem.pixel_weight) return 1;
+        const View& view = problem.layout.pixel_weight;
+        return problem.pixel_weight[problem.layout.offset(view, image, pixel) + j * view.pixel];
+    }
+
+    // dL/dX_c = scale p_c + [c = y] extra, with scale = extra = 0 for pixels without a class. An exponential
+    // is never above 1, and bounded by it is never NaN either: where a logit is not finite, the gradient of
+    // such a pixel is still 0, and that of the others is NaN by their scale.
+    IAL_D void store_gradient(T* grad, const A* scale, const A* extra) {
+        const View& view = problem.layout.grad;
+        T* const to = grad + problem.layout.offset(view, image, pixel);
+        for (int first = 0; first < classes; first += B) {
+            if (!kExact && classes > B) load_logits(first);
+            for_classes(first, [&](int i, int c) {
+                Pack<T, V> g;
+                forget_widened(x[i]);
+                for (int j = 0; j < V; ++j) {
+                    const A e = smaller(exponential(widen(x[i].lane[j]) - max[j]), A(1));
+                    narrow(e * scale[j] + (label[j] == c ? extra[j] : A(0)), &g.lane[j]);
+                }
+                store_pack<T, V>(to + c * view.channel, g);
+            });
+        }
+    }
+};
+
+// The rounds of a block, and the first pixel of its thread's tile in each: beyond the image in some threads
+// of the last round.
+template <int V>
+struct Rounds {
+    int64_t count, first, step;
+
+    IAL_D Rounds(const Layout& layout, int blocks, int block) {
+        first = (int64_t(block) * kThreads + threadIdx.x) * V;
+        step = int64_t(blocks) * kThreads * V;
+        count = (layout.pixels + step - 1) / step;
+    }
+    IAL_D int64_t pixel(int64_t round) const { return first + round * step; }
+};
+
+// -------------------------------------------------------------------------------------------------
+// reduce
+
+template <typename A>
+struct ReduceClass {
+    A weight;
+    int level;  // counted from the first one that the block sums
+};
+
+// Sums of pixels of one level in a row, in registers until the level changes: labels come in patches. Then
+// they join the thread's own column of columns[levels, kStats, kThreads] in shared memory.
+template <typename A>
+struct Run {
+    A* const column;
+    int level = -1;
+    A sums[kStats] = {};
+
+    IAL_D explicit Run(A* column) : column(column) {}
+
+    IAL_D void add(int to, A s, A pi, A w) {
+        if (to != level) {
+            flush();
+            level = to;
+        }
+        sums[kS] += s;
+        sums[kP2] += pi * pi;
+        sums[kQ2] += (1 - pi) * (1 - pi);
+        sums[kCount] += 1;
+        sums[kWeight] += w;
+    }
+
+    IAL_D void flush() {
+        for (int s = 0; s < kStats; ++s) {
+            if (level >= 0) column[(level * kStats + s) * kThreads] += sums[s];
+            sums[s] = 0;
+        }
+    }
+};
+
+template <typename A>
+constexpr size_t reduce_shared_bytes(int64_t classes, int levels) {
+    return classes * sizeof(ReduceClass<A>) + size_t(levels) * kStats * kThreads * sizeof(A);
+}
+
+// Grid (images x blocks, groups of levels): what a block has shared memory for are `block_levels` levels, and
+// further groups read the logits again. partial: [images, levels, kStats, blocks]. A label that is neither a
+// class nor ignore_index makes its image's S_0, which no gradient depends on, NaN.
+template <typename Tile>
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
+                  double* partial) {
+    using A = typename Tile::A;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const int first_level = blockIdx.y * block_levels;
+    const int levels =
+        block_levels < problem.levels - first_level ? block_levels : problem.levels - first_level;
+    const int64_t image = blockIdx.x / problem.blocks;
+    const int block = blockIdx.x % problem.blocks;
+
+    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared);
+    for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads)
+        by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
+    A* const columns = reinterpret_cast<A*>(by_class + problem.layout.classes);
+    A* const column = columns + threadIdx.x;
+    for (int slot = 0; slot < levels * kStats; ++slot) column[slot * kThreads] = 0;
+    __syncthreads();
+
+    Run<A> run(column);
+    bool bad_label = false;
+    const Rounds<Tile::V> rounds(problem.layout, problem.blocks, block);
+    for (int64_t round = 0; round < rounds.count; ++round) {
+        if (rounds.pixel(round) >= problem.layout.pixels) break;
+        const Tile tile(problem, image, rounds.pixel(round));
+        bad_label |= tile.bad_label;
+#pragma unroll
+        for (int j = 0; j < Tile::V; ++j) {
+            const ReduceClass<A> its = by_class[tile.some_class(j)];
+            const A shifted = tile.shifted_target(j), w = its.weight * tile.pixel_weight(j);
+            const A s = w * (logarithm(tile.sum[j]) - shifted), pi = exponential(shifted) / tile.sum[j];
+            if (tile.label[j] >= 0 && its.level >= 0 && its.level < levels) run.add(its.level, s, pi, w);
+        }
+    }
+    run.flush();
+    if (bad_label && first_level == 0) column[kS * kThreads] = NAN;
+    __syncthreads();
+
+    const int lane = threadIdx.x % kWarp;
+    for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += kThreads / kWarp) {
+        double total = 0;
+        for (int i = lane; i < kThreads; i += kWarp) total += columns[slot * kThreads + i];
+        total = warp_sum(total);
+        const int64_t row = (image * problem.levels + first_level) * kStats + slot;
+        if (lane == 0) partial[row * problem.blocks + block] = total;
+    }
+}
+
+// One warp for each of the sums: stats[i] = sum over b of partial[i, b]
+inline __global__ void __launch_bounds__(kWarp)
+    sum_kernel(const double* partial, int blocks, double* stats) {
+    const double* const from = partial + int64_t(blockIdx.x) * blocks;
+    double total = 0;
+    for (int b = threadIdx.x; b < blocks; b += kWarp) total += from[b];
+    total = warp_sum(total);
+    if (threadIdx.x == 0) stats[blockIdx.x] = total;
+}
+
+// -------------------------------------------------------------------------------------------------
+// gradient
+
+template <typename A>
+struct alignas(16) GradientClass {
+    A ds, dp2, dq2;  // dL/dstats of its level
+    A weight;
+};
+
+template <typename A>
+constexpr size_t gradient_shared_bytes(int64_t classes) {
+    return classes * sizeof(GradientClass<A>);
+}
+
+// Grid (images x blocks). Images, and the tiles of a block, go backwards: L2 still has what reduce read last.
+// grad may be the logits themselves: a thread reads all of its tile before it writes, or, where classes take
+// turns, each turn before it is overwritten. table: [images, levels, kStats]
+template <typename Tile>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(const __grid_constant__ Problem<typename Tile::T> problem, const double* table,
+                    bool exact, typename Tile::T* grad) {
+    using A = typename Tile::A;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const unsigned index = gridDim.x - 1 - blockIdx.x;
+    const int64_t image = index / problem.blocks;
+
+    auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared);
+    for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads) {
+        const double* const row = table + (image * problem.levels + problem.class_levels[c]) * kStats;
+        by_class[c] = {A(row[kS]), A(row[kP2]), A(row[kQ2]), problem.weight_of(c)};
+    }
+    __syncthreads();
+
+    const Rounds<Tile::V> rounds(problem.layout, problem.blocks, index % problem.blocks);
+    for (int64_t round = rounds.count - 1; round >= 0; --round) {
+        if (rounds.pixel(round) >= problem.layout.pixels) continue;
+        Tile tile(problem, image, rounds.pixel(round));
+        A scale[Tile::V], extra[Tile::V];
+#pragma unroll
+        for (int j = 0; j < Tile::V; ++j) {
+            const GradientClass<A> its = by_class[tile.some_class(j)];
+            const A pi = exponential(tile.shifted_target(j)) / tile.sum[j];
+            const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.pixel_weight(j), pi,
+                                         exact ? A(1) : A(0));
+            scale[j] = tile.label[j] < 0 ? A(0) : pixel.scale / tile.sum[j];
+            extra[j] = tile.label[j] < 0 ? A(0) : pixel.extra;
+        }
+        tile.store_gradient(grad, scale, extra);
+    }
+}
+
+// -------------------------------------------------------------------------------------------------
+// combine and table: one block, a thread an image
+
+struct Lambdas {
+    double value[kMaxLevels - 1];
+};
+
+// The sums that every thread will read, brought nearer where there is room for them.
+IAL_D const double* staged(const Combine& c, bool fits) {
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    if (!fits) return c.stats;
+    double* const near = reinterpret_cast<double*>(ial_shared);
+    for (int64_t i = threadIdx.x; i < c.batch * c.levels * kStats; i += kThreads) near[i] = c.stats[i];
+    __syncthreads();
+    return near;
+}
+
+// f: [N or 1, g - 1]; image_losses: [N]; loss: [N] or [1]
+template <typename L>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, double* f,
+                   double* image_losses, L* loss) {
+    c.lambdas = lambdas.value;
+    c.stats = staged(c, fits);
+    if (c.pool_batch) {
+        if (threadIdx.x == 0) factors(c, 0, c.batch, f);
+        __syncthreads();
+    }
+    for (int64_t n = threadIdx.x; n < c.batch; n += kThreads) {
+        double* const own = c.pool_batch ? f : f + n * (c.levels - 1);
+        if (!c.pool_batch) factors(c, n, n + 1, own);
+        image_losses[n] = image_loss(c, n, own);
+        if (c.reduction == Reduction::kNone) loss[n] = static_cast<L>(image_losses[n]);
+    }
+    __syncthreads();
+    if (c.reduction == Reduction::kNone || threadIdx.x > 0) return;
+    double total = 0;
+    for (int64_t n = 0; n < c.batch; ++n) total += image_losses[n];
+    const double weight = c.reduction == Reduction::kMean ? c.weight() : 1;
+    *loss = static_cast<L>(weight != 0 ? total / weight : 0);
+}
+
+template <typename G>
+__global__ void __launch_bounds__(kThreads)
+    table_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, const G* grad_loss,
+                 double* to) {
+    c.lambdas = lambdas.value;
+    c.stats = staged(c, fits);
+    const double weight = c.weight();
+    if (!c.pool_batch)
+        for (int64_t n = threadIdx.x; n < c.batch; n += kThreads) table(c, n, n + 1, grad_loss, weight, to);
+    else if (threadIdx.x == 0)
+        table(c, 0, c.batch, grad_loss, weight, to);
+}
+
+#undef IAL_D
+
+}  // namespace gpu
+}  // namespace ial
