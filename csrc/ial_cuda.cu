@@ -10,13 +10,14 @@ namespace ial {
 namespace {
 
 class Cuda {
-   public:
+ public:
     explicit Cuda(const at::Tensor& tensor)
         : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {}
 
     int multiprocessors() const {
         int count;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard_.current_device().index()));
+        C10_CUDA_CHECK(
+            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard_.current_device().index()));
         return count;
     }
 
@@ -34,7 +35,7 @@ class Cuda {
         C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
 
-   private:
+ private:
     c10::cuda::CUDAGuard guard_;
     c10::cuda::CUDAStream stream_;
 };

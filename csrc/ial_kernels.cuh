@@ -21,6 +21,10 @@ namespace gpu {
 // Threads of a block and of a warp, and what fits into a kernel's parameters beside the rest of them.
 constexpr int kThreads = 128, kWarp = 32, kMaxClasses = 1024, kMaxLevels = 256;
 
+// Blocks of reduce and gradient that a multiprocessor must hold: it leaves a thread all 255 registers.
+// Without a number the compiler aims at more blocks, at the price of a few spills.
+constexpr int kLeastBlocks = 2;
+
 // -------------------------------------------------------------------------------------------------
 // Numbers: half precision is computed in float
 
@@ -85,8 +89,8 @@ IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
     }
 }
 
-// Lets the compiler forget that it has widened the lanes of `pack`: it would keep them, in twice the registers
-// that the half-precision lanes take, from one pass over the classes to the next.
+// Lets the compiler forget that it has widened the lanes of `pack`: it would keep them, in twice the
+// registers that the half-precision lanes take, from one pass over the classes to the next.
 template <typename T, int V>
 IAL_D void forget_widened(Pack<T, V>& pack) {
     if constexpr (sizeof(T) == 2 && sizeof(pack) == 16) {
@@ -144,8 +148,9 @@ IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, 
     return bad;
 }
 
-// V pixels x up to B classes in registers; more classes take turns. kExact: there are B classes.
-template <typename T_, int V_, int B, bool kExact>
+// V pixels x up to B classes in registers; more classes take turns. The number of classes is never a constant
+// to the compiler: given one, it widens all of them at once and runs out of registers.
+template <typename T_, int V_, int B>
 struct Tile {
     using T = T_;
     using A = typename Arithmetic<T>::A;
@@ -154,7 +159,8 @@ struct Tile {
     const Problem<T>& problem;
     const int64_t image, pixel;  // the first of the tile
     const int classes;
-    const T* const from;  // its logit of class 0
+    const T* const from;    // its logit of class 0
+    const A* const weight;  // its pixel weight, or null
     Pack<T, V> x[B];
     A max[V], sum[V];
     int label[V];
@@ -164,8 +170,11 @@ struct Tile {
         : problem(problem),
           image(image),
           pixel(pixel),
-          classes(kExact ? B : static_cast<int>(problem.layout.classes)),
-          from(problem.logits + problem.layout.offset(problem.layout.logits, image, pixel)) {
+          classes(static_cast<int>(problem.layout.classes)),
+          from(problem.logits + problem.layout.offset(problem.layout.logits, image, pixel)),
+          weight(problem.pixel_weight
+                     ? problem.pixel_weight + problem.layout.offset(problem.layout.pixel_weight, image, pixel)
+                     : nullptr) {
         load_labels();
         softmax();
     }
@@ -195,7 +204,7 @@ struct Tile {
     IAL_D void for_classes(int first, const Body& body) const {
 #pragma unroll
         for (int i = 0; i < B; ++i)
-            if (kExact || first + i < classes) body(i, first + i);
+            if (first + i < classes) body(i, first + i);
     }
 
     IAL_D void load_logits(int first) {
@@ -238,9 +247,7 @@ struct Tile {
     }
 
     IAL_D A pixel_weight(int j) const {
-        if (!problem.pixel_weight) return 1;
-        const View& view = problem.layout.pixel_weight;
-        return problem.pixel_weight[problem.layout.offset(view, image, pixel) + j * view.pixel];
+        return weight ? weight[j * problem.layout.pixel_weight.pixel] : A(1);
     }
 
     // dL/dX_c = scale p_c + [c = y] extra, with scale = extra = 0 for pixels without a class. An exponential
@@ -250,7 +257,7 @@ struct Tile {
         const View& view = problem.layout.grad;
         T* const to = grad + problem.layout.offset(view, image, pixel);
         for (int first = 0; first < classes; first += B) {
-            if (!kExact && classes > B) load_logits(first);
+            if (classes > B) load_logits(first);
             for_classes(first, [&](int i, int c) {
                 Pack<T, V> g;
                 forget_widened(x[i]);
@@ -326,7 +333,7 @@ constexpr size_t reduce_shared_bytes(int64_t classes, int levels) {
 // further groups read the logits again. partial: [images, levels, kStats, blocks]. A label that is neither a
 // class nor ignore_index makes its image's S_0, which no gradient depends on, NaN.
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
                   double* partial) {
     using A = typename Tile::A;
@@ -375,8 +382,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // One warp for each of the sums: stats[i] = sum over b of partial[i, b]
-inline __global__ void __launch_bounds__(kWarp)
-    sum_kernel(const double* partial, int blocks, double* stats) {
+static __global__ void __launch_bounds__(kWarp) sum_kernel(const double* partial, int blocks, double* stats) {
     const double* const from = partial + int64_t(blockIdx.x) * blocks;
     double total = 0;
     for (int b = threadIdx.x; b < blocks; b += kWarp) total += from[b];
@@ -402,7 +408,7 @@ constexpr size_t gradient_shared_bytes(int64_t classes) {
 // grad may be the logits themselves: a thread reads all of its tile before it writes, or, where classes take
 // turns, each turn before it is overwritten. table: [images, levels, kStats]
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
     gradient_kernel(const __grid_constant__ Problem<typename Tile::T> problem, const double* table,
                     bool exact, typename Tile::T* grad) {
     using A = typename Tile::A;
@@ -478,9 +484,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename G>
-__global__ void __launch_bounds__(kThreads)
-    table_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, const G* grad_loss,
-                 double* to) {
+__global__ void __launch_bounds__(kThreads) table_kernel(Combine c, const __grid_constant__ Lambdas lambdas,
+                                                         bool fits, const G* grad_loss, double* to) {
     c.lambdas = lambdas.value;
     c.stats = staged(c, fits);
     const double weight = c.weight();

@@ -29,6 +29,9 @@ using OptionalTensor = std::optional<Tensor>;
 // The shared memory that a block has without asking for more.
 constexpr size_t kSharedBytes = 48 << 10;
 
+// Classes that a tile keeps in registers at most.
+constexpr int kMostInRegisters = 32;
+
 template <typename T>
 struct Native {
     using type = T;
@@ -55,8 +58,8 @@ inline bool aligned(const void* address, size_t bytes) {
 
 // Whether each run of `lanes` pixels lies side by side, at a multiple of `lanes` elements from the start.
 inline bool in_vectors(const Layout& layout, const View& view, int64_t lanes) {
-    bool fits = view.pixel == 1 && layout.row % lanes == 0 && view.batch % lanes == 0 &&
-                view.channel % lanes == 0;
+    bool fits =
+        view.pixel == 1 && layout.row % lanes == 0 && view.batch % lanes == 0 && view.channel % lanes == 0;
     for (int d = 0; d < layout.outer_rank; ++d) fits = fits && view.outer[d] % lanes == 0;
     return fits;
 }
@@ -92,26 +95,27 @@ struct Call {
         vectors = in_vectors(layout, layout.logits, kLanes) && in_vectors(layout, layout.grad, kLanes) &&
                   aligned(problem.logits, 16) && aligned(grad.const_data_ptr(), 16);
         const int64_t lanes = vectors ? kLanes : 1;
-        problem.dense_labels = in_vectors(layout, layout.target, lanes) &&
-                               aligned(problem.target, std::min<size_t>(16, lanes * inputs.target.itemsize()));
+        problem.dense_labels =
+            in_vectors(layout, layout.target, lanes) &&
+            aligned(problem.target, std::min<size_t>(16, lanes * inputs.target.itemsize()));
     }
 
-    // Calls `launch` with the Tile that fits the number of classes and the layout.
+    // Runs `launch` with the Tile that fits the number of classes and the layout.
     template <typename Launch>
     void with_tile(const Launch& launch) const {
-        const int64_t classes = problem.layout.classes;
-        if (!vectors) {
-            if (classes <= 8) return launch.template run<Tile<T, 1, 8, false>>();
-            return launch.template run<Tile<T, 1, 32, false>>();
-        }
-        if (classes == 11) return launch.template run<Tile<T, kLanes, 11, true>>();
-        if (classes == 19) return launch.template run<Tile<T, kLanes, 19, true>>();
-        if (classes == 21) return launch.template run<Tile<T, kLanes, 21, true>>();
-        if (classes <= 4) return launch.template run<Tile<T, kLanes, 4, false>>();
-        if (classes <= 8) return launch.template run<Tile<T, kLanes, 8, false>>();
-        if (classes <= 16) return launch.template run<Tile<T, kLanes, 16, false>>();
-        if (classes <= 24) return launch.template run<Tile<T, kLanes, 24, false>>();
-        return launch.template run<Tile<T, kLanes, 32, false>>();
+        if (vectors)
+            with_room_for<kLanes, 4>(launch);
+        else if (problem.layout.classes <= 8)
+            launch.template run<Tile<T, 1, 8>>();
+        else
+            launch.template run<Tile<T, 1, kMostInRegisters>>();
+    }
+
+    template <int V, int B, typename Launch>
+    void with_room_for(const Launch& launch) const {
+        if constexpr (B < kMostInRegisters)
+            if (problem.layout.classes > B) return with_room_for<V, B + 4>(launch);
+        launch.template run<Tile<T, V, B>>();
     }
 
     // How many blocks an image gets: together they fill the device once, and none is idle.
@@ -201,12 +205,12 @@ struct Operators {
         const auto options = logits.options().dtype(at::kDouble);
         if (logits.numel() == 0) return at::zeros(shape, options);
         const Tensor stats = at::empty(shape, options);
-        AT_DISPATCH_FLOATING_TYPES_AND2(
-            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce", [&] {
-                using T = typename Native<scalar_t>::type;
-                Call<T> call(inputs, logits);
-                call.with_tile(Reduce<T, Launcher>{launcher, call, stats});
-            });
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
+                                        [&] {
+                                            using T = typename Native<scalar_t>::type;
+                                            Call<T> call(inputs, logits);
+                                            call.with_tile(Reduce<T, Launcher>{launcher, call, stats});
+                                        });
         return stats;
     }
 

@@ -183,13 +183,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A registered operator, found once.
-#define IAL_OP(name, ...)                                                               \
-    inline auto& name##_op() {                                                          \
-        static auto handle =                                                            \
-            c10::Dispatcher::singleton()                                                \
-                .findSchemaOrThrow(C10_STRINGIZE(IAL_LIBRARY) "::" #name, "")           \
-                .typed<__VA_ARGS__>();                                                  \
-        return handle;                                                                  \
+#define IAL_OP(name, ...)                                                                      \
+    inline auto& name##_op() {                                                                 \
+        static auto handle = c10::Dispatcher::singleton()                                      \
+                                 .findSchemaOrThrow(C10_STRINGIZE(IAL_LIBRARY) "::" #name, "") \
+                                 .typed<__VA_ARGS__>();                                        \
+        return handle;                                                                         \
     }
 
 IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,

@@ -16,7 +16,7 @@ namespace {
 
 // A device so small that blocks take several rounds and images several blocks.
 class Simt {
-   public:
+ public:
     explicit Simt(const at::Tensor&) {}
 
     int multiprocessors() const { return 2; }
