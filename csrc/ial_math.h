@@ -50,6 +50,9 @@ struct Layout {
         if (outer_rank == 0) return n * view.batch + p * view.pixel;
         int64_t offset = n * view.batch + p % row * view.pixel;
         int64_t r = p / row;
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
         for (int d = outer_rank - 1; d >= 0; --d) {
             offset += r % outer[d] * view.outer[d];
             r /= outer[d];

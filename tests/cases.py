@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -81,6 +82,16 @@ def camvid_labels(count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image.open(file)) for file in files]))
 
 
+@contextlib.contextmanager
+def poisoned():
+    """Memory that nothing has been written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
     """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
     device = device_of(backend)
@@ -91,11 +102,12 @@ def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **opt
         for name in ("weight", "pixel_weight")
         if options.get(name) is not None
     }
-    loss, components = importance_aware_loss(
-        leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
-    )
-    upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
-    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    with poisoned():
+        loss, components = importance_aware_loss(
+            leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
+        )
+        upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
+        (grad,) = torch.autograd.grad(loss, leaf, upstream)
     return loss.detach().cpu(), grad.cpu(), tuple(value.cpu() for value in components)
 
 

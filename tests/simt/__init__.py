@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def load() -> None:
         is_python_module=False,
         with_cuda=False,
     )
+
+
+def sanitizer_library(name: str) -> str:
+    """The runtime of a sanitizer, which must be loaded before Python; skips where the compiler has none."""
+    command = [cpp_extension.get_cxx_compiler(), f"-print-file-name=lib{name}.so"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(path):
+        pytest.skip(f"simt: the compiler has no lib{name}.so")
+    return os.path.realpath(path)
 
 
 def register() -> None:

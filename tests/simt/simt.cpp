@@ -33,13 +33,16 @@ class Simt {
     }
 };
 
-void skip_barrier(int64_t line) { simt::skipped_line = static_cast<int>(line); }
+void disturb(int64_t skipped_line, bool descending) {
+    simt::skipped_line = static_cast<int>(skipped_line);
+    simt::turn = descending;
+}
 
 }  // namespace
 
 const char* cpu_instruction_set() { return "simt"; }
 
 TORCH_LIBRARY_IMPL(ial_simt, CPU, m) { gpu::Operators<Simt>::implement(m); }
-TORCH_LIBRARY_FRAGMENT(ial_simt, m) { m.def("skip_barrier(int line) -> ()", skip_barrier); }
+TORCH_LIBRARY_FRAGMENT(ial_simt, m) { m.def("disturb(int skipped_line, bool descending) -> ()", disturb); }
 
 }  // namespace ial

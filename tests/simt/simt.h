@@ -45,6 +45,13 @@ inline float __half2float(__half x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
+// As wrong as PTX allows it to be, one way or the other.
+inline float ex2_approx_ftz(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(x));
+    const float e = std::exp2(x) * (x == 0 ? 1 : bits % 2 ? 1 + 0x1p-22f : 1 - 0x1p-22f);
+    return e < 0x1p-126f ? 0 : e;
+}
 inline void __stcs(uint4* to, uint4 value) { *to = value; }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -84,15 +91,16 @@ inline Block block;
 inline int skipped_line = 0;  // a __syncthreads() that is left out, to see whether a test fails
 inline unsigned turn = 0;     // blocks start their threads in ascending and in descending order in turn
 
+// The last to arrive yields too, so that the threads go on in the block's order.
 inline void wait(Barrier& barrier, int threads) {
+    const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
         barrier.arrived = 0;
         ++barrier.generation;
         block.progress = true;
-        return;
     }
-    for (const int generation = barrier.generation; barrier.generation == generation;)
-        swapcontext(&block.fibres[block.current].context, &block.scheduler);
+    do swapcontext(&block.fibres[block.current].context, &block.scheduler);
+    while (barrier.generation == generation);
 }
 
 inline void syncthreads(int line) {
