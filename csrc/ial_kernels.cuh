@@ -61,8 +61,9 @@ IAL_D double larger(double a, double b) { return fmax(a, b); }
 IAL_D float smaller(float a, float b) { return fminf(a, b); }
 IAL_D double smaller(double a, double b) { return fmin(a, b); }
 
-// For x <= 0. The rounding of the product is an error of |x| half ulp, but then e^x is small beside the 1 that
-// the softmax of a pixel always has. expf would cost four times the instructions, and more than the memory.
+// For x <= 0. The rounding of the product is an error of |x| half ulp, but then e^x is small beside the 1
+// that the softmax of a pixel always has. expf would cost four times the instructions, and more than the
+// memory.
 IAL_D float exponential(float x) { return ex2_approx_ftz(x * 1.44269504f); }
 IAL_D double exponential(double x) { return exp(x); }
 IAL_D float logarithm(float x) { return logf(x); }
@@ -130,7 +131,8 @@ struct Problem {
     Label label;
     bool dense_labels;  // a tile's labels are one aligned vector
     int levels;
-    int blocks;  // of an image
+    int blocks;   // of an image
+    bool staged;  // channels lie side by side, and pixels too: see Slab
     uint8_t class_levels[kMaxClasses];
 
     IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
@@ -168,18 +170,20 @@ struct Tile {
     const int64_t image, pixel;  // the first of the tile
     const int classes;
     const T* const from;    // its logit of class 0
+    const int64_t channel;  // from there to the next class
     const A* const weight;  // its pixel weight, or null
     Pack<T, V> x[B];
     A max[V], sum[V];
     int label[V];
     bool bad_label;
 
-    IAL_D Tile(const Problem<T>& problem, int64_t image, int64_t pixel)
+    IAL_D Tile(const Problem<T>& problem, int64_t image, int64_t pixel, const T* from, int64_t channel)
         : problem(problem),
           image(image),
           pixel(pixel),
           classes(static_cast<int>(problem.layout.classes)),
-          from(problem.logits + problem.layout.offset(problem.layout.logits, image, pixel)),
+          from(from),
+          channel(channel),
           weight(problem.pixel_weight
                      ? problem.pixel_weight + problem.layout.offset(problem.layout.pixel_weight, image, pixel)
                      : nullptr) {
@@ -216,7 +220,6 @@ struct Tile {
     }
 
     IAL_D void load_logits(int first) {
-        const int64_t channel = problem.layout.logits.channel;
         for_classes(first, [&](int i, int c) { x[i] = load_pack<T, V>(from + c * channel); });
     }
 
@@ -249,10 +252,7 @@ struct Tile {
     IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
 
     // x_y - max. x[y] would take the registers' address; the caches still have it.
-    IAL_D A shifted_target(int j) const {
-        const View& view = problem.layout.logits;
-        return widen(from[j * view.pixel + some_class(j) * view.channel]) - max[j];
-    }
+    IAL_D A shifted_target(int j) const { return widen(from[j + some_class(j) * channel]) - max[j]; }
 
     IAL_D A pixel_weight(int j) const {
         return weight ? weight[j * problem.layout.pixel_weight.pixel] : A(1);
@@ -261,9 +261,7 @@ struct Tile {
     // dL/dX_c = scale p_c + [c = y] extra, with scale = extra = 0 for pixels without a class. An exponential
     // is never above 1, and bounded by it is never NaN either: where a logit is not finite, the gradient of
     // such a pixel is still 0, and that of the others is NaN by their scale.
-    IAL_D void store_gradient(T* grad, const A* scale, const A* extra) {
-        const View& view = problem.layout.grad;
-        T* const to = grad + problem.layout.offset(view, image, pixel);
+    IAL_D void store_gradient(T* to, int64_t to_channel, const A* scale, const A* extra) {
         for (int first = 0; first < classes; first += B) {
             if (classes > B) load_logits(first);
             for_classes(first, [&](int i, int c) {
@@ -273,11 +271,52 @@ struct Tile {
                     const A e = smaller(exponential(widen(x[i].lane[j]) - max[j]), A(1));
                     narrow(e * scale[j] + (label[j] == c ? extra[j] : A(0)), &g.lane[j]);
                 }
-                store_pack<T, V>(to + c * view.channel, g);
+                store_pack<T, V>(to + c * to_channel, g);
             });
         }
     }
 };
+
+// Channels-last logits: the 32 pixels of a warp lie in one piece, which its lanes carry to and from shared
+// memory, element by element in order. Straight from global memory each lane would read and write a line of
+// its own. slab: [kWarp, classes], one of those of the block's warps
+template <typename T>
+struct Slab {
+    T* const slab;
+    const int classes, lane;
+
+    IAL_D Slab(unsigned char* shared, int64_t classes)
+        : slab(reinterpret_cast<T*>(shared) + threadIdx.x / kWarp * kWarp * classes),
+          classes(static_cast<int>(classes)),
+          lane(threadIdx.x % kWarp) {}
+
+    IAL_D T* own() const { return slab + lane * classes; }
+
+    // Elements of the warp's pixels that are in the image; `pixel` is the lane's own.
+    IAL_D int64_t first(int64_t pixel) const { return (pixel - lane) * classes; }
+    IAL_D int count(int64_t pixel, int64_t pixels) const {
+        const int64_t rest = pixels - (pixel - lane);
+        return classes * static_cast<int>(rest < 0 ? 0 : rest < kWarp ? rest : kWarp);
+    }
+
+    // `image`: the first element of an image. Whatever the lanes did in the slab before is done.
+    IAL_D void load(const T* image, int64_t pixel, int64_t pixels) const {
+        __syncwarp();
+        const int elements = count(pixel, pixels);
+        for (int i = lane; i < elements; i += kWarp) slab[i] = image[first(pixel) + i];
+        __syncwarp();
+    }
+    IAL_D void store(T* image, int64_t pixel, int64_t pixels) const {
+        __syncwarp();
+        const int elements = count(pixel, pixels);
+        for (int i = lane; i < elements; i += kWarp) image[first(pixel) + i] = slab[i];
+    }
+};
+
+template <typename T>
+constexpr size_t slab_bytes(int64_t classes) {
+    return kThreads * classes * sizeof(T);
+}
 
 // The rounds of a block, and the first pixel of its thread's tile in each: beyond the image in some threads
 // of the last round.
@@ -344,6 +383,7 @@ template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
                   double* partial) {
+    using T = typename Tile::T;
     using A = typename Tile::A;
     extern __shared__ __align__(16) unsigned char ial_shared[];
     const int first_level = blockIdx.y * block_levels;
@@ -352,7 +392,9 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const int64_t image = blockIdx.x / problem.blocks;
     const int block = blockIdx.x % problem.blocks;
 
-    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared);
+    const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
+    const Slab<T> slab(ial_shared, problem.layout.classes);
+    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared + slabs);
     for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads)
         by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
     A* const columns = reinterpret_cast<A*>(by_class + problem.layout.classes);
@@ -363,9 +405,15 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     Run<A> run(column);
     bool bad_label = false;
     const Rounds<Tile::V> rounds(problem.layout, problem.blocks, block);
+    const View& view = problem.layout.logits;
     for (int64_t round = 0; round < rounds.count; ++round) {
-        if (rounds.pixel(round) >= problem.layout.pixels) break;
-        const Tile tile(problem, image, rounds.pixel(round));
+        const int64_t pixel = rounds.pixel(round);
+        const bool staged = Tile::V == 1 && problem.staged;
+        if (staged) slab.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
+        if (pixel >= problem.layout.pixels) continue;
+        const T* const from =
+            staged ? slab.own() : problem.logits + problem.layout.offset(view, image, pixel);
+        const Tile tile(problem, image, pixel, from, view.channel);
         bad_label |= tile.bad_label;
 #pragma unroll
         for (int j = 0; j < Tile::V; ++j) {
@@ -412,6 +460,24 @@ constexpr size_t gradient_shared_bytes(int64_t classes) {
     return classes * sizeof(GradientClass<A>);
 }
 
+// The gradient of a tile, to its pixels' class 0 at `to` and the others `channel` apart.
+template <typename Tile>
+IAL_D void differentiate(Tile& tile, const GradientClass<typename Tile::A>* by_class, bool exact,
+                         typename Tile::T* to, int64_t channel) {
+    using A = typename Tile::A;
+    A scale[Tile::V], extra[Tile::V];
+#pragma unroll
+    for (int j = 0; j < Tile::V; ++j) {
+        const GradientClass<A> its = by_class[tile.some_class(j)];
+        const A inverse = A(1) / tile.sum[j], pi = exponential(tile.shifted_target(j)) * inverse;
+        const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.pixel_weight(j), pi,
+                                     exact ? A(1) : A(0));
+        scale[j] = tile.label[j] < 0 ? A(0) : pixel.scale * inverse;
+        extra[j] = tile.label[j] < 0 ? A(0) : pixel.extra;
+    }
+    tile.store_gradient(to, channel, scale, extra);
+}
+
 // Grid (images x blocks). Images, and the tiles of a block, go backwards: L2 still has what reduce read last.
 // grad may be the logits themselves: a thread reads all of its tile before it writes, or, where classes take
 // turns, each turn before it is overwritten. table: [images, levels, kStats]
@@ -419,12 +485,15 @@ template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     gradient_kernel(const __grid_constant__ Problem<typename Tile::T> problem, const double* table,
                     bool exact, typename Tile::T* grad) {
+    using T = typename Tile::T;
     using A = typename Tile::A;
     extern __shared__ __align__(16) unsigned char ial_shared[];
     const unsigned index = gridDim.x - 1 - blockIdx.x;
     const int64_t image = index / problem.blocks;
 
-    auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared);
+    const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
+    const Slab<T> slab(ial_shared, problem.layout.classes);
+    auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared + slabs);
     for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads) {
         const double* const row = table + (image * problem.levels + problem.class_levels[c]) * kStats;
         by_class[c] = {A(row[kS]), A(row[kP2]), A(row[kQ2]), problem.weight_of(c)};
@@ -432,20 +501,19 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     __syncthreads();
 
     const Rounds<Tile::V> rounds(problem.layout, problem.blocks, index % problem.blocks);
+    const View &logits = problem.layout.logits, &view = problem.layout.grad;
     for (int64_t round = rounds.count - 1; round >= 0; --round) {
-        if (rounds.pixel(round) >= problem.layout.pixels) continue;
-        Tile tile(problem, image, rounds.pixel(round));
-        A scale[Tile::V], extra[Tile::V];
-#pragma unroll
-        for (int j = 0; j < Tile::V; ++j) {
-            const GradientClass<A> its = by_class[tile.some_class(j)];
-            const A inverse = A(1) / tile.sum[j], pi = exponential(tile.shifted_target(j)) * inverse;
-            const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.pixel_weight(j), pi,
-                                         exact ? A(1) : A(0));
-            scale[j] = tile.label[j] < 0 ? A(0) : pixel.scale * inverse;
-            extra[j] = tile.label[j] < 0 ? A(0) : pixel.extra;
+        const int64_t pixel = rounds.pixel(round);
+        const bool staged = Tile::V == 1 && problem.staged;
+        if (staged) slab.load(problem.logits + image * logits.batch, pixel, problem.layout.pixels);
+        if (pixel < problem.layout.pixels) {
+            const T* const from =
+                staged ? slab.own() : problem.logits + problem.layout.offset(logits, image, pixel);
+            T* const to = staged ? slab.own() : grad + problem.layout.offset(view, image, pixel);
+            Tile tile(problem, image, pixel, from, logits.channel);
+            differentiate(tile, by_class, exact, to, view.channel);
         }
-        tile.store_gradient(grad, scale, extra);
+        if (staged) slab.store(grad + image * view.batch, pixel, problem.layout.pixels);
     }
 }
 

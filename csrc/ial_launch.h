@@ -29,6 +29,9 @@ using OptionalTensor = std::optional<Tensor>;
 // The shared memory that a block has without asking for more.
 constexpr size_t kSharedBytes = 48 << 10;
 
+// Of that, what the slabs of channels-last logits may take.
+constexpr size_t kSlabBytes = kSharedBytes / 2;
+
 // Classes that a tile keeps in registers at most.
 constexpr int kMostInRegisters = 32;
 
@@ -50,6 +53,11 @@ inline void check_limits(int64_t classes, int levels) {
                       " on CUDA; use backend=\"reference\"");
     TORCH_CHECK_VALUE(levels <= kMaxLevels, "hierarchy: ", levels, " levels, expected at most ", kMaxLevels,
                       " on CUDA; use backend=\"reference\"");
+}
+
+// Whether each image is one piece of memory, pixel after pixel.
+inline bool is_channels_last(const Layout& layout, const View& view) {
+    return layout.outer_rank == 0 && view.channel == 1 && view.pixel == layout.classes;
 }
 
 inline bool aligned(const void* address, size_t bytes) {
@@ -94,11 +102,15 @@ struct Call {
 
         vectors = in_vectors(layout, layout.logits, kLanes) && in_vectors(layout, layout.grad, kLanes) &&
                   aligned(problem.logits, 16) && aligned(grad.const_data_ptr(), 16);
+        problem.staged = !vectors && is_channels_last(layout, layout.logits) &&
+                         is_channels_last(layout, layout.grad) && slab_bytes<T>(layout.classes) <= kSlabBytes;
         const int64_t lanes = vectors ? kLanes : 1;
         problem.dense_labels =
             in_vectors(layout, layout.target, lanes) &&
             aligned(problem.target, std::min<size_t>(16, lanes * inputs.target.itemsize()));
     }
+
+    size_t slabs() const { return problem.staged ? slab_bytes<T>(problem.layout.classes) : 0; }
 
     // Runs `launch` with the Tile that fits the number of classes and the layout.
     template <typename Launch>
@@ -139,11 +151,11 @@ struct Reduce {
         using A = typename Tile::A;
         Problem<T>& problem = call.problem;
         const int64_t classes = problem.layout.classes;
-        const size_t table = reduce_shared_bytes<A>(classes, 0);
+        const size_t table = call.slabs() + reduce_shared_bytes<A>(classes, 0);
         const size_t level = reduce_shared_bytes<A>(0, 1);
         const int block_levels = std::min<int>(problem.levels, (kSharedBytes - table) / level);
         const int groups = (problem.levels + block_levels - 1) / block_levels;
-        const size_t shared = reduce_shared_bytes<A>(classes, block_levels);
+        const size_t shared = table + block_levels * level;
         const auto kernel = reduce_kernel<Tile>;
         call.template choose_blocks<Tile>(launcher, kernel, shared);
 
@@ -168,7 +180,7 @@ struct Gradient {
     template <typename Tile>
     void run() const {
         Problem<T>& problem = call.problem;
-        const size_t shared = gradient_shared_bytes<typename Tile::A>(problem.layout.classes);
+        const size_t shared = call.slabs() + gradient_shared_bytes<typename Tile::A>(problem.layout.classes);
         const auto kernel = gradient_kernel<Tile>;
         call.template choose_blocks<Tile>(launcher, kernel, shared);
         launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem,

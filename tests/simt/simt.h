@@ -88,7 +88,7 @@ struct Block {
 };
 inline Block block;
 
-inline int skipped_line = 0;  // a __syncthreads() that is left out, to see whether a test fails
+inline int skipped_line = 0;  // a barrier that is left out, to see whether a test fails
 inline unsigned turn = 0;     // blocks start their threads in ascending and in descending order in turn
 
 // The last to arrive yields too, so that the threads go on in the block's order.
@@ -105,6 +105,10 @@ inline void wait(Barrier& barrier, int threads) {
 
 inline void syncthreads(int line) {
     if (line != skipped_line) wait(block.all, blockDim.x);
+}
+
+inline void syncwarp(int line) {
+    if (line != skipped_line) wait(block.warps[block.current / kWarp], kWarp);
 }
 
 template <typename T>
@@ -171,4 +175,5 @@ void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared
 }  // namespace simt
 
 #define __syncthreads() simt::syncthreads(__LINE__)
+#define __syncwarp() simt::syncwarp(__LINE__)
 #define __shfl_xor_sync(mask, value, lanes) simt::shuffle_xor(value, lanes)
