@@ -1,11 +1,11 @@
 // The CUDA kernels. They see plain structs, never a tensor; who launches them, and on what, is not their
 // business (ial_launch.h).
 //
-// A thread owns a tile: V pixels that lie side by side, 16 bytes of a row, and all their classes in
-// registers, B at a time. Where rows cannot be cut into aligned vectors, V is 1 and a pixel lies wherever its
-// strides say. Block b of the `blocks` of an image takes its tiles b, b + blocks, ... in units of kThreads.
-// Which thread adds what depends on the grid alone, and sums are added in a fixed order without atomics, so a
-// result is bitwise the same from run to run.
+// A thread owns a tile: V pixels that lie side by side, 16 bytes of a row or, of many classes, 8, and all
+// their classes in registers, B at a time. Where rows cannot be cut into aligned vectors, V is 1 and a pixel
+// lies wherever its strides say. Block b of the `blocks` of an image takes its tiles b, b + blocks, ... in
+// units of kThreads. Which thread adds what depends on the grid alone, and sums are added in a fixed order
+// without atomics, so a result is bitwise the same from run to run.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -18,6 +18,8 @@ __device__ __forceinline__ float ex2_approx_ftz(float x) {
     return x;
 }
 #endif
+
+#include <type_traits>
 
 #include "ial_math.h"
 
@@ -74,12 +76,16 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
     T lane[V];
 };
 
+// The machine's word for a pack of 8 or 16 bytes, which it reads and writes in one go.
+template <typename P>
+using Word = std::conditional_t<sizeof(P) == 16, uint4, uint2>;
+
 template <typename T, int V>
 IAL_D Pack<T, V> load_pack(const T* from) {
     Pack<T, V> pack;
-    if constexpr (sizeof(pack) == 16) {
-        const uint4 bits = *reinterpret_cast<const uint4*>(from);
-        __builtin_memcpy(&pack, &bits, sizeof(pack));
+    if constexpr (sizeof(pack) == 8 || sizeof(pack) == 16) {
+        const auto word = *reinterpret_cast<const Word<Pack<T, V>>*>(from);
+        __builtin_memcpy(&pack, &word, sizeof(word));
     } else {
         pack = *reinterpret_cast<const Pack<T, V>*>(from);
     }
@@ -89,10 +95,10 @@ IAL_D Pack<T, V> load_pack(const T* from) {
 // Past what the caches keep: nobody reads it again soon.
 template <typename T, int V>
 IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
-    if constexpr (sizeof(pack) == 16) {
-        uint4 bits;
-        __builtin_memcpy(&bits, &pack, sizeof(pack));
-        __stcs(reinterpret_cast<uint4*>(to), bits);
+    if constexpr (sizeof(pack) == 8 || sizeof(pack) == 16) {
+        Word<Pack<T, V>> word;
+        __builtin_memcpy(&word, &pack, sizeof(word));
+        __stcs(reinterpret_cast<Word<Pack<T, V>>*>(to), word);
     } else {
         *reinterpret_cast<Pack<T, V>*>(to) = pack;
     }
@@ -102,11 +108,14 @@ IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
 // registers that the half-precision lanes take, from one pass over the classes to the next.
 template <typename T, int V>
 IAL_D void forget_widened(Pack<T, V>& pack) {
-    if constexpr (sizeof(T) == 2 && sizeof(pack) == 16) {
-        uint4 bits;
-        __builtin_memcpy(&bits, &pack, sizeof(pack));
-        asm volatile("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w));
-        __builtin_memcpy(&pack, &bits, sizeof(pack));
+    if constexpr (sizeof(T) == 2 && V > 1) {
+        Word<Pack<T, V>> word;
+        __builtin_memcpy(&word, &pack, sizeof(pack));
+        if constexpr (sizeof(pack) == 16)
+            asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
+        else
+            asm volatile("" : "+r"(word.x), "+r"(word.y));
+        __builtin_memcpy(&pack, &word, sizeof(pack));
     }
 }
 

@@ -32,8 +32,9 @@ constexpr size_t kSharedBytes = 48 << 10;
 // Of that, what the slabs of channels-last logits may take.
 constexpr size_t kSlabBytes = kSharedBytes / 2;
 
-// Classes that a tile keeps in registers at most.
-constexpr int kMostInRegisters = 32;
+// Classes that a tile of 16 bytes a row keeps in registers; more go in tiles of half the width, kMostClasses
+// at a time.
+constexpr int kWideClasses = 24, kMostClasses = 32;
 
 template <typename T>
 struct Native {
@@ -104,7 +105,7 @@ struct Call {
                   aligned(problem.logits, 16) && aligned(grad.const_data_ptr(), 16);
         problem.staged = !vectors && is_channels_last(layout, layout.logits) &&
                          is_channels_last(layout, layout.grad) && slab_bytes<T>(layout.classes) <= kSlabBytes;
-        const int64_t lanes = vectors ? kLanes : 1;
+        const int64_t lanes = !vectors ? 1 : layout.classes <= kWideClasses ? kLanes : kLanes / 2;
         problem.dense_labels =
             in_vectors(layout, layout.target, lanes) &&
             aligned(problem.target, std::min<size_t>(16, lanes * inputs.target.itemsize()));
@@ -115,19 +116,22 @@ struct Call {
     // Runs `launch` with the Tile that fits the number of classes and the layout.
     template <typename Launch>
     void with_tile(const Launch& launch) const {
-        if (vectors)
-            with_room_for<kLanes, 4>(launch);
-        else if (problem.layout.classes <= 8)
+        const int64_t classes = problem.layout.classes;
+        if (vectors && classes <= kWideClasses)
+            with_room_for<4>(launch);
+        else if (vectors)
+            launch.template run<Tile<T, kLanes / 2, kMostClasses>>();
+        else if (classes <= 8)
             launch.template run<Tile<T, 1, 8>>();
         else
-            launch.template run<Tile<T, 1, kMostInRegisters>>();
+            launch.template run<Tile<T, 1, kMostClasses>>();
     }
 
-    template <int V, int B, typename Launch>
+    template <int B, typename Launch>
     void with_room_for(const Launch& launch) const {
-        if constexpr (B < kMostInRegisters)
-            if (problem.layout.classes > B) return with_room_for<V, B + 4>(launch);
-        launch.template run<Tile<T, V, B>>();
+        if constexpr (B < kWideClasses)
+            if (problem.layout.classes > B) return with_room_for<B + 4>(launch);
+        launch.template run<Tile<T, kLanes, B>>();
     }
 
     // How many blocks an image gets: together they fill the device once, and none is idle.

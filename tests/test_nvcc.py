@@ -34,7 +34,8 @@ def cuobjdump(*arguments: str) -> str:
 def tiles(kernel: str) -> Iterator[str]:
     """The beginnings of the mangled names of a kernel's instances."""
     for dtype, vector in DTYPES.items():
-        for pixels, classes in [(1, 8), (1, 32), *((vector, count) for count in range(4, 33, 4))]:
+        wide = [(vector, count) for count in range(4, 25, 4)]
+        for pixels, classes in {(1, 8), (1, 32), (vector // 2, 32), *wide}:
             yield f"_ZN3ial3gpu{kernel}INS0_4TileI{dtype}Li{pixels}ELi{classes}EE"
 
 

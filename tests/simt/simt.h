@@ -35,6 +35,9 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
@@ -52,7 +55,10 @@ inline float ex2_approx_ftz(float x) {
     const float e = std::exp2(x) * (x == 0 ? 1 : bits % 2 ? 1 + 0x1p-22f : 1 - 0x1p-22f);
     return e < 0x1p-126f ? 0 : e;
 }
-inline void __stcs(uint4* to, uint4 value) { *to = value; }
+template <typename T>
+void __stcs(T* to, T value) {
+    *to = value;
+}
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
