@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from cases import check, make_logits, make_target, run
+from cases import DTYPES, check, make_logits, make_target, run
 
 from ial_cuda import Hierarchy, importance_aware_loss
 
@@ -57,6 +57,23 @@ def test_a_missing_barrier_shows(line):
     torch.ops.ial_simt.disturb(0, False)
     assert any(wrong)
     assert torch.equal(results(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 4, 5, 11, 19, 21, 24, 25, 32, 33, 59, 171, 1000])
+@pytest.mark.parametrize("layout", ["contiguous", "cropped", "channels_last"])
+def test_every_tile(dtype, classes, layout):
+    """Rows that can be cut into vectors, for every number of classes, in one piece and in a larger image."""
+    hierarchy = Hierarchy([list(range(k, classes, 4)) for k in range(min(4, classes))])
+    logits, target = (
+        make_logits((2, classes, 4, 64), dtype),
+        make_target((2, 4, 64), classes, ignore_index=-1),
+    )
+    if layout == "cropped":
+        logits, target = logits[..., 1:4, 8:56], target[..., 1:4, 8:56]
+    if layout == "channels_last":
+        logits = logits.to(memory_format=torch.channels_last)
+    check("simt", logits, target, hierarchy, ignore_index=-1)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +127,7 @@ def test_a_bad_label_is_left_out_and_makes_the_loss_nan(label, reduction):
         assert torch.equal(grad, expected_grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [5, 40])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_ignored_pixels_have_gradient_zero(dtype, classes, value):
@@ -145,7 +162,7 @@ def test_under_sanitizers(tmp_path):
     if simt.SANITIZED:
         pytest.skip("this is that process")
     libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
-    selected = "test_every_layout or test_every_number_of_classes or test_every_target or limits or room"
+    selected = "every_tile or every_layout or every_target or room or images_than_fit"
     child = subprocess.run(
         [
             sys.executable,
