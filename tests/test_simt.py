@@ -168,7 +168,7 @@ def test_under_sanitizers(tmp_path):
             sys.executable,
             "-m",
             "pytest",
-            "-q",
+            "-qs",
             "-x",
             "-p",
             "no:cacheprovider",
