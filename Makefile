@@ -8,6 +8,7 @@ TORCH  ?= torch>=2.11
 PY      := $(VENV)/bin/python
 STAMP   := build/installed
 CXX_SRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+CXX_ALL := $(CXX_SRC) $(wildcard tests/simt/*.h tests/simt/*.cpp)
 
 # Where there is a compiler, a broken build must not pass for a machine that has none.
 export IAL_CUDA_REQUIRE_EXT ?= $(if $(shell command -v $${CXX:-c++} 2>/dev/null),1,0)
@@ -39,12 +40,12 @@ bench: $(STAMP) ## time the loss on this machine
 lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_ALL)
 
 format: $(STAMP) ## format the sources
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-	$(VENV)/bin/clang-format -i $(CXX_SRC)
+	$(VENV)/bin/clang-format -i $(CXX_ALL)
 
 sdist: $(STAMP) ## write the source distribution to dist/
 	$(PY) -m build --sdist --no-isolation

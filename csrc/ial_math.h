@@ -47,8 +47,12 @@ struct Layout {
     View logits, grad, target, pixel_weight;
 
     IAL_HD int64_t offset(const View& view, int64_t n, int64_t p) const {
+        if (outer_rank == 0) return n * view.batch + p * view.pixel;
         int64_t offset = n * view.batch + p % row * view.pixel;
         int64_t r = p / row;
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
         for (int d = outer_rank - 1; d >= 0; --d) {
             offset += r % outer[d] * view.outer[d];
             r /= outer[d];
@@ -119,7 +123,8 @@ struct Combine {
     }
 
     // dL/dIAL_n for the incoming gradient of the loss: one value, or one per image.
-    IAL_HD double image_gradient(const double* grad_loss, int64_t n, double total_weight) const {
+    template <typename G>
+    IAL_HD double image_gradient(const G* grad_loss, int64_t n, double total_weight) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
         if (reduction == Reduction::kSum) return grad_loss[0];
         return total_weight != 0 ? grad_loss[0] / total_weight : 0;
@@ -165,7 +170,8 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
 //   dL/dS_nk = G_n lead_k,  dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t,  dL/dP2_k = 1/2 b_k lambda_k /
 //   Z_k
 // Down the levels, F_t and T_{t+1} / Z_t are left in the rows of image `first`; up again they are used.
-IAL_HD void table(const Combine& c, int64_t first, int64_t last, const double* grad_loss, double total_weight,
+template <typename G>
+IAL_HD void table(const Combine& c, int64_t first, int64_t last, const G* grad_loss, double total_weight,
                   double* table) {
     double* rows = table + first * c.levels * kStats;
     Factor factor;

@@ -14,6 +14,11 @@
 
 #include <algorithm>
 
+// The name of the library of operators. Another one, with kernels of its own, can be made of this file.
+#ifndef IAL_LIBRARY
+#define IAL_LIBRARY ial_cuda
+#endif
+
 namespace ial {
 
 using at::Tensor;
@@ -179,11 +184,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A registered operator, found once.
-#define IAL_OP(name, ...)                                                                                \
-    inline auto& name##_op() {                                                                           \
-        static auto handle =                                                                             \
-            c10::Dispatcher::singleton().findSchemaOrThrow("ial_cuda::" #name, "").typed<__VA_ARGS__>(); \
-        return handle;                                                                                   \
+#define IAL_OP(name, ...)                                                                      \
+    inline auto& name##_op() {                                                                 \
+        static auto handle = c10::Dispatcher::singleton()                                      \
+                                 .findSchemaOrThrow(C10_STRINGIZE(IAL_LIBRARY) "::" #name, "") \
+                                 .typed<__VA_ARGS__>();                                        \
+        return handle;                                                                         \
     }
 
 IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
@@ -330,7 +336,7 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
 // table: dL/dstats from the incoming gradient of the loss.
-TORCH_LIBRARY(ial_cuda, m) {
+TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
         "int ignore_index, str gradient, bool inplace) -> Tensor");
@@ -348,14 +354,14 @@ TORCH_LIBRARY(ial_cuda, m) {
         "str factor_normalization, str factor_scope) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(ial_cuda, Autograd, m) {
+TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
     m.impl("reduce", reduce_autograd);
     m.impl("gradient", gradient_autograd);
     m.impl("combine", combine_autograd);
     m.impl("table", table_autograd);
 }
 
-TORCH_LIBRARY_IMPL(ial_cuda, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }
+TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }
 
 }  // namespace ial
 

@@ -44,15 +44,24 @@ def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
+def _why_no_cuda(build: dict[str, Any]) -> str | None:
+    if torch._C._dispatch_has_kernel_for_dispatch_key("ial_cuda::reduce", "CUDA"):
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA; install one with it, then {_REBUILD}"
+    return build.get("warning") or f"the extension was built without the CUDA kernels; {_REBUILD}"
+
+
 build = _read_build()
 _C, _problem = _load(build)
-_no_cuda_kernels = "this version of ial_cuda has no CUDA kernels yet"
 unavailable: dict[str, str | None] = {
     "cpu": _problem,
-    "cuda": _problem or _no_cuda_kernels,
+    "cuda": _problem or _why_no_cuda(build),
     "triton": "this version of ial_cuda has no Triton kernels yet",
     "reference": None,
 }
+#: The library of operators under torch.ops that a backend with kernels runs.
+libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda"}
 #: The backends for each type of device, best first.
 preference: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),

@@ -21,7 +21,6 @@ _CHOICES = {
     "factor_normalization": ("mean", "sum"),
     "factor_scope": ("image", "batch"),
     "gradient": ("exact", "paper"),
-    "backend": ("auto", *_ops.unavailable),
 }
 
 
@@ -146,7 +145,8 @@ def importance_aware_loss(
             gradient=gradient,
         )
     else:
-        stats = torch.ops.ial_cuda.reduce(
+        operators = getattr(torch.ops, _ops.libraries[backend])
+        stats = operators.reduce(
             logits,
             target,
             weight,
@@ -157,7 +157,7 @@ def importance_aware_loss(
             inplace and not torch.compiler.is_compiling(),
         )
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss, f = torch.ops.ial_cuda.combine(
+        loss, f = operators.combine(
             stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype
         )
         if return_components:
@@ -277,8 +277,9 @@ def validate_target(target: Tensor, num_classes: int, ignore_index: int = 255) -
 
 def _check_options(**options: str) -> None:
     for name, value in options.items():
-        if value not in _CHOICES[name]:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, _CHOICES[name]))}")
+        choices = ("auto", *_ops.unavailable) if name == "backend" else _CHOICES[name]
+        if value not in choices:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_hierarchy(hierarchy: Hierarchy) -> None:

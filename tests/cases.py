@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 import oracle
 import pytest
+import simt
 import torch
 
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
@@ -19,6 +21,8 @@ def _backend(name: str):
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
+
+simt.register()
 
 #: Every backend, those that this machine cannot run skipped with the reason.
 BACKENDS = [_backend(name) for name in _ops.unavailable]
@@ -78,6 +82,16 @@ def camvid_labels(count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(image.open(file)) for file in files]))
 
 
+@contextlib.contextmanager
+def poisoned():
+    """Memory that nothing has been written to holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
     """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
     device = device_of(backend)
@@ -88,11 +102,12 @@ def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **opt
         for name in ("weight", "pixel_weight")
         if options.get(name) is not None
     }
-    loss, components = importance_aware_loss(
-        leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
-    )
-    upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
-    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    with poisoned():
+        loss, components = importance_aware_loss(
+            leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
+        )
+        upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
+        (grad,) = torch.autograd.grad(loss, leaf, upstream)
     return loss.detach().cpu(), grad.cpu(), tuple(value.cpu() for value in components)
 
 

@@ -139,8 +139,11 @@ def test_a_level_for_each_class(backend):
 @pytest.mark.parametrize("kind", ["random", "trained"])
 def test_camvid(backend, dtype, kind):
     target = camvid_labels(3)
+    if backend == "simt":  # slow
+        target = target[:, 120:240].contiguous()
     assert (target == 11).any(), "the images were chosen to have void"
-    logits = make_logits((3, 11, 360, 480), dtype) if kind == "random" else trained_like(target, 11, dtype)
+    shape = (3, 11, *target.shape[1:])
+    logits = make_logits(shape, dtype) if kind == "random" else trained_like(target, 11, dtype)
     weight = torch.tensor(
         [0.2793, 0.2017, 4.7865, 0.1490, 1.0, 0.4217, 3.8467, 1.9736, 0.7889, 6.3747, 8.8587]
     )
