@@ -13,6 +13,9 @@ CXX_ALL := $(CXX_SRC) $(wildcard tests/simt/*.h tests/simt/*.cpp)
 # Where there is a compiler, a broken build must not pass for a machine that has none.
 export IAL_CUDA_REQUIRE_EXT ?= $(if $(shell command -v $${CXX:-c++} 2>/dev/null),1,0)
 
+# Fewer architectures than setup.py would take for a user: nvcc needs a minute for each.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
+
 # The extension lies in the checkout and fits one torch: a stamp that another environment left, or this one before
 # its torch changed, does not count.
 TORCH_HERE := $(PY) -c 'import sys; from importlib.metadata import version; print(sys.prefix, version("torch"))'

@@ -141,7 +141,7 @@ def fused_loss(backend: str, *, inplace: bool = False) -> Loss:
 
 def kernels(device: str) -> list[str]:
     """The backends with kernels of our own that can be used on the device, best first."""
-    return [name for name in _ops.preference[device][:-1] if _ops.unavailable[name] is None]
+    return [name for name in _ops.kernels(device) if _ops.unavailable[name] is None]
 
 
 def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:

@@ -50,10 +50,10 @@ struct Native<c10::BFloat16> {
 };
 
 inline void check_limits(int64_t classes, int levels) {
-    TORCH_CHECK_VALUE(classes <= kMaxClasses, "logits: ", classes, " classes, expected at most ", kMaxClasses,
-                      " on CUDA; use backend=\"reference\"");
-    TORCH_CHECK_VALUE(levels <= kMaxLevels, "hierarchy: ", levels, " levels, expected at most ", kMaxLevels,
-                      " on CUDA; use backend=\"reference\"");
+    TORCH_CHECK_VALUE(classes <= kMaxClasses, "logits has ", classes, " classes, expected at most ",
+                      kMaxClasses, " on CUDA; use backend=\"reference\"");
+    TORCH_CHECK_VALUE(levels <= kMaxLevels, "hierarchy has ", levels, " levels, expected at most ",
+                      kMaxLevels, " on CUDA; use backend=\"reference\"");
 }
 
 // Whether each image is one piece of memory, pixel after pixel.
@@ -291,9 +291,9 @@ struct Operators {
             make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
         const Combine& c = global.combine;
         const int64_t values = c.reduction == Reduction::kNone ? c.batch : 1;
-        TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss: shape ", grad_loss.sizes(), ", expected ",
-                          values, " value(s) for reduction='", reduction, "'");
-        TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss: on ", grad_loss.device(),
+        TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(),
+                          ", expected ", values, " value(s) for reduction='", reduction, "'");
+        TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss is on ", grad_loss.device(),
                           ", expected ", stats.device(), " as stats");
         const Launcher launcher(stats);
         const Tensor grad = grad_loss.contiguous();

@@ -69,6 +69,12 @@ preference: dict[str, tuple[str, ...]] = {
 }
 
 
+def kernels(device: str) -> tuple[str, ...]:
+    """The backends with kernels of our own for a type of device, best first, there or not."""
+    backends = preference.get(device, ("reference",))
+    return backends[: backends.index("reference")]
+
+
 def describe() -> str:
     """The text of ``python -m ial_cuda info``: versions, the build, every backend, and what "auto" takes."""
     from . import __version__

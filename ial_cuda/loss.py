@@ -381,7 +381,7 @@ def _warn_once(device: str) -> None:
     if device in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device)
-    reasons = "; ".join(f"{name}: {_ops.unavailable[name]}" for name in _ops.preference.get(device, ())[:-1])
+    reasons = "; ".join(f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device))
     warnings.warn(
         f"ial_cuda computes on {device} with its slow reference, in plain PyTorch ({reasons})", stacklevel=4
     )

@@ -128,17 +128,35 @@ def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
     )
 
 
-def gradient_scale(logits, target, grad):
-    """The largest factor of (p - 1) at a target, the difference whose rounding every gradient bears.
+def scales(logits, target, expected, *, weight=None, pixel_weight=None, **options):
+    """What the rounding of each result is relative to: its size, and what pixels that are nearly right add.
 
-    A pixel that is nearly right has a tiny gradient, (p - 1) times that factor, with p rounded at 1.
+    In such a pixel a tiny 1 - pi, and a tiny -log pi, is left of numbers near 1 and bears their rounding. For
+    f_t that is sqrt(2 f_t (1 + lambda_t)) by Cauchy's inequality, for S_k the weight of the pixels, for the
+    loss that weight times the factors, for the gradient the factor of (p - 1), read off the gradient itself.
     """
+    pixels = target.numel()
+    weights = pixels * float(1 if weight is None else weight.abs().max())
+    if pixel_weight is not None and pixels:
+        weights *= float(pixel_weight.abs().max())
+    compared = 1 if options.get("factor_normalization", "mean") == "mean" else pixels
+    f = np.abs(expected.f).max(initial=0)
+    f_scale = np.sqrt(2 * f * (1 + np.max(options.get("lambdas", 0.5), initial=0)) * compared)
+    lead = np.maximum(np.abs(expected.F), 1).max(axis=0, initial=1).prod()
+
     is_class = (target >= 0) & (target < logits.shape[1])
     y = target.long().where(is_class, 0).unsqueeze(1)
     missing = (1 - torch.softmax(logits.double(), 1).gather(1, y).squeeze(1)).numpy()
-    at_target = torch.from_numpy(grad).gather(1, y).squeeze(1).abs().numpy()
+    at_target = torch.from_numpy(expected.grad).gather(1, y).squeeze(1).abs().numpy()
     counts = is_class.numpy() & (missing > 0)
-    return max(np.abs(grad).max(), (at_target[counts] / missing[counts]).max(initial=0))
+    added = {
+        "loss": lead * (1 if options.get("reduction", "mean") == "mean" else weights),
+        "grad": (at_target[counts] / missing[counts]).max(initial=0),
+        "f": f_scale,
+        "F": f_scale,
+        "S": weights,
+    }
+    return {name: np.abs(getattr(expected, name)).max(initial=0) + more for name, more in added.items()}
 
 
 def check(backend, logits, target, hierarchy=HIERARCHY, **options):
@@ -147,9 +165,9 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
 
     |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1/2 ulp of the output. The first is a
     maximum over the tensor, since an element of the eager result may be right by luck. The second is at the
-    tensor's scale; in float64 it is 64 ulp, since there the oracle errs as much as what it judges. The third,
-    the rounding of a half-precision gradient, is at the element's own value; beyond the range of float16 that
-    is infinity.
+    tensor's scale (`scales`); in float64 it is 64 ulp, since there the oracle errs as much as what it judges.
+    The third, the rounding of a half-precision gradient, is at the element's own value; beyond the range of
+    float16 that is infinity.
     """
     expected = truth(logits, target, hierarchy, **options)
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
@@ -157,6 +175,7 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
     eager_loss, eager_grad, (eager_f, eager_F, eager_S, _) = run(
         "reference", logits.to(arithmetic), target, hierarchy, **options
     )
+    scale = scales(logits, target, expected, **options)
     ulps = 64 if arithmetic == torch.float64 else 4
     assert loss.dtype == arithmetic
     assert grad.dtype == logits.dtype and grad.shape == logits.shape
@@ -173,8 +192,7 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
             continue
         limits = torch.finfo(ours.dtype)
         allowed = np.abs(eager.double().numpy() - true).max()
-        scale = gradient_scale(logits, target, true) if name == "grad" else np.abs(true).max()
-        allowed = allowed + ulps * torch.finfo(arithmetic).eps * scale
+        allowed = allowed + ulps * torch.finfo(arithmetic).eps * scale[name]
         if ours.dtype != arithmetic:
             allowed = allowed + limits.eps / 2 * np.maximum(1.01 * np.abs(true), limits.smallest_normal)
         got = ours.double().numpy()

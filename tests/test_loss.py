@@ -69,7 +69,7 @@ BAD = {
     "factor_scope": (dict(factor_scope="pixel"), ValueError, "factor_scope is 'pixel', expected one of 'image', 'batch'"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of 'exact', 'paper'"),
     "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"),
-    "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', 'reference' for logits on cpu"),
+    "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', 'reference'"),
     "upsample": (dict(upsample="bilinear"), NotImplementedError, "upsample is 'bilinear', expected None"),
     "process_group": (dict(process_group=object()), NotImplementedError, "process_group is not None"),
 }  # fmt: skip
