@@ -119,3 +119,27 @@ def test_a_compiler_that_fails_is_a_reason_to_skip():
     assert row == program.Row(
         provider.name, skipped="torch.compile fails: InvalidCxxCompiler: no compiler in …"
     )
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    """Every row of README's table, against the two files that it names."""
+    results = [
+        json.loads((ROOT / "benchmarks" / "results" / folder / "loss.json").read_text())["cases"][0]
+        for folder in ("cpu-amd-epyc", "cpu-amd-epyc-huge-pages-for-all")
+    ]
+    measured = [{row["name"]: row for row in result["providers"]} for result in results]
+    lines = (ROOT / "README.md").read_text().splitlines()
+    first = lines.index("| | ms | / ours | extra MiB | ms, huge pages for all | / ours |") + 2
+    table = lines[first : lines.index("", first)]
+    assert len(table) == len(measured[0])
+    for line in table:
+        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
+        default, huge = (rows[name] for rows in measured)
+        extra = "" if default["extra_mib"] is None else f"{default['extra_mib']:.1f}"
+        assert figures == [
+            f"{default['median_ms']:.2f}",
+            f"{default['ratio']:.2f}",
+            extra,
+            f"{huge['median_ms']:.2f}",
+            f"{huge['ratio']:.2f}",
+        ]
