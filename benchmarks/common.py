@@ -238,12 +238,6 @@ def describe_machine() -> dict[str, Any]:
     return machine
 
 
-def machine_slug(machine: Mapping[str, Any], device: str) -> str:
-    """A name for the folder of a machine's results."""
-    model = machine["gpu" if device == "cuda" else "cpu"]
-    return re.sub(r"[^a-z0-9]+", "-", f"{device} {model}".lower()).strip("-")
-
-
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None

@@ -31,7 +31,6 @@ from .common import (
     Result,
     Step,
     describe_machine,
-    machine_slug,
     peak_bytes,
     time_interleaved,
     why_refused,
@@ -357,7 +356,10 @@ def rounds(text: str) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results/, by machine")
+    latest = Path(__file__).parent / "results" / "latest"
+    parser.add_argument(
+        "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
+    )
     parser.add_argument(
         "--shape", type=shape, metavar="NxCxHxW", help="default: 1x19x512x1024, on CUDA 1x19x1024x2048"
     )
@@ -387,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ial_cuda has no kernels here: {_ops.unavailable['cpu']}", file=sys.stderr)
         return 1
     machine = describe_machine()
-    output = arguments.output or Path(__file__).parent / "results" / machine_slug(machine, cases[-1].device)
+    output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
