@@ -266,6 +266,20 @@ def test_a_foreign_extension_is_not_loaded(change, message):
     assert "compiler" in message or "pip install --no-build-isolation" in problem
 
 
+@pytest.mark.parametrize(
+    ("cuda", "build", "message"),
+    [
+        (None, {}, "is a build without CUDA; install one with it, then reinstall"),
+        ("13.0", {"warning": "no working nvcc was found"}, "no working nvcc was found"),
+        ("13.0", {"warning": None}, "the extension was built without the CUDA kernels; reinstall"),
+    ],
+)
+def test_why_there_are_no_cuda_kernels(monkeypatch, cuda, build, message):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert message in _ops._why_no_cuda(build)
+
+
 def test_info():
     text = _ops.describe()
     assert torch.__version__ in text
