@@ -15,9 +15,12 @@ import torch
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 
+GPU = ("cuda", "fused", "triton")
+
+
 def _backend(name: str):
     reason = _ops.unavailable[name]
-    if reason is None and name in ("cuda", "triton") and not torch.cuda.is_available():
+    if reason is None and name in GPU and not torch.cuda.is_available():
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
@@ -42,7 +45,7 @@ OPTIONS = {
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend in ("cuda", "triton") else "cpu"
+    return "cuda" if backend in GPU else "cpu"
 
 
 def make_target(shape, num_classes, *, ignore_index=255, ignored=0.15, dtype=torch.int64, seed=0):
