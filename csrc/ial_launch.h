@@ -433,7 +433,7 @@ struct Operators {
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
         const bool exact = is_exact(gradient);
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        if (!has_one_launch(launcher, logits, inputs.levels(), factor_scope)) {
+        if (!has_one_launch(launcher, logits, target, pixel_weight, inputs.levels(), factor_scope)) {
             const Tensor stats = reduce(logits, target, weight, pixel_weight, class_levels, ignore_index,
                                         gradient, false);
             const auto [loss, f] =
@@ -453,6 +453,7 @@ struct Operators {
         const auto one_launch = [&](auto type) {
             using T = decltype(type);
             Call<T> call(inputs, grad);
+            TORCH_INTERNAL_ASSERT(call.vectors);
             call.with_vectors(
                 FusedLaunch<T, Launcher>{launcher, call, global, exact, stats, rows, grad, results});
         };
@@ -467,10 +468,12 @@ struct Operators {
 
     // Whether one launch can do it: each thread reads and writes vectors, all blocks are there at a time, and
     // there is room for their sums.
-    static bool has_one_launch(const Launcher& launcher, const Tensor& logits, int64_t levels,
+    static bool has_one_launch(const Launcher& launcher, const Tensor& logits, const Tensor& target,
+                               const OptionalTensor& pixel_weight, int64_t levels,
                                std::string_view factor_scope) {
         return logits.scalar_type() != at::kDouble && logits.numel() > 0 && logits.is_contiguous() &&
-               logits.numel() / (logits.size(0) * logits.size(1)) * logits.itemsize() % 16 == 0 &&
+               target.is_contiguous() && (!pixel_weight || pixel_weight->is_contiguous()) &&
+               target.numel() / target.size(0) * logits.itemsize() % 16 == 0 &&
                aligned(logits.const_data_ptr(), 16) && logits.size(1) <= kMostClasses &&
                levels <= kMostFusedLevels && launcher.cooperative() &&
                launcher.shared_bytes() >= kLeastFusedSharedBytes &&
@@ -478,9 +481,10 @@ struct Operators {
     }
 
     // Whether it will be faster than several: an image, or all that are pooled, stay on the chip.
-    static bool fuses(const Tensor& logits, int64_t levels, std::string_view factor_scope) {
+    static bool fuses(const Tensor& logits, const Tensor& target, const OptionalTensor& pixel_weight,
+                      int64_t levels, std::string_view factor_scope) {
         const Launcher launcher(logits);
-        return has_one_launch(launcher, logits, levels, factor_scope) &&
+        return has_one_launch(launcher, logits, target, pixel_weight, levels, factor_scope) &&
                static_cast<int64_t>(logits.nbytes()) / (is_pooled(factor_scope) ? 1 : logits.size(0)) <=
                    on_chip_bytes(launcher);
     }

@@ -98,9 +98,10 @@ Layout Inputs::layout(const Tensor& grad) const {
     std::vector<Operand> operands = {
         {logits, layout.logits, 2}, {grad, layout.grad, 2}, {target, layout.target, 1}};
     if (pixel_weight) operands.push_back({*pixel_weight, layout.pixel_weight, 1});
+    // The stride of a dimension of size 1 may be anything.
     for (const auto& [tensor, view, spatial] : operands) {
-        view.batch = tensor.stride(0);
-        view.channel = spatial == 2 ? tensor.stride(1) : 0;
+        view.batch = layout.batch > 1 ? tensor.stride(0) : 0;
+        view.channel = spatial == 2 && layout.classes > 1 ? tensor.stride(1) : 0;
         view.pixel = 1;
     }
 
@@ -437,7 +438,8 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor table, Tensor target, "
         "Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
-    m.def("fuses(Tensor logits, int levels, str factor_scope) -> bool");
+    m.def(
+        "fuses(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {

@@ -140,7 +140,7 @@ def importance_aware_loss(
         and reduction != "none"
         and not torch.compiler.is_compiling()
     )
-    if auto and at_once and _fuses(backend, logits, hierarchy, factor_scope):
+    if auto and at_once and _fuses(backend, logits, target, pixel_weight, hierarchy, factor_scope):
         backend = _ops.one_launch[backend]
     check_labels = os.environ.get("IAL_CUDA_DEBUG") == "1" if logits.is_cuda else backend == "reference"
     if check_labels and not torch.compiler.is_compiling():
@@ -385,13 +385,20 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def _fuses(backend: str, logits: Tensor, hierarchy: Hierarchy, factor_scope: str) -> bool:
+def _fuses(
+    backend: str,
+    logits: Tensor,
+    target: Tensor,
+    pixel_weight: Tensor | None,
+    hierarchy: Hierarchy,
+    factor_scope: str,
+) -> bool:
     """Whether one launch for loss and gradient is there and likely to be faster. Its gradient is that for an
     incoming gradient of 1, and computed again for any other: a loss of float16 is usually scaled."""
     if backend not in _ops.one_launch or logits.dtype == torch.float16:
         return False
     operators = getattr(torch.ops, _ops.libraries[backend])
-    return operators.fuses(logits, hierarchy.num_levels, factor_scope)
+    return operators.fuses(logits, target, pixel_weight, hierarchy.num_levels, factor_scope)
 
 
 _warned: set[str] = set()

@@ -164,6 +164,7 @@ def test_one_launch_leaves_its_gradient_to_autograd():
         ({"shape": (3, 19, 64, 80)}, True),
         ({"shape": (3, 19, 64, 80), "factor_scope": "batch"}, False),
         ({"channels_last": True}, False),
+        ({"strided_target": True}, False),
     ],
     ids=str,
 )
@@ -178,6 +179,8 @@ def test_auto_takes_one_launch_where_it_wins(change, fused, monkeypatch):
     if change.pop("channels_last", False):
         logits = logits.to(memory_format=torch.channels_last)
     target = make_target((shape[0], *shape[2:]), shape[1])
+    if change.pop("strided_target", False):
+        target = target.transpose(1, 2).contiguous().transpose(1, 2)
     enabled = not change.pop("no_grad", False)
     with torch.set_grad_enabled(enabled), profile(activities=[ProfilerActivity.CPU]) as profiler:
         importance_aware_loss(logits, target, hierarchy, **change)
