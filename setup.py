@@ -135,8 +135,10 @@ def compile_flags(plan: Plan) -> dict[str, list[str]]:
         # told: the runtime must be the one that torch brings, whose threads torch.set_num_threads sets. It is
         # libgomp, which lacks what clang calls.
         cxx.append("-fopenmp")
+    # Files are compiled side by side; where that leaves cores idle, so are a file's architectures.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    return {"cxx": cxx, "nvcc": ["-O3", f"--threads={max(1, min(jobs, len(plan.arch_list)))}"]}
+    threads = max(1, min(jobs // len(glob("csrc/*.cu")), len(plan.arch_list))) if plan.cuda else 1
+    return {"cxx": cxx, "nvcc": ["-O3", f"--threads={threads}"]}
 
 
 def compiler() -> str:

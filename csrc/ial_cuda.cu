@@ -1,74 +1,18 @@
-// The operators on CUDA tensors: kernels go to the current stream of the tensors' device.
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
+// The operators on CUDA tensors. The kernels are compiled type by type, next door.
 #include <torch/library.h>
 
-#include "ial_launch.h"
+#include "ial_cuda.h"
 
 namespace ial {
-namespace {
+namespace gpu {
 
-class Cuda {
- public:
-    explicit Cuda(const at::Tensor& tensor)
-        : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {}
+extern template struct Kernels<double, Cuda>;
+extern template struct Kernels<float, Cuda>;
+extern template struct Kernels<__half, Cuda>;
+extern template struct Kernels<__nv_bfloat16, Cuda>;
 
-    int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
-    int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
-    int shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-    bool cooperative() const { return attribute(cudaDevAttrCooperativeLaunch); }
+}  // namespace gpu
 
-    template <typename Kernel>
-    int resident(Kernel kernel, size_t shared) const {
-        int blocks;
-        C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, gpu::kThreads, shared));
-        return blocks;
-    }
-
-    template <typename... Parameters, typename... Arguments>
-    void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                    const Arguments&... arguments) const {
-        launch(kernel, grid, threads, shared, false, arguments...);
-    }
-
-    template <typename... Parameters, typename... Arguments>
-    void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
-                   const Arguments&... arguments) const {
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared)));
-        launch(kernel, grid, threads, shared, true, arguments...);
-    }
-
- private:
-    int attribute(cudaDeviceAttr name) const {
-        int value;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
-        return value;
-    }
-
-    template <typename... Parameters, typename... Arguments>
-    void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool cooperative,
-                const Arguments&... arguments) const {
-        cudaLaunchAttribute together;
-        together.id = cudaLaunchAttributeCooperative;
-        together.val.cooperative = cooperative;
-        cudaLaunchConfig_t config{};
-        config.gridDim = grid;
-        config.blockDim = dim3(threads);
-        config.dynamicSmemBytes = shared;
-        config.stream = stream_;
-        config.attrs = &together;
-        config.numAttrs = 1;
-        C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
-    }
-
-    c10::cuda::CUDAGuard guard_;
-    c10::cuda::CUDAStream stream_;
-};
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(ial_cuda, CUDA, m) { gpu::Operators<Cuda>::implement(m); }
+TORCH_LIBRARY_IMPL(ial_cuda, CUDA, m) { gpu::Operators<gpu::Cuda>::implement(m); }
 
 }  // namespace ial

@@ -317,6 +317,48 @@ struct FusedLaunch {
     }
 };
 
+// The launches for logits of type T of the kernels. Defined apart from the class, so that each type's kernels can
+// be compiled in a file of their own.
+template <typename T, typename Launcher>
+struct Kernels {
+    using A = typename Arithmetic<T>::A;
+
+    static void reduce(const Launcher& launcher, const Inputs& inputs, const Tensor& stats);
+
+    // Where grad_loss is given, table and grad are those for 1.
+    static void gradient(const Launcher& launcher, const Inputs& inputs, const Tensor& table,
+                         const OptionalTensor& grad_loss, bool exact, const Tensor& grad);
+
+    // Writes stats, table, grad and the results.
+    static void fused(const Launcher& launcher, const Inputs& inputs, const Global& global, bool exact,
+                      const Tensor& stats, const Tensor& table, const Tensor& grad, const Results& results);
+};
+
+template <typename T, typename Launcher>
+void Kernels<T, Launcher>::reduce(const Launcher& launcher, const Inputs& inputs, const Tensor& stats) {
+    Call<T> call(inputs, inputs.logits);
+    call.with_tile(Reduce<T, Launcher>{launcher, call, stats});
+}
+
+template <typename T, typename Launcher>
+void Kernels<T, Launcher>::gradient(const Launcher& launcher, const Inputs& inputs, const Tensor& table,
+                                    const OptionalTensor& grad_loss, bool exact, const Tensor& grad) {
+    Tensor incoming;
+    if (grad_loss) incoming = grad_loss->to(c10::CppTypeToScalarType<A>::value).contiguous();
+    Call<T> call(inputs, grad);
+    call.with_tile(Gradient<T, Launcher>{
+        launcher, call, table, grad_loss ? incoming.template const_data_ptr<A>() : nullptr, exact, grad});
+}
+
+template <typename T, typename Launcher>
+void Kernels<T, Launcher>::fused(const Launcher& launcher, const Inputs& inputs, const Global& global,
+                                 bool exact, const Tensor& stats, const Tensor& table, const Tensor& grad,
+                                 const Results& results) {
+    Call<T> call(inputs, grad);
+    TORCH_INTERNAL_ASSERT(call.vectors);
+    call.with_vectors(FusedLaunch<T, Launcher>{launcher, call, global, exact, stats, table, grad, results});
+}
+
 template <typename Launcher>
 struct Operators {
     static Tensor reduce(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
@@ -330,16 +372,12 @@ struct Operators {
         const auto options = logits.options().dtype(at::kDouble);
         if (logits.numel() == 0) return at::zeros(shape, options);
         const Tensor stats = at::empty(shape, options);
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
-                                        [&] {
-                                            using T = typename Native<scalar_t>::type;
-                                            Call<T> call(inputs, logits);
-                                            call.with_tile(Reduce<T, Launcher>{launcher, call, stats});
-                                        });
+        AT_DISPATCH_FLOATING_TYPES_AND2(
+            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
+            [&] { Kernels<typename Native<scalar_t>::type, Launcher>::reduce(launcher, inputs, stats); });
         return stats;
     }
 
-    // Where grad_loss is given, table and grad are those for 1.
     static void gradient_into(const Inputs& inputs, const Tensor& table, const OptionalTensor& grad_loss,
                               std::string_view gradient, const Tensor& grad) {
         inputs.check();
@@ -351,15 +389,8 @@ struct Operators {
         if (grad.numel() == 0) return;
         AT_DISPATCH_FLOATING_TYPES_AND2(
             at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient", [&] {
-                using T = typename Native<scalar_t>::type;
-                using A = typename Arithmetic<T>::A;
-                Tensor incoming;
-                if (grad_loss)
-                    incoming = grad_loss->to(c10::CppTypeToScalarType<A>::value).contiguous();
-                Call<T> call(inputs, grad);
-                call.with_tile(Gradient<T, Launcher>{
-                    launcher, call, table, grad_loss ? incoming.const_data_ptr<A>() : nullptr, exact,
-                    grad});
+                Kernels<typename Native<scalar_t>::type, Launcher>::gradient(launcher, inputs, table,
+                                                                             grad_loss, exact, grad);
             });
     }
 
@@ -451,11 +482,8 @@ struct Operators {
             make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
         const Results results(global.combine, stats.options(), dtype);
         const auto one_launch = [&](auto type) {
-            using T = decltype(type);
-            Call<T> call(inputs, grad);
-            TORCH_INTERNAL_ASSERT(call.vectors);
-            call.with_vectors(
-                FusedLaunch<T, Launcher>{launcher, call, global, exact, stats, rows, grad, results});
+            Kernels<decltype(type), Launcher>::fused(launcher, inputs, global, exact, stats, rows, grad,
+                                                     results);
         };
         if (logits.scalar_type() == at::kFloat)
             one_launch(float());

@@ -1,0 +1,3 @@
+#include "ial_cuda.h"
+
+template struct ial::gpu::Kernels<__half, ial::gpu::Cuda>;
