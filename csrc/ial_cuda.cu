@@ -1,7 +1,6 @@
 // The operators on CUDA tensors. The kernels are compiled type by type, next door.
-#include <torch/library.h>
-
 #include "ial_cuda.h"
+#include "ial_operators.h"
 
 namespace ial {
 namespace gpu {

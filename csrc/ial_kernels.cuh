@@ -207,8 +207,8 @@ IAL_D void differentiate(Tile& tile, const GradientClass<typename Tile::A>* by_c
 
 // Grid (images x blocks). Images, and the tiles of a block, go backwards: L2 still has what reduce read last.
 // grad may be the logits themselves: a thread reads all of its tile before it writes, or, where classes take
-// turns, each turn before it is overwritten. table: [images, levels, kStats]; where grad_loss is given, for an
-// incoming gradient of 1, for which grad is there already: if it is 1 nothing is left to be done.
+// turns, each turn before it is overwritten. table: [images, levels, kStats]; where grad_loss is given, for
+// an incoming gradient of 1, for which grad is there already: if it is 1 nothing is left to be done.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     gradient_kernel(const __grid_constant__ Problem<typename Tile::T> problem, const double* table,
@@ -330,10 +330,10 @@ template <typename T>
 struct Fused {
     using A = typename Arithmetic<T>::A;
 
-    Combine combine;       // of the batch
+    Combine combine;        // of the batch
     double *stats, *table;  // [N, levels, kStats]; the table for an incoming gradient of 1
     Combined<A> results;
-    double* partial;     // [2, images of a wave, levels, kStats, blocks]
+    double* partial;       // [2, images of a wave, levels, kStats, blocks]
     const double* weight;  // [weights], which add up to the batch's, or null where the wave is the batch
     int weights;
     int64_t wave;  // images that are worked on at a time
@@ -366,9 +366,9 @@ struct FusedShared {
     }
 };
 
-// A batch goes through in waves of so many images as stay on the chip between their reduce and their gradient,
-// each on `blocks` blocks. Of its tiles, a thread keeps the first in shared memory and the last in registers;
-// those between, which it reads again in reversed order, are what L2 saw last.
+// A batch goes through in waves of so many images as stay on the chip between their reduce and their
+// gradient, each on `blocks` blocks. Of its tiles, a thread keeps the first in shared memory and the last in
+// registers; those between, which it reads again in reversed order, are what L2 saw last.
 template <typename Tile>
 __global__ void __launch_bounds__(kFusedThreads<Tile>, 1)
     fused_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
@@ -474,8 +474,7 @@ __global__ void __launch_bounds__(kThreads)
         Labels<T, V> labels;
         labels.read(problem, i / tiles, i % tiles * V);
         for (int j = 0; j < V; ++j)
-            if (labels.label[j] >= 0)
-                total += problem.weight_of(labels.label[j]) * labels.pixel_weight(j);
+            if (labels.label[j] >= 0) total += problem.weight_of(labels.label[j]) * labels.pixel_weight(j);
     }
     total = warp_sum(total);
     if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;

@@ -1,4 +1,4 @@
-// The operators on top of the kernels of ial_kernels.cuh: outputs allocated, the kernel and its grid chosen.
+// The launches of the kernels of ial_kernels.cuh: for tensors that were checked, a tile and a grid chosen.
 //
 // A Launcher is what runs a kernel: a CUDA stream (ial_cuda.cu), or the tests' CPU. It is made from a tensor
 // of the device to be used and has
@@ -10,15 +10,9 @@
 // Nothing here waits for the device or copies from pageable memory, so it can all be captured in a graph.
 #pragma once
 
-#include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <array>
 
 #include "ial_kernels.cuh"
 #include "ial_ops.h"
@@ -38,23 +32,10 @@ constexpr size_t kSlabBytes = kSharedBytes / 2;
 // Classes that a tile of 16 bytes a row keeps in registers; more go in tiles of half the width.
 constexpr int kWideClasses = 24;
 
-// Levels up to which the fused kernel has room for its sums, and the shared memory of a block that it takes them
-// to be in.
+// Levels up to which the fused kernel has room for its sums, and the shared memory of a block that it takes
+// them to be in.
 constexpr int kMostFusedLevels = 8;
 constexpr int kLeastFusedSharedBytes = 96 << 10;
-
-template <typename T>
-struct Native {
-    using type = T;
-};
-template <>
-struct Native<c10::Half> {
-    using type = __half;
-};
-template <>
-struct Native<c10::BFloat16> {
-    using type = __nv_bfloat16;
-};
 
 inline void check_limits(int64_t classes, int levels) {
     TORCH_CHECK_VALUE(classes <= kMaxClasses, "logits has ", classes, " classes, expected at most ",
@@ -111,8 +92,9 @@ struct Call {
         std::copy(inputs.class_levels.begin(), inputs.class_levels.end(), problem.class_levels);
 
         // of double a vector would hold two pixels: not worth kernels of its own
-        vectors = kLanes > 2 && in_vectors(layout, layout.logits, kLanes) && in_vectors(layout, layout.grad, kLanes) &&
-                  aligned(problem.logits, 16) && aligned(grad.const_data_ptr(), 16);
+        vectors = kLanes > 2 && in_vectors(layout, layout.logits, kLanes) &&
+                  in_vectors(layout, layout.grad, kLanes) && aligned(problem.logits, 16) &&
+                  aligned(grad.const_data_ptr(), 16);
         problem.staged = !vectors && is_channels_last(layout, layout.logits) &&
                          is_channels_last(layout, layout.grad) && slab_bytes<T>(layout.classes) <= kSlabBytes;
         const int64_t lanes = !vectors ? 1 : layout.classes <= kWideClasses ? kLanes : kLanes / 2;
@@ -205,8 +187,7 @@ struct Gradient {
         const auto kernel = gradient_kernel<Tile>;
         call.template choose_blocks<Tile>(launcher, kernel, shared);
         launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem,
-                 table.const_data_ptr<double>(), grad_loss, exact,
-                 static_cast<T*>(grad.mutable_data_ptr()));
+                 table.const_data_ptr<double>(), grad_loss, exact, static_cast<T*>(grad.mutable_data_ptr()));
     }
 };
 
@@ -268,8 +249,7 @@ struct FusedLaunch {
         const Layout& layout = problem.layout;
         const int64_t span = int64_t(threads) * Tile::V, useful = divide_up(layout.pixels, span);
         const int64_t wave = images_of_a_wave(threads);
-        problem.blocks =
-            static_cast<int>(std::clamp<int64_t>(launcher.multiprocessors() / wave, 1, useful));
+        problem.blocks = static_cast<int>(std::clamp<int64_t>(launcher.multiprocessors() / wave, 1, useful));
         const FusedShared<Tile> least(layout.classes, problem.levels, wave, 0);
         const FusedShared<Tile> with_one(layout.classes, problem.levels, wave, 1);
         const size_t room = launcher.shared_bytes(), slot = with_one.end - least.end;
@@ -290,9 +270,9 @@ struct FusedLaunch {
         Tensor weight;
         if (wave < layout.batch && fused.combine.reduction == Reduction::kMean) {
             constexpr int kBlocks = 8;  // of a multiprocessor: enough threads for its memory to be busy
-            fused.weights = static_cast<int>(std::min<int64_t>(
-                launcher.multiprocessors() * kBlocks,
-                divide_up(layout.batch * (layout.pixels / Tile::V), kThreads)));
+            fused.weights = static_cast<int>(
+                std::min<int64_t>(launcher.multiprocessors() * kBlocks,
+                                  divide_up(layout.batch * (layout.pixels / Tile::V), kThreads)));
             weight = at::empty({fused.weights}, stats.options());
             double* const weights = weight.template mutable_data_ptr<double>();
             fused.weight = weights;
@@ -304,8 +284,8 @@ struct FusedLaunch {
                            global.lambdas);
     }
 
-    // All that are pooled; else as many as leave the waves equal and the logits on the chip, in shared memory,
-    // registers and L2, from their first to their second use.
+    // All that are pooled; else as many as leave the waves equal and the logits on the chip, in shared
+    // memory, registers and L2, from their first to their second use.
     int64_t images_of_a_wave(int threads) const {
         const int64_t batch = call.problem.layout.batch;
         if (global.combine.pool_batch) return batch;
@@ -317,8 +297,8 @@ struct FusedLaunch {
     }
 };
 
-// The launches for logits of type T of the kernels. Defined apart from the class, so that each type's kernels can
-// be compiled in a file of their own.
+// The launches for logits of type T of the kernels. Defined apart from the class, so that each type's kernels
+// can be compiled in a file of their own.
 template <typename T, typename Launcher>
 struct Kernels {
     using A = typename Arithmetic<T>::A;
@@ -358,176 +338,6 @@ void Kernels<T, Launcher>::fused(const Launcher& launcher, const Inputs& inputs,
     TORCH_INTERNAL_ASSERT(call.vectors);
     call.with_vectors(FusedLaunch<T, Launcher>{launcher, call, global, exact, stats, table, grad, results});
 }
-
-template <typename Launcher>
-struct Operators {
-    static Tensor reduce(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                         const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
-                         int64_t ignore_index, std::string_view, bool) {
-        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
-        inputs.check();
-        check_limits(logits.size(1), inputs.levels());
-        const Launcher launcher(logits);
-        const std::array<int64_t, 3> shape = {logits.size(0), inputs.levels(), kStats};
-        const auto options = logits.options().dtype(at::kDouble);
-        if (logits.numel() == 0) return at::zeros(shape, options);
-        const Tensor stats = at::empty(shape, options);
-        AT_DISPATCH_FLOATING_TYPES_AND2(
-            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
-            [&] { Kernels<typename Native<scalar_t>::type, Launcher>::reduce(launcher, inputs, stats); });
-        return stats;
-    }
-
-    static void gradient_into(const Inputs& inputs, const Tensor& table, const OptionalTensor& grad_loss,
-                              std::string_view gradient, const Tensor& grad) {
-        inputs.check();
-        inputs.check_table(table);
-        if (grad_loss) check_grad_loss(*grad_loss, table, 1);
-        check_limits(inputs.logits.size(1), inputs.levels());
-        const bool exact = is_exact(gradient);
-        const Launcher launcher(grad);
-        if (grad.numel() == 0) return;
-        AT_DISPATCH_FLOATING_TYPES_AND2(
-            at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient", [&] {
-                Kernels<typename Native<scalar_t>::type, Launcher>::gradient(launcher, inputs, table,
-                                                                             grad_loss, exact, grad);
-            });
-    }
-
-    static Tensor gradient(const Tensor& logits, const Tensor& table, const Tensor& target,
-                           const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-        Tensor grad = at::empty_like(logits);
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, {}, gradient,
-                      grad);
-        return grad;
-    }
-
-    static void gradient_(const Tensor& logits, const Tensor& table, const Tensor& target,
-                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-        at::assert_no_internal_overlap(logits);
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, {}, gradient,
-                      logits);
-    }
-
-    static void rescale_(const Tensor& grad, const Tensor& grad_loss, const Tensor& logits,
-                         const Tensor& table, const Tensor& target, const OptionalTensor& weight,
-                         const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
-                         int64_t ignore_index, std::string_view gradient) {
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, grad_loss,
-                      gradient, grad);
-    }
-
-    static std::tuple<Tensor, Tensor> combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
-                                              std::string_view reduction,
-                                              std::string_view factor_normalization,
-                                              std::string_view factor_scope, at::ScalarType dtype) {
-        const Global global(
-            make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
-        const Combine& c = global.combine;
-        const Launcher launcher(stats);
-        const Results results(c, stats.options(), dtype);
-        AT_DISPATCH_FLOATING_TYPES(dtype, "ial_cuda::combine", [&] {
-            launcher(combine_kernel<scalar_t>, dim3(1), kThreads, global.shared, c, global.lambdas,
-                     global.fits, results.pointers<scalar_t>());
-        });
-        return {results.loss, results.f};
-    }
-
-    static Tensor table(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas,
-                        double alpha, std::string_view reduction, std::string_view factor_normalization,
-                        std::string_view factor_scope) {
-        const Global global(
-            make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
-        const Combine& c = global.combine;
-        check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
-        const Launcher launcher(stats);
-        const Tensor grad = grad_loss.contiguous();
-        Tensor result = at::empty_like(stats);
-        AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "ial_cuda::table", [&] {
-            launcher(table_kernel<scalar_t>, dim3(1), kThreads, global.shared, c, global.lambdas, global.fits,
-                     grad.const_data_ptr<scalar_t>(), result.mutable_data_ptr<double>());
-        });
-        return result;
-    }
-
-    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused(
-        const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-        const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-        std::string_view gradient, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
-        std::string_view factor_normalization, std::string_view factor_scope) {
-        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
-        inputs.check();
-        check_limits(logits.size(1), inputs.levels());
-        const Launcher launcher(logits);
-        TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
-        const bool exact = is_exact(gradient);
-        const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        if (!has_one_launch(launcher, logits, target, pixel_weight, inputs.levels(), factor_scope)) {
-            const Tensor stats = reduce(logits, target, weight, pixel_weight, class_levels, ignore_index,
-                                        gradient, false);
-            const auto [loss, f] =
-                combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
-            const Tensor rows = table(stats, at::ones_like(loss), lambdas, alpha, reduction,
-                                      factor_normalization, factor_scope);
-            const Tensor grad = Operators::gradient(logits, rows, target, weight, pixel_weight, class_levels,
-                                                    ignore_index, gradient);
-            return {loss, f, stats, rows, grad};
-        }
-        const Tensor stats =
-            at::empty({logits.size(0), inputs.levels(), kStats}, logits.options().dtype(at::kDouble));
-        const Tensor rows = at::empty_like(stats), grad = at::empty_like(logits);
-        const Global global(
-            make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
-        const Results results(global.combine, stats.options(), dtype);
-        const auto one_launch = [&](auto type) {
-            Kernels<decltype(type), Launcher>::fused(launcher, inputs, global, exact, stats, rows, grad,
-                                                     results);
-        };
-        if (logits.scalar_type() == at::kFloat)
-            one_launch(float());
-        else if (logits.scalar_type() == at::kHalf)
-            one_launch(__half());
-        else
-            one_launch(__nv_bfloat16());
-        return {results.loss, results.f, stats, rows, grad};
-    }
-
-    // Whether one launch can do it: each thread reads and writes vectors, all blocks are there at a time, and
-    // there is room for their sums.
-    static bool has_one_launch(const Launcher& launcher, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& pixel_weight, int64_t levels,
-                               std::string_view factor_scope) {
-        return logits.scalar_type() != at::kDouble && logits.numel() > 0 && logits.is_contiguous() &&
-               target.is_contiguous() && (!pixel_weight || pixel_weight->is_contiguous()) &&
-               target.numel() / target.size(0) * logits.itemsize() % 16 == 0 &&
-               aligned(logits.const_data_ptr(), 16) && logits.size(1) <= kMostClasses &&
-               levels <= kMostFusedLevels && launcher.cooperative() &&
-               launcher.shared_bytes() >= kLeastFusedSharedBytes &&
-               (!is_pooled(factor_scope) || logits.size(0) <= launcher.multiprocessors());
-    }
-
-    // Whether it will be faster than several: an image, or all that are pooled, stay on the chip.
-    static bool fuses(const Tensor& logits, const Tensor& target, const OptionalTensor& pixel_weight,
-                      int64_t levels, std::string_view factor_scope) {
-        const Launcher launcher(logits);
-        return has_one_launch(launcher, logits, target, pixel_weight, levels, factor_scope) &&
-               static_cast<int64_t>(logits.nbytes()) / (is_pooled(factor_scope) ? 1 : logits.size(0)) <=
-                   on_chip_bytes(launcher);
-    }
-
-    static void implement(torch::Library& m) {
-        m.impl("reduce", reduce);
-        m.impl("gradient", gradient);
-        m.impl("gradient_", gradient_);
-        m.impl("combine", combine);
-        m.impl("table", table);
-        m.impl("fused", fused);
-        m.impl("rescale_", rescale_);
-        m.impl("fuses", fuses);
-    }
-};
 
 }  // namespace gpu
 }  // namespace ial

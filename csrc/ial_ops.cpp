@@ -213,12 +213,12 @@ IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const Option
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
                                            std::string_view, std::string_view, at::ScalarType))
 IAL_OP(fused, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                  at::IntArrayRef, int64_t, std::string_view, at::ArrayRef<double>, double, std::string_view,
-                  std::string_view, std::string_view))
-IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                      const OptionalTensor&, const OptionalTensor&, at::IntArrayRef, int64_t,
-                      std::string_view))
+                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
+                  int64_t, std::string_view, at::ArrayRef<double>, double, std::string_view, std::string_view,
+                  std::string_view))
+IAL_OP(rescale_,
+       void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+            const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
 IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view,
                      std::string_view, std::string_view))
 #undef IAL_OP
@@ -293,8 +293,9 @@ struct CombineFunction : torch::autograd::Function<CombineFunction> {
     }
 };
 
-// The gradient is there before it is asked for, for an incoming gradient of 1. The first backward pass gives it
-// away, made anew where that was not 1; a second one, or one that is to be differentiated, computes another.
+// The gradient is there before it is asked for, for an incoming gradient of 1. The first backward pass gives
+// it away, made anew where that was not 1; a second one, or one that is to be differentiated, computes
+// another.
 struct FusedFunction : torch::autograd::Function<FusedFunction> {
     static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                                  const OptionalTensor& weight, const OptionalTensor& pixel_weight,
@@ -413,7 +414,8 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
 // table: dL/dstats from the incoming gradient of the loss.
-// fused: reduce, combine, and for an incoming gradient of 1 table and gradient: loss, factors, stats, table and
+// fused: reduce, combine, and for an incoming gradient of 1 table and gradient: loss, factors, stats, table
+// and
 //   dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
@@ -438,8 +440,7 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor table, Tensor target, "
         "Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
-    m.def(
-        "fuses(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> bool");
+    m.def("fuses(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {

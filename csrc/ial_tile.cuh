@@ -1,7 +1,7 @@
 // What a CUDA thread works on. It owns a tile: V pixels that lie side by side, 16 bytes of a row or, of many
 // classes, 8, and all their classes in registers, B at a time. Where rows cannot be cut into aligned vectors,
-// V is 1 and a pixel lies wherever its strides say. Block b of the `blocks` of an image takes its tiles b, b +
-// blocks, ... in units of its threads.
+// V is 1 and a pixel lies wherever its strides say. Block b of the `blocks` of an image takes its tiles b, b
+// + blocks, ... in units of its threads.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -171,7 +171,8 @@ IAL_D void raise(Pack<T, V>& to, const Pack<T, V>& by) {
 // Which of up to 1024 classes is each lane's own: replaces that lane of a pack.
 template <typename T, int V>
 struct OwnClass {
-    // Paired: class i as the half-precision number 1 + i / 1024, for a comparison of two at a time; 0 for none.
+    // Paired: class i as the half-precision number 1 + i / 1024, for a comparison of two at a time; 0 for
+    // none.
     static constexpr unsigned kOne = 0x3c00;
     int label[V];
     unsigned pair[V / 2 + 1];
@@ -385,8 +386,8 @@ struct Tile {
         });
     }
 
-    // Writes its logits where a thread keeps them, one pack after another, `step` elements apart; not for more
-    // than B classes.
+    // Writes its logits where a thread keeps them, one pack after another, `step` elements apart; not for
+    // more than B classes.
     IAL_D void keep(T* to, int64_t step) const {
         for_classes(0, [&](int i) {
             store_pack(to, x[i]);
@@ -470,8 +471,8 @@ constexpr size_t slab_bytes(int64_t classes) {
     return kThreads * classes * sizeof(T);
 }
 
-// The rounds of a block of an image, and the first pixel of its thread's tile in each: beyond the image in some
-// threads of the last round.
+// The rounds of a block of an image, and the first pixel of its thread's tile in each: beyond the image in
+// some threads of the last round.
 template <int V, int Threads>
 struct Rounds {
     int64_t count, first, step;

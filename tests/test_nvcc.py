@@ -48,7 +48,9 @@ def tiles(kernel: str) -> Iterator[str]:
             yield name(dtype, 1, 32)
 
 
-@pytest.mark.parametrize("operator", ["reduce", "gradient", "gradient_", "combine", "table", "fused", "rescale_", "fuses"])
+@pytest.mark.parametrize(
+    "operator", ["reduce", "gradient", "gradient_", "combine", "table", "fused", "rescale_", "fuses"]
+)
 def test_operators_have_a_cuda_kernel(operator):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ial_cuda::{operator}", "CUDA")
 

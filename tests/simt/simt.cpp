@@ -1,9 +1,7 @@
 // The CUDA operators on CPU tensors: the kernels and what launches them, unchanged, in the library ial_simt.
 #include "simt.h"
 
-#include <torch/library.h>
-
-#include "ial_launch.h"
+#include "ial_operators.h"
 
 namespace ial {
 namespace gpu {

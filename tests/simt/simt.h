@@ -1,7 +1,7 @@
 // CUDA's words on a CPU, enough to run this project's kernels: blocks one after another, their threads as
-// fibres that change over at barriers and shuffles only; those of a cooperative launch in turns, from one grid
-// barrier to the next. A barrier that is missing shows: what it waits for has not happened. Memory ordering
-// does not: there is one real thread.
+// fibres that change over at barriers and shuffles only; those of a cooperative launch in turns, from one
+// grid barrier to the next. A barrier that is missing shows: what it waits for has not happened. Memory
+// ordering does not: there is one real thread.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -123,7 +123,7 @@ inline ucontext_t scheduler;
 inline bool progress;
 
 inline std::string skipped;  // "file:line" of a barrier that is left out, to see whether a test fails
-inline unsigned turn = 0;     // blocks start their threads in ascending and in descending order in turn
+inline unsigned turn = 0;    // blocks start their threads in ascending and in descending order in turn
 
 // The last to arrive yields too, so that the threads go on in the block's order.
 inline void wait(Barrier& barrier, int threads) {
@@ -194,7 +194,8 @@ inline void start(Block& block, dim3 index, size_t shared) {
     }
 }
 
-// Runs a block until it is done, or all of its threads wait for other blocks. Returns whether it came further.
+// Runs a block until it is done, or all of its threads wait for other blocks. Returns whether it came
+// further.
 inline bool run(Block& its) {
     using ial::gpu::ial_shared;
     const unsigned threads = blockDim.x;
