@@ -327,7 +327,10 @@ def _first_line(*command: str) -> str | None:
 
 
 def write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n")
+    """At once, so that who is interrupted leaves the old file or the new one."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=2) + "\n")
+    new.replace(file)
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
