@@ -31,7 +31,8 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TOOL_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 #: A log keeps its beginning and its end.
 LOG_BYTES, TAIL_LINES = 1 << 20, 30
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider")
+#: With -v the log of a run that is ended tells what failed and where it was.
+PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
 PRODUCTS = ("loss.json", "loss.csv", "loss.png", "summary.json", "log.txt")
 
 PROBE = """
@@ -118,7 +119,10 @@ class Running:
         if code:
             why = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
             return Outcome(self.stage.name, "failed", why, taken, tail(self.log))
-        return Outcome(self.stage.name, "ok", last_line(self.log), taken)
+        why = last_line(self.log)
+        # Tests that were all skipped have shown nothing.
+        result = "skipped" if "skipped" in why and "passed" not in why else "ok"
+        return Outcome(self.stage.name, result, why, taken)
 
 
 def tail(log: Path) -> str:

@@ -7,6 +7,7 @@ import argparse
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -384,6 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             except RuntimeError as error:  # too little memory, say: the other cases may do
                 console.print(f"{case} fails: {first_line(error)}", style="red", soft_wrap=True)
+                traceback.print_exc()
                 failed = True
                 continue
             reports.append(report)
