@@ -206,8 +206,8 @@ def copy_parts(inputs: Inputs) -> dict[str, Part]:
     }
 
 
-def operator_parts(library: str, inputs: Inputs) -> dict[str, Part]:
-    """The operators that a step calls, one by one."""
+def operator_parts(library: str, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
+    """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
     ops = getattr(torch.ops, library)
     target, weight = inputs.targets[torch.int64], inputs.weight
     hierarchy = hierarchy_of(inputs.source)
@@ -218,7 +218,7 @@ def operator_parts(library: str, inputs: Inputs) -> dict[str, Part]:
     table = ops.table(stats, one, *options)
     write = inputs.source.nbytes
     read = write + target.nbytes
-    return {
+    parts = {
         "reduce (forward)": Part(lambda logits: ops.reduce(logits.detach(), *pixels, False), read),
         "gradient": Part(lambda logits: ops.gradient(logits.detach(), table, *pixels), read + write),
         "gradient, in place": Part(
@@ -227,15 +227,20 @@ def operator_parts(library: str, inputs: Inputs) -> dict[str, Part]:
         "combine": Part(lambda _: ops.combine(stats, *options, torch.float32)),
         "table": Part(lambda _: ops.table(stats, one, *options)),
     }
+    if one_launch:
+        parts["fused"] = Part(lambda logits: ops.fused(logits.detach(), *pixels, *options), read + write)
+    return parts
 
 
 def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
     """The operators of each library, and a step of the best backend with hardly any pixels."""
     libraries = sorted({_ops.libraries[backend] for backend in backends})
+    in_one = {_ops.libraries[backend] for backend in backends if backend in _ops.one_launch.values()}
     parts = {}
     for library in libraries:
         prefix = f"{library} " if len(libraries) > 1 else ""
-        parts |= {prefix + name: part for name, part in operator_parts(library, inputs).items()}
+        operators = operator_parts(library, inputs, one_launch=library in in_one)
+        parts |= {prefix + name: part for name, part in operators.items()}
 
     pixel = inputs.source[:, :, :1, :1].contiguous().requires_grad_()
     pixel_target = inputs.targets[torch.int64][:, :1, :1].contiguous()
@@ -383,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = measure(
                     case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress
                 )
-            except RuntimeError as error:  # too little memory, say: the other cases may do
+            except Exception as error:  # too little memory, say: the other cases may do
                 console.print(f"{case} fails: {first_line(error)}", style="red", soft_wrap=True)
                 traceback.print_exc()
                 failed = True

@@ -107,8 +107,11 @@ class Goal:
         return asdict(self) | {"reached": self.reached}
 
 
-#: The most that a fused step may take, in times of 1 read and 1 write of the logits.
-FUSED_BOUNDS = {
+TWO_LAUNCHES, ONE_LAUNCH = "ial_cuda cuda", "ial_cuda fused"
+#: The rows that the goals are about.
+OURS = [name + labels for name in (TWO_LAUNCHES, ONE_LAUNCH) for labels in ("", UINT8)]
+#: The most that a step of one launch may take, in times of 1 read and 1 write of the logits.
+ONE_LAUNCH_BOUNDS = {
     "1x19x1024x2048 bfloat16 on cuda": 1.45,
     "8x11x720x960 bfloat16 on cuda": 1.25,
     "8x11x720x960 float32 on cuda": 1.25,
@@ -124,17 +127,15 @@ def goals(report: Report) -> list[Goal]:
     rows = {row.name: row for row in (*report.providers, *report.parts)}
     copy_ms = rows[COPY].median_ms
     found = []
-    for labels in ("", UINT8):
-        ours = rows[report.providers[0].name + labels]
-        two = rows.get(f"ial_cuda cuda{labels}")
-        if two is not None:
-            moved = two.copy_percent and two.copy_percent * two.median_ms
-            graph = quotient(moved, two.graph_ms)
-            found.append(Goal(f"{two.name}: % of the copy's speed", 90, True, two.copy_percent, graph))
-        fused, bound = rows.get(f"ial_cuda fused{labels}"), FUSED_BOUNDS.get(str(report.case))
-        if fused is not None and bound is not None:
-            graph = quotient(fused.graph_ms, copy_ms)
-            found.append(Goal(f"{fused.name}: times the copy's time", bound, False, fused.copy_ratio, graph))
+    for ours in (rows[name] for name in OURS if name in rows):
+        if ours.name.startswith(TWO_LAUNCHES):
+            moved = ours.copy_percent and ours.copy_percent * ours.median_ms
+            graph = quotient(moved, ours.graph_ms)
+            found.append(Goal(f"{ours.name}: % of the copy's speed", 90, True, ours.copy_percent, graph))
+        elif str(report.case) in ONE_LAUNCH_BOUNDS:
+            bound = ONE_LAUNCH_BOUNDS[str(report.case)]
+            graph = quotient(ours.graph_ms, copy_ms)
+            found.append(Goal(f"{ours.name}: times the copy's time", bound, False, ours.copy_ratio, graph))
         for name, bound in PEER_BOUNDS.items():
             peer = rows.get(name, Row(name))
             measured = quotient(peer.median_ms, ours.median_ms)

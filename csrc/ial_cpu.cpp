@@ -365,9 +365,7 @@ Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<doub
                  std::string_view reduction, std::string_view factor_normalization,
                  std::string_view factor_scope) {
     const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
-    const int64_t values = c.reduction == Reduction::kNone ? c.batch : 1;
-    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
-                      values, " value(s) for reduction='", reduction, "'");
+    check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     Tensor result = at::empty_like(stats);
     const double* g = grad.const_data_ptr<double>();

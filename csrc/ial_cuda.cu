@@ -14,12 +14,10 @@ class Cuda {
     explicit Cuda(const at::Tensor& tensor)
         : guard_(tensor.device()), stream_(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {}
 
-    int multiprocessors() const {
-        int count;
-        C10_CUDA_CHECK(
-            cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, guard_.current_device().index()));
-        return count;
-    }
+    int multiprocessors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+    int l2_bytes() const { return attribute(cudaDevAttrL2CacheSize); }
+    int shared_bytes() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+    bool cooperative() const { return attribute(cudaDevAttrCooperativeLaunch); }
 
     template <typename Kernel>
     int resident(Kernel kernel, size_t shared) const {
@@ -31,11 +29,40 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                     const Arguments&... arguments) const {
-        kernel<<<grid, threads, shared, stream_>>>(arguments...);
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch(kernel, grid, threads, shared, false, arguments...);
+    }
+
+    template <typename... Parameters, typename... Arguments>
+    void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                   const Arguments&... arguments) const {
+        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                            static_cast<int>(shared)));
+        launch(kernel, grid, threads, shared, true, arguments...);
     }
 
  private:
+    int attribute(cudaDeviceAttr name) const {
+        int value;
+        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
+        return value;
+    }
+
+    template <typename... Parameters, typename... Arguments>
+    void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool cooperative,
+                const Arguments&... arguments) const {
+        cudaLaunchAttribute together;
+        together.id = cudaLaunchAttributeCooperative;
+        together.val.cooperative = cooperative;
+        cudaLaunchConfig_t config{};
+        config.gridDim = grid;
+        config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared;
+        config.stream = stream_;
+        config.attrs = &together;
+        config.numAttrs = 1;
+        C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+    }
+
     c10::cuda::CUDAGuard guard_;
     c10::cuda::CUDAStream stream_;
 };

@@ -1,348 +1,28 @@
 // The CUDA kernels. They see plain structs, never a tensor; who launches them, and on what, is not their
-// business (ial_launch.h).
-//
-// A thread owns a tile: V pixels that lie side by side, 16 bytes of a row or, of many classes, 8, and all
-// their classes in registers, B at a time. Where rows cannot be cut into aligned vectors, V is 1 and a pixel
-// lies wherever its strides say. Block b of the `blocks` of an image takes its tiles b, b + blocks, ... in
-// units of kThreads. Which thread adds what depends on the grid alone, and sums are added in a fixed order
-// without atomics, so a result is bitwise the same from run to run.
+// business (ial_launch.h). Which thread adds what depends on the grid alone, and sums are added in a fixed
+// order without atomics, so a result is bitwise the same from run to run.
 #pragma once
 
 #if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-// 2^x within 2 ulp, 0 where that is subnormal: PTX that CUDA C++ has no word for.
-__device__ __forceinline__ float ex2_approx_ftz(float x) {
-    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
-    return x;
-}
+#include <cooperative_groups.h>
 #endif
 
-#include <type_traits>
-
-#include "ial_math.h"
+#include "ial_tile.cuh"
 
 namespace ial {
 namespace gpu {
 
-// Threads of a block and of a warp, and what fits into a kernel's parameters beside the rest of them.
-constexpr int kThreads = 128, kWarp = 32, kMaxClasses = 1024, kMaxLevels = 256;
+#if defined(__CUDACC__)
+// Waits for all blocks of a cooperative launch; what they wrote before is seen after.
+__device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
+#endif
 
 // Blocks of reduce and gradient that a multiprocessor must hold: it leaves a thread all 255 registers.
 // Without a number the compiler aims at more blocks, at the price of a few spills.
 constexpr int kLeastBlocks = 2;
 
 // -------------------------------------------------------------------------------------------------
-// Numbers: half precision is computed in float
-
-template <typename T>
-struct Arithmetic {
-    using A = float;
-};
-template <>
-struct Arithmetic<double> {
-    using A = double;
-};
-
-#define IAL_D __device__ __forceinline__
-
-IAL_D float widen(float x) { return x; }
-IAL_D double widen(double x) { return x; }
-IAL_D float widen(__half x) { return __half2float(x); }
-IAL_D float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-IAL_D void narrow(float x, float* to) { *to = x; }
-IAL_D void narrow(double x, double* to) { *to = x; }
-IAL_D void narrow(float x, __half* to) { *to = __float2half_rn(x); }
-IAL_D void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-
-// Of a number and a NaN, the number.
-IAL_D float larger(float a, float b) { return fmaxf(a, b); }
-IAL_D double larger(double a, double b) { return fmax(a, b); }
-IAL_D float smaller(float a, float b) { return fminf(a, b); }
-IAL_D double smaller(double a, double b) { return fmin(a, b); }
-
-// For x <= 0. The rounding of the product is an error of |x| half ulp, but then e^x is small beside the 1
-// that the softmax of a pixel always has. expf would cost four times the instructions, and more than the
-// memory.
-IAL_D float exponential(float x) { return ex2_approx_ftz(x * 1.44269504f); }
-IAL_D double exponential(double x) { return exp(x); }
-IAL_D float logarithm(float x) { return logf(x); }
-IAL_D double logarithm(double x) { return log(x); }
-
-template <typename T, int V>
-struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
-    T lane[V];
-};
-
-// The machine's word for a pack of 8 or 16 bytes, which it reads and writes in one go.
-template <typename P>
-using Word = std::conditional_t<sizeof(P) == 16, uint4, uint2>;
-
-template <typename T, int V>
-IAL_D Pack<T, V> load_pack(const T* from) {
-    Pack<T, V> pack;
-    if constexpr (sizeof(pack) == 8 || sizeof(pack) == 16) {
-        const auto word = *reinterpret_cast<const Word<Pack<T, V>>*>(from);
-        __builtin_memcpy(&pack, &word, sizeof(word));
-    } else {
-        pack = *reinterpret_cast<const Pack<T, V>*>(from);
-    }
-    return pack;
-}
-
-// Past what the caches keep: nobody reads it again soon.
-template <typename T, int V>
-IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
-    if constexpr (sizeof(pack) == 8 || sizeof(pack) == 16) {
-        Word<Pack<T, V>> word;
-        __builtin_memcpy(&word, &pack, sizeof(word));
-        __stcs(reinterpret_cast<Word<Pack<T, V>>*>(to), word);
-    } else {
-        *reinterpret_cast<Pack<T, V>*>(to) = pack;
-    }
-}
-
-// Lets the compiler forget that it has widened the lanes of `pack`: it would keep them, in twice the
-// registers that the half-precision lanes take, from one pass over the classes to the next.
-template <typename T, int V>
-IAL_D void forget_widened(Pack<T, V>& pack) {
-    if constexpr (sizeof(T) == 2 && V > 1) {
-        Word<Pack<T, V>> word;
-        __builtin_memcpy(&word, &pack, sizeof(pack));
-        if constexpr (sizeof(pack) == 16)
-            asm volatile("" : "+r"(word.x), "+r"(word.y), "+r"(word.z), "+r"(word.w));
-        else
-            asm volatile("" : "+r"(word.x), "+r"(word.y));
-        __builtin_memcpy(&pack, &word, sizeof(pack));
-    }
-}
-
-IAL_D double warp_sum(double value) {
-    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
-    return value;
-}
-
-// -------------------------------------------------------------------------------------------------
-// A tile
-
-template <typename T>
-struct Problem {
-    using A = typename Arithmetic<T>::A;
-
-    Layout layout;
-    const T* logits;
-    const void* target;
-    const A* weight;        // [C], or null for ones
-    const A* pixel_weight;  // or null for ones
-    int64_t ignore_index;
-    Label label;
-    bool dense_labels;  // a tile's labels are one aligned vector
-    int levels;
-    int blocks;   // of an image
-    bool staged;  // channels lie side by side, and pixels too: see Slab
-    uint8_t class_levels[kMaxClasses];
-
-    IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
-};
-
-// label[j]: the class of pixel j, -1 where it has none. Returns whether a label is neither a class nor
-// ignore_index.
-template <int V, typename L>
-IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, int64_t ignore, int* label) {
-    Pack<L, V> pack;
-    if (dense) {
-        pack = load_pack<L, V>(from);
-    } else {
-        for (int j = 0; j < V; ++j) pack.lane[j] = from[j * stride];
-    }
-    bool bad = false;
-    for (int j = 0; j < V; ++j) {
-        const int64_t y = pack.lane[j];
-        const bool is_class = y >= 0 && y < classes && y != ignore;
-        label[j] = is_class ? static_cast<int>(y) : -1;
-        bad |= !is_class && y != ignore;
-    }
-    return bad;
-}
-
-// V pixels x up to B classes in registers; more classes take turns. The number of classes is never a constant
-// to the compiler: given one, it widens all of them at once and runs out of registers.
-template <typename T_, int V_, int B>
-struct Tile {
-    using T = T_;
-    using A = typename Arithmetic<T>::A;
-    static constexpr int V = V_;
-
-    const Problem<T>& problem;
-    const int64_t image, pixel;  // the first of the tile
-    const int classes;
-    const T* const from;    // its logit of class 0
-    const int64_t channel;  // from there to the next class
-    const A* const weight;  // its pixel weight, or null
-    Pack<T, V> x[B];
-    A max[V], sum[V];
-    int label[V];
-    bool bad_label;
-
-    IAL_D Tile(const Problem<T>& problem, int64_t image, int64_t pixel, const T* from, int64_t channel)
-        : problem(problem),
-          image(image),
-          pixel(pixel),
-          classes(static_cast<int>(problem.layout.classes)),
-          from(from),
-          channel(channel),
-          weight(problem.pixel_weight
-                     ? problem.pixel_weight + problem.layout.offset(problem.layout.pixel_weight, image, pixel)
-                     : nullptr) {
-        load_labels();
-        softmax();
-    }
-
-    IAL_D void load_labels() {
-        const View& view = problem.layout.target;
-        const int64_t first = problem.layout.offset(view, image, pixel), ignore = problem.ignore_index;
-        const bool dense = problem.dense_labels;
-        const void* const target = problem.target;
-        switch (problem.label) {
-            case Label::kUInt8:
-                bad_label = classify<V>(static_cast<const uint8_t*>(target) + first, view.pixel, dense,
-                                        classes, ignore, label);
-                break;
-            case Label::kInt32:
-                bad_label = classify<V>(static_cast<const int32_t*>(target) + first, view.pixel, dense,
-                                        classes, ignore, label);
-                break;
-            default:
-                bad_label = classify<V>(static_cast<const int64_t*>(target) + first, view.pixel, dense,
-                                        classes, ignore, label);
-        }
-    }
-
-    // Does `body(i, c)` for each class c that is in x[i] when x holds the classes from `first`.
-    template <typename Body>
-    IAL_D void for_classes(int first, const Body& body) const {
-#pragma unroll
-        for (int i = 0; i < B; ++i)
-            if (first + i < classes) body(i, first + i);
-    }
-
-    IAL_D void load_logits(int first) {
-        for_classes(first, [&](int i, int c) { x[i] = load_pack<T, V>(from + c * channel); });
-    }
-
-    // max_c x_c and sum_c exp(x_c - max). While all logits are -inf, exp(x_c - 0) = 0 stands for their terms:
-    // -inf - -inf would be NaN though a finite logit may follow.
-    IAL_D void softmax() {
-        for (int j = 0; j < V; ++j) {
-            max[j] = -HUGE_VALF;
-            sum[j] = 0;
-        }
-        for (int first = 0; first < classes; first += B) {
-            load_logits(first);
-            A seen[V], shift[V];
-            for (int j = 0; j < V; ++j) seen[j] = max[j];
-            for_classes(first, [&](int i, int) {
-                for (int j = 0; j < V; ++j) max[j] = larger(max[j], widen(x[i].lane[j]));
-            });
-            for (int j = 0; j < V; ++j) {
-                shift[j] = max[j] == -HUGE_VALF ? A(0) : max[j];
-                if (first > 0) sum[j] *= exponential(seen[j] - shift[j]);
-            }
-            for_classes(first, [&](int i, int) {
-                forget_widened(x[i]);
-                for (int j = 0; j < V; ++j) sum[j] += exponential(widen(x[i].lane[j]) - shift[j]);
-            });
-        }
-    }
-
-    // The class of pixel j, or any where it has none.
-    IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
-
-    // x_y - max. x[y] would take the registers' address; the caches still have it.
-    IAL_D A shifted_target(int j) const { return widen(from[j + some_class(j) * channel]) - max[j]; }
-
-    IAL_D A pixel_weight(int j) const {
-        return weight ? weight[j * problem.layout.pixel_weight.pixel] : A(1);
-    }
-
-    // dL/dX_c = scale p_c + [c = y] extra, with scale = extra = 0 for pixels without a class. An exponential
-    // is never above 1, and bounded by it is never NaN either: where a logit is not finite, the gradient of
-    // such a pixel is still 0, and that of the others is NaN by their scale.
-    IAL_D void store_gradient(T* to, int64_t to_channel, const A* scale, const A* extra) {
-        for (int first = 0; first < classes; first += B) {
-            if (classes > B) load_logits(first);
-            for_classes(first, [&](int i, int c) {
-                Pack<T, V> g;
-                forget_widened(x[i]);
-                for (int j = 0; j < V; ++j) {
-                    const A e = smaller(exponential(widen(x[i].lane[j]) - max[j]), A(1));
-                    narrow(e * scale[j] + (label[j] == c ? extra[j] : A(0)), &g.lane[j]);
-                }
-                store_pack<T, V>(to + c * to_channel, g);
-            });
-        }
-    }
-};
-
-// Channels-last logits: the 32 pixels of a warp lie in one piece, which its lanes carry to and from shared
-// memory, element by element in order. Straight from global memory each lane would read and write a line of
-// its own. slab: [kWarp, classes], one of those of the block's warps
-template <typename T>
-struct Slab {
-    T* const slab;
-    const int classes, lane;
-
-    IAL_D Slab(unsigned char* shared, int64_t classes)
-        : slab(reinterpret_cast<T*>(shared) + threadIdx.x / kWarp * kWarp * classes),
-          classes(static_cast<int>(classes)),
-          lane(threadIdx.x % kWarp) {}
-
-    IAL_D T* own() const { return slab + lane * classes; }
-
-    // Elements of the warp's pixels that are in the image; `pixel` is the lane's own.
-    IAL_D int64_t first(int64_t pixel) const { return (pixel - lane) * classes; }
-    IAL_D int count(int64_t pixel, int64_t pixels) const {
-        const int64_t rest = pixels - (pixel - lane);
-        return classes * static_cast<int>(rest < 0 ? 0 : rest < kWarp ? rest : kWarp);
-    }
-
-    // `image`: the first element of an image. Whatever the lanes did in the slab before is done.
-    IAL_D void load(const T* image, int64_t pixel, int64_t pixels) const {
-        __syncwarp();
-        const int elements = count(pixel, pixels);
-        for (int i = lane; i < elements; i += kWarp) slab[i] = image[first(pixel) + i];
-        __syncwarp();
-    }
-    IAL_D void store(T* image, int64_t pixel, int64_t pixels) const {
-        __syncwarp();
-        const int elements = count(pixel, pixels);
-        for (int i = lane; i < elements; i += kWarp) image[first(pixel) + i] = slab[i];
-    }
-};
-
-template <typename T>
-constexpr size_t slab_bytes(int64_t classes) {
-    return kThreads * classes * sizeof(T);
-}
-
-// The rounds of a block, and the first pixel of its thread's tile in each: beyond the image in some threads
-// of the last round.
-template <int V>
-struct Rounds {
-    int64_t count, first, step;
-
-    IAL_D Rounds(const Layout& layout, int blocks, int block) {
-        first = (int64_t(block) * kThreads + threadIdx.x) * V;
-        step = int64_t(blocks) * kThreads * V;
-        count = (layout.pixels + step - 1) / step;
-    }
-    IAL_D int64_t pixel(int64_t round) const { return first + round * step; }
-};
-
-// -------------------------------------------------------------------------------------------------
-// reduce
+// Sums over the pixels of a block
 
 template <typename A>
 struct ReduceClass {
@@ -350,44 +30,86 @@ struct ReduceClass {
     int level;  // counted from the first one that the block sums
 };
 
+// Fills by_class[C]; a barrier must follow.
+template <int Threads, typename T, typename A>
+IAL_D void load_classes(const Problem<T>& problem, int first_level, ReduceClass<A>* by_class) {
+    for (int c = threadIdx.x; c < problem.layout.classes; c += Threads)
+        by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
+}
+
+// columns[levels, kStats, Threads] in shared memory: every thread adds to a column of its own.
+template <typename A, int Threads>
+struct Columns {
+    A* const columns;
+    const int levels;
+
+    IAL_D void clear() const {
+        for (int slot = 0; slot < levels * kStats; ++slot) columns[slot * Threads + threadIdx.x] = 0;
+    }
+
+    // One warp for each of the sums: to[i * step] = the sum of row i. Barriers before and after.
+    IAL_D void total(double* to, int64_t step) const {
+        const int lane = threadIdx.x % kWarp;
+        for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += Threads / kWarp) {
+            double total = 0;
+            for (int i = lane; i < Threads; i += kWarp) total += columns[slot * Threads + i];
+            total = warp_sum(total);
+            if (lane == 0) to[slot * step] = total;
+        }
+    }
+
+    static constexpr size_t bytes(int levels) { return size_t(levels) * kStats * Threads * sizeof(A); }
+};
+
 // Sums of pixels of one level in a row, in registers until the level changes: labels come in patches. Then
-// they join the thread's own column of columns[levels, kStats, kThreads] in shared memory.
-template <typename A>
+// they join the thread's column.
+template <typename A, int Threads>
 struct Run {
     A* const column;
+    const int levels;
     int level = -1;
     A sums[kStats] = {};
 
-    IAL_D explicit Run(A* column) : column(column) {}
+    IAL_D explicit Run(const Columns<A, Threads>& columns)
+        : column(columns.columns + threadIdx.x), levels(columns.levels) {}
 
-    IAL_D void add(int to, A s, A pi, A w) {
-        if (to != level) {
-            flush();
-            level = to;
+    template <typename Tile>
+    IAL_D void add(const Tile& tile, const ReduceClass<A>* by_class) {
+#pragma unroll
+        for (int j = 0; j < Tile::V; ++j) {
+            const ReduceClass<A> its = by_class[tile.labels.some_class(j)];
+            const A w = its.weight * tile.labels.pixel_weight(j);
+            const A s = w * (logarithm(tile.sum[j]) - tile.target[j]);
+            const A pi = exponential(tile.target[j]) * reciprocal(tile.sum[j]);
+            if (tile.labels.label[j] < 0 || its.level < 0 || its.level >= levels) continue;
+            if (its.level != level) {
+                flush();
+                level = its.level;
+            }
+            sums[kS] += s;
+            sums[kP2] += pi * pi;
+            sums[kQ2] += (1 - pi) * (1 - pi);
+            sums[kCount] += 1;
+            sums[kWeight] += w;
         }
-        sums[kS] += s;
-        sums[kP2] += pi * pi;
-        sums[kQ2] += (1 - pi) * (1 - pi);
-        sums[kCount] += 1;
-        sums[kWeight] += w;
     }
 
     IAL_D void flush() {
         for (int s = 0; s < kStats; ++s) {
-            if (level >= 0) column[(level * kStats + s) * kThreads] += sums[s];
+            if (level >= 0) column[(level * kStats + s) * Threads] += sums[s];
             sums[s] = 0;
         }
     }
+
+    // A label that is neither a class nor ignore_index makes S_0, which no gradient depends on, NaN.
+    IAL_D void spoil() const { column[kS * Threads] = NAN; }
 };
 
-template <typename A>
-constexpr size_t reduce_shared_bytes(int64_t classes, int levels) {
-    return classes * sizeof(ReduceClass<A>) + size_t(levels) * kStats * kThreads * sizeof(A);
-}
+// -------------------------------------------------------------------------------------------------
+// reduce
 
 // Grid (images x blocks, groups of levels): what a block has shared memory for are `block_levels` levels, and
-// further groups read the logits again. partial: [images, levels, kStats, blocks]. A label that is neither a
-// class nor ignore_index makes its image's S_0, which no gradient depends on, NaN.
+// further groups read the logits again. partial: [images, levels, kStats, blocks].
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
@@ -404,54 +126,45 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
     const Slab<T> slab(ial_shared, problem.layout.classes);
     auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared + slabs);
-    for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads)
-        by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
-    A* const columns = reinterpret_cast<A*>(by_class + problem.layout.classes);
-    A* const column = columns + threadIdx.x;
-    for (int slot = 0; slot < levels * kStats; ++slot) column[slot * kThreads] = 0;
+    load_classes<kThreads>(problem, first_level, by_class);
+    const Columns<A, kThreads> columns{reinterpret_cast<A*>(by_class + problem.layout.classes), levels};
+    columns.clear();
     __syncthreads();
 
-    Run<A> run(column);
+    Tile tile(problem);
+    Run<A, kThreads> run(columns);
     bool bad_label = false;
-    const Rounds<Tile::V> rounds(problem.layout, problem.blocks, block);
+    const Rounds<Tile::V, kThreads> rounds(problem.layout, problem.blocks, block);
     const View& view = problem.layout.logits;
     for (int64_t round = 0; round < rounds.count; ++round) {
         const int64_t pixel = rounds.pixel(round);
         const bool staged = Tile::V == 1 && problem.staged;
         if (staged) slab.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
         if (pixel >= problem.layout.pixels) continue;
-        const T* const from =
-            staged ? slab.own() : problem.logits + problem.layout.offset(view, image, pixel);
-        const Tile tile(problem, image, pixel, from, view.channel);
-        bad_label |= tile.bad_label;
-#pragma unroll
-        for (int j = 0; j < Tile::V; ++j) {
-            const ReduceClass<A> its = by_class[tile.some_class(j)];
-            const A shifted = tile.shifted_target(j), w = its.weight * tile.pixel_weight(j);
-            const A s = w * (logarithm(tile.sum[j]) - shifted), pi = exponential(shifted) / tile.sum[j];
-            if (tile.label[j] >= 0 && its.level >= 0 && its.level < levels) run.add(its.level, s, pi, w);
-        }
+        tile.read(image, pixel,
+                  staged ? slab.own() : problem.logits + problem.layout.offset(view, image, pixel),
+                  view.channel);
+        bad_label |= tile.labels.bad;
+        run.add(tile, by_class);
     }
     run.flush();
-    if (bad_label && first_level == 0) column[kS * kThreads] = NAN;
+    if (bad_label && first_level == 0) run.spoil();
     __syncthreads();
+    columns.total(partial + (image * problem.levels + first_level) * kStats * problem.blocks + block,
+                  problem.blocks);
+}
 
-    const int lane = threadIdx.x % kWarp;
-    for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += kThreads / kWarp) {
-        double total = 0;
-        for (int i = lane; i < kThreads; i += kWarp) total += columns[slot * kThreads + i];
-        total = warp_sum(total);
-        const int64_t row = (image * problem.levels + first_level) * kStats + slot;
-        if (lane == 0) partial[row * problem.blocks + block] = total;
-    }
+// What `blocks` blocks left of a sum, added by the lanes of a warp; past L1, which may hold what was there
+// before.
+IAL_D double sum_blocks(const double* partial, int blocks) {
+    double total = 0;
+    for (int b = threadIdx.x % kWarp; b < blocks; b += kWarp) total += __ldcg(partial + b);
+    return warp_sum(total);
 }
 
 // One warp for each of the sums: stats[i] = sum over b of partial[i, b]
 static __global__ void __launch_bounds__(kWarp) sum_kernel(const double* partial, int blocks, double* stats) {
-    const double* const from = partial + int64_t(blockIdx.x) * blocks;
-    double total = 0;
-    for (int b = threadIdx.x; b < blocks; b += kWarp) total += from[b];
-    total = warp_sum(total);
+    const double total = sum_blocks(partial + int64_t(blockIdx.x) * blocks, blocks);
     if (threadIdx.x == 0) stats[blockIdx.x] = total;
 }
 
@@ -464,9 +177,14 @@ struct alignas(16) GradientClass {
     A weight;
 };
 
-template <typename A>
-constexpr size_t gradient_shared_bytes(int64_t classes) {
-    return classes * sizeof(GradientClass<A>);
+// Fills by_class[C] from the rows of an image, [levels, kStats], times `scale`; a barrier must follow.
+template <int Threads, typename T, typename A>
+IAL_D void load_classes(const Problem<T>& problem, const double* rows, double scale,
+                        GradientClass<A>* by_class) {
+    for (int c = threadIdx.x; c < problem.layout.classes; c += Threads) {
+        const double* const row = rows + problem.class_levels[c] * kStats;
+        by_class[c] = {A(scale * row[kS]), A(scale * row[kP2]), A(scale * row[kQ2]), problem.weight_of(c)};
+    }
 }
 
 // The gradient of a tile, to its pixels' class 0 at `to` and the others `channel` apart.
@@ -474,53 +192,55 @@ template <typename Tile>
 IAL_D void differentiate(Tile& tile, const GradientClass<typename Tile::A>* by_class, bool exact,
                          typename Tile::T* to, int64_t channel) {
     using A = typename Tile::A;
-    A scale[Tile::V], extra[Tile::V];
+    A scale[Tile::V], own[Tile::V];
 #pragma unroll
     for (int j = 0; j < Tile::V; ++j) {
-        const GradientClass<A> its = by_class[tile.some_class(j)];
-        const A inverse = A(1) / tile.sum[j], pi = exponential(tile.shifted_target(j)) * inverse;
-        const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.pixel_weight(j), pi,
-                                     exact ? A(1) : A(0));
-        scale[j] = tile.label[j] < 0 ? A(0) : pixel.scale * inverse;
-        extra[j] = tile.label[j] < 0 ? A(0) : pixel.extra;
+        const GradientClass<A> its = by_class[tile.labels.some_class(j)];
+        const A inverse = reciprocal(tile.sum[j]), e = exponential(tile.target[j]);
+        const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.labels.pixel_weight(j),
+                                     e * inverse, exact ? A(1) : A(0));
+        scale[j] = tile.labels.label[j] < 0 ? A(0) : pixel.scale * inverse;
+        own[j] = e * scale[j] + pixel.extra;
     }
-    tile.store_gradient(to, channel, scale, extra);
+    tile.store_gradient(to, channel, scale, own);
 }
 
 // Grid (images x blocks). Images, and the tiles of a block, go backwards: L2 still has what reduce read last.
 // grad may be the logits themselves: a thread reads all of its tile before it writes, or, where classes take
-// turns, each turn before it is overwritten. table: [images, levels, kStats]
+// turns, each turn before it is overwritten. table: [images, levels, kStats]; where grad_loss is given, for an
+// incoming gradient of 1, for which grad is there already: if it is 1 nothing is left to be done.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     gradient_kernel(const __grid_constant__ Problem<typename Tile::T> problem, const double* table,
-                    bool exact, typename Tile::T* grad) {
+                    const typename Tile::A* grad_loss, bool exact, typename Tile::T* grad) {
     using T = typename Tile::T;
     using A = typename Tile::A;
     extern __shared__ __align__(16) unsigned char ial_shared[];
     const unsigned index = gridDim.x - 1 - blockIdx.x;
     const int64_t image = index / problem.blocks;
+    const A incoming = grad_loss ? *grad_loss : A(1);
+    if (grad_loss && incoming == 1) return;
 
     const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
     const Slab<T> slab(ial_shared, problem.layout.classes);
     auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared + slabs);
-    for (int c = threadIdx.x; c < problem.layout.classes; c += kThreads) {
-        const double* const row = table + (image * problem.levels + problem.class_levels[c]) * kStats;
-        by_class[c] = {A(row[kS]), A(row[kP2]), A(row[kQ2]), problem.weight_of(c)};
-    }
+    load_classes<kThreads>(problem, table + image * problem.levels * kStats, incoming, by_class);
     __syncthreads();
 
-    const Rounds<Tile::V> rounds(problem.layout, problem.blocks, index % problem.blocks);
+    Tile tile(problem);
+    const Rounds<Tile::V, kThreads> rounds(problem.layout, problem.blocks, index % problem.blocks);
     const View &logits = problem.layout.logits, &view = problem.layout.grad;
     for (int64_t round = rounds.count - 1; round >= 0; --round) {
         const int64_t pixel = rounds.pixel(round);
         const bool staged = Tile::V == 1 && problem.staged;
         if (staged) slab.load(problem.logits + image * logits.batch, pixel, problem.layout.pixels);
         if (pixel < problem.layout.pixels) {
-            const T* const from =
-                staged ? slab.own() : problem.logits + problem.layout.offset(logits, image, pixel);
-            T* const to = staged ? slab.own() : grad + problem.layout.offset(view, image, pixel);
-            Tile tile(problem, image, pixel, from, logits.channel);
-            differentiate(tile, by_class, exact, to, view.channel);
+            tile.read(image, pixel,
+                      staged ? slab.own() : problem.logits + problem.layout.offset(logits, image, pixel),
+                      logits.channel);
+            differentiate(tile, by_class, exact,
+                          staged ? slab.own() : grad + problem.layout.offset(view, image, pixel),
+                          view.channel);
         }
         if (staged) slab.store(grad + image * view.batch, pixel, problem.layout.pixels);
     }
@@ -538,34 +258,52 @@ IAL_D const double* staged(const Combine& c, bool fits) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
     if (!fits) return c.stats;
     double* const near = reinterpret_cast<double*>(ial_shared);
-    for (int64_t i = threadIdx.x; i < c.batch * c.levels * kStats; i += kThreads) near[i] = c.stats[i];
+    for (int64_t i = threadIdx.x; i < c.batch * c.levels * kStats; i += blockDim.x) near[i] = c.stats[i];
     __syncthreads();
     return near;
 }
 
-// f: [N or 1, g - 1]; image_losses: [N]; loss: [N] or [1]
+// What combine leaves. f: [N or 1, g - 1]; image_losses: [N]; loss: [N] or [1]
+template <typename L>
+struct Combined {
+    double *f, *image_losses;
+    L* loss;
+
+    IAL_D void write(const Combine& c) const {
+        if (c.pool_batch) {
+            if (threadIdx.x == 0) factors(c, 0, c.batch, f);
+            __syncthreads();
+        }
+        for (int64_t n = threadIdx.x; n < c.batch; n += blockDim.x) {
+            double* const own = c.pool_batch ? f : f + n * (c.levels - 1);
+            if (!c.pool_batch) factors(c, n, n + 1, own);
+            image_losses[n] = image_loss(c, n, own);
+            if (c.reduction == Reduction::kNone) loss[n] = static_cast<L>(image_losses[n]);
+        }
+        __syncthreads();
+        if (c.reduction == Reduction::kNone || threadIdx.x > 0) return;
+        double total = 0;
+        for (int64_t n = 0; n < c.batch; ++n) total += image_losses[n];
+        const double weight = c.reduction == Reduction::kMean ? c.weight() : 1;
+        *loss = static_cast<L>(weight != 0 ? total / weight : 0);
+    }
+};
+
 template <typename L>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, double* f,
-                   double* image_losses, L* loss) {
+    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, Combined<L> to) {
     c.lambdas = lambdas.value;
     c.stats = staged(c, fits);
-    if (c.pool_batch) {
-        if (threadIdx.x == 0) factors(c, 0, c.batch, f);
-        __syncthreads();
-    }
-    for (int64_t n = threadIdx.x; n < c.batch; n += kThreads) {
-        double* const own = c.pool_batch ? f : f + n * (c.levels - 1);
-        if (!c.pool_batch) factors(c, n, n + 1, own);
-        image_losses[n] = image_loss(c, n, own);
-        if (c.reduction == Reduction::kNone) loss[n] = static_cast<L>(image_losses[n]);
-    }
-    __syncthreads();
-    if (c.reduction == Reduction::kNone || threadIdx.x > 0) return;
-    double total = 0;
-    for (int64_t n = 0; n < c.batch; ++n) total += image_losses[n];
-    const double weight = c.reduction == Reduction::kMean ? c.weight() : 1;
-    *loss = static_cast<L>(weight != 0 ? total / weight : 0);
+    to.write(c);
+}
+
+// Each image's rows of `to` by a thread of the block.
+template <typename Grads>
+IAL_D void write_table(const Combine& c, const Grads& grad_loss, double weight, double* to) {
+    if (!c.pool_batch)
+        for (int64_t n = threadIdx.x; n < c.batch; n += blockDim.x) table(c, n, n + 1, grad_loss, weight, to);
+    else if (threadIdx.x == 0)
+        table(c, 0, c.batch, grad_loss, weight, to);
 }
 
 template <typename G>
@@ -573,11 +311,179 @@ __global__ void __launch_bounds__(kThreads) table_kernel(Combine c, const __grid
                                                          bool fits, const G* grad_loss, double* to) {
     c.lambdas = lambdas.value;
     c.stats = staged(c, fits);
-    const double weight = c.weight();
-    if (!c.pool_batch)
-        for (int64_t n = threadIdx.x; n < c.batch; n += kThreads) table(c, n, n + 1, grad_loss, weight, to);
-    else if (threadIdx.x == 0)
-        table(c, 0, c.batch, grad_loss, weight, to);
+    write_table(c, grad_loss, c.weight(), to);
+}
+
+// -------------------------------------------------------------------------------------------------
+// fused: reduce, combine, table and gradient in one cooperative launch
+
+// Threads of a block, the only one on its multiprocessor: as many as have registers for a tile.
+template <typename Tile>
+constexpr int kFusedThreads = Tile::B * sizeof(Pack<typename Tile::T, Tile::V>) <= 192 ? 384 : 256;
+
+// dL/dloss = 1, before anyone knows it.
+struct One {
+    IAL_HD double operator[](int64_t) const { return 1; }
+};
+
+template <typename T>
+struct Fused {
+    using A = typename Arithmetic<T>::A;
+
+    Combine combine;       // of the batch
+    double *stats, *table;  // [N, levels, kStats]; the table for an incoming gradient of 1
+    Combined<A> results;
+    double* partial;     // [2, images of a wave, levels, kStats, blocks]
+    const double* weight;  // [weights], which add up to the batch's, or null where the wave is the batch
+    int weights;
+    int64_t wave;  // images that are worked on at a time
+    int64_t kept;  // tiles of a thread that shared memory keeps from reduce to gradient
+    bool exact;
+    T* grad;
+};
+
+// Where things lie in a block's shared memory, in bytes. What the sums of a wave are added up from makes room
+// for them.
+template <typename Tile>
+struct FusedShared {
+    size_t slots;             // [kept, classes, threads] packs
+    size_t gradient_classes;  // [classes]
+    size_t columns;           // [levels, kStats, threads], and later
+    size_t stats, table;      // [wave, levels, kStats]
+    size_t reduce_classes;    // [classes]
+    size_t end;
+
+    IAL_HD FusedShared(int64_t classes, int levels, int64_t wave, int64_t kept) {
+        using A = typename Tile::A;
+        const size_t row = kStats * sizeof(double), rows = wave * levels * row;
+        const size_t sums = size_t(levels) * kStats * kFusedThreads<Tile> * sizeof(A);
+        slots = 0;
+        gradient_classes = kept * classes * kFusedThreads<Tile> * sizeof(Pack<typename Tile::T, Tile::V>);
+        columns = stats = gradient_classes + classes * sizeof(GradientClass<A>);
+        table = stats + rows;
+        reduce_classes = columns + (sums > 2 * rows ? sums : 2 * rows);
+        end = reduce_classes + classes * sizeof(ReduceClass<A>);
+    }
+};
+
+// A batch goes through in waves of so many images as stay on the chip between their reduce and their gradient,
+// each on `blocks` blocks. Of its tiles, a thread keeps the first in shared memory and the last in registers;
+// those between, which it reads again in reversed order, are what L2 saw last.
+template <typename Tile>
+__global__ void __launch_bounds__(kFusedThreads<Tile>, 1)
+    fused_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
+                 const __grid_constant__ Fused<typename Tile::T> fused,
+                 const __grid_constant__ Lambdas lambdas) {
+    using T = typename Tile::T;
+    using A = typename Tile::A;
+    constexpr int Threads = kFusedThreads<Tile>;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const Layout& layout = problem.layout;
+    const FusedShared<Tile> at(layout.classes, problem.levels, fused.wave, fused.kept);
+    auto* const slots = reinterpret_cast<T*>(ial_shared + at.slots);
+    auto* const gradient_classes = reinterpret_cast<GradientClass<A>*>(ial_shared + at.gradient_classes);
+    const Columns<A, Threads> columns{reinterpret_cast<A*>(ial_shared + at.columns), problem.levels};
+    auto* const stats = reinterpret_cast<double*>(ial_shared + at.stats);
+    auto* const table = reinterpret_cast<double*>(ial_shared + at.table);
+    auto* const reduce_classes = reinterpret_cast<ReduceClass<A>*>(ial_shared + at.reduce_classes);
+    const int sums = problem.levels * kStats;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    const int64_t own = blockIdx.x / problem.blocks;  // image of a wave
+    const Rounds<Tile::V, Threads> rounds(layout, problem.blocks, blockIdx.x % problem.blocks);
+    const auto slot = [&](int64_t round) {
+        return slots + (round * layout.classes * Threads + threadIdx.x) * Tile::V;
+    };
+    load_classes<Threads>(problem, 0, reduce_classes);
+
+    Tile tile(problem);
+    int parity = 0;  // of the wave: one may still be reading `partial` while another writes the next wave's
+    for (int64_t first = 0; first < layout.batch; first += fused.wave, parity ^= 1) {
+        const int64_t images = fused.wave < layout.batch - first ? fused.wave : layout.batch - first;
+        const int64_t image = first + own, count = own < images ? rounds.count : 0;
+        const auto logits = [&](int64_t pixel) {
+            return problem.logits + layout.offset(layout.logits, image, pixel);
+        };
+        double* const partial = fused.partial + parity * fused.wave * sums * problem.blocks;
+
+        columns.clear();
+        __syncthreads();
+        Run<A, Threads> run(columns);
+        bool bad_label = false;
+        for (int64_t round = 0; round < count; ++round) {
+            const int64_t pixel = rounds.pixel(round);
+            if (pixel >= layout.pixels) break;
+            tile.read(image, pixel, logits(pixel), layout.logits.channel);
+            bad_label |= tile.labels.bad;
+            run.add(tile, reduce_classes);
+            if (round < fused.kept) tile.keep(slot(round), Threads * Tile::V);
+        }
+        run.flush();
+        if (bad_label) run.spoil();
+        __syncthreads();
+        columns.total(partial + own * sums * problem.blocks + blockIdx.x % problem.blocks, problem.blocks);
+        grid_barrier();
+
+        for (int64_t i = warp; i < images * sums; i += Threads / kWarp) {
+            const double sum = sum_blocks(partial + i * problem.blocks, problem.blocks);
+            if (lane == 0) stats[i] = sum;
+        }
+        __syncthreads();
+        Combine combine = fused.combine;
+        combine.lambdas = lambdas.value;
+        combine.stats = stats;
+        combine.batch = images;
+        const double weight = fused.weight ? sum_blocks(fused.weight, fused.weights) : combine.weight();
+        write_table(combine, One(), weight, table);
+        __syncthreads();
+        if (blockIdx.x == 0)
+            for (int64_t i = threadIdx.x; i < images * sums; i += Threads) {
+                fused.stats[first * sums + i] = stats[i];
+                fused.table[first * sums + i] = table[i];
+            }
+        if (count > 0) load_classes<Threads>(problem, table + own * sums, 1, gradient_classes);
+        __syncthreads();
+
+        for (int64_t round = count - 1; round >= 0; --round) {
+            const int64_t pixel = rounds.pixel(round);
+            if (pixel >= layout.pixels) continue;
+            const bool here = round < fused.kept;
+            if (round < count - 1)
+                tile.read(image, pixel, here ? slot(round) : logits(pixel),
+                          here ? Threads * Tile::V : layout.logits.channel);
+            differentiate(tile, gradient_classes, fused.exact,
+                          fused.grad + layout.offset(layout.grad, image, pixel), layout.grad.channel);
+        }
+    }
+    if (blockIdx.x > 0) return;
+    Combine combine = fused.combine;
+    combine.lambdas = lambdas.value;
+    combine.stats = fused.stats;
+    fused.results.write(combine);
+}
+
+// The weights of the valid pixels: block b's share in weight[b]. Grid: any, of kThreads.
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads)
+    weigh_kernel(const __grid_constant__ Problem<T> problem, double* weight) {
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    auto* const of_warp = reinterpret_cast<double*>(ial_shared);
+    const Layout& layout = problem.layout;
+    const int64_t tiles = layout.pixels / V, step = int64_t(gridDim.x) * kThreads;
+    double total = 0;
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < layout.batch * tiles; i += step) {
+        Labels<T, V> labels;
+        labels.read(problem, i / tiles, i % tiles * V);
+        for (int j = 0; j < V; ++j)
+            if (labels.label[j] >= 0)
+                total += problem.weight_of(labels.label[j]) * labels.pixel_weight(j);
+    }
+    total = warp_sum(total);
+    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    total = 0;
+    for (int i = 0; i < kThreads / kWarp; ++i) total += of_warp[i];
+    weight[blockIdx.x] = total;
 }
 
 #undef IAL_D

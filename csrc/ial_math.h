@@ -16,8 +16,10 @@
 
 #if defined(__CUDACC__)
 #define IAL_HD __host__ __device__ __forceinline__
+#define IAL_ROLLED _Pragma("unroll 1")  // a loop that is not worth code of its own for each turn
 #else
 #define IAL_HD inline __attribute__((always_inline))
+#define IAL_ROLLED
 #endif
 
 namespace ial {
@@ -50,9 +52,7 @@ struct Layout {
         if (outer_rank == 0) return n * view.batch + p * view.pixel;
         int64_t offset = n * view.batch + p % row * view.pixel;
         int64_t r = p / row;
-#if defined(__CUDACC__)
-#pragma unroll 1
-#endif
+        IAL_ROLLED
         for (int d = outer_rank - 1; d >= 0; --d) {
             offset += r % outer[d] * view.outer[d];
             r /= outer[d];
@@ -111,6 +111,7 @@ struct Combine {
 
     IAL_HD double sum(int64_t first, int64_t last, int k, Stat s) const {
         double total = 0;
+        IAL_ROLLED
         for (int64_t n = first; n < last; ++n) total += stat(n, k, s);
         return total;
     }
@@ -118,13 +119,14 @@ struct Combine {
     // The weight of the valid pixels of the batch, the divisor of F.cross_entropy(reduction="mean").
     IAL_HD double weight() const {
         double total = 0;
+        IAL_ROLLED
         for (int k = 0; k < levels; ++k) total += sum(0, batch, k, kWeight);
         return total;
     }
 
-    // dL/dIAL_n for the incoming gradient of the loss: one value, or one per image.
+    // dL/dIAL_n for the incoming gradient of the loss, indexed: one value, or one per image.
     template <typename G>
-    IAL_HD double image_gradient(const G* grad_loss, int64_t n, double total_weight) const {
+    IAL_HD double image_gradient(const G& grad_loss, int64_t n, double total_weight) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
         if (reduction == Reduction::kSum) return grad_loss[0];
         return total_weight != 0 ? grad_loss[0] / total_weight : 0;
@@ -151,6 +153,7 @@ struct Factor {
 // factors[t] = f_t for t < g - 1, from the sums of images [first, last).
 IAL_HD void factors(const Combine& c, int64_t first, int64_t last, double* factors) {
     Factor factor;
+    IAL_ROLLED
     for (int t = c.levels - 1; t >= 0; --t) {
         factor.step(c, first, last, t);
         if (t < c.levels - 1) factors[t] = factor.f;
@@ -160,6 +163,7 @@ IAL_HD void factors(const Combine& c, int64_t first, int64_t last, double* facto
 // IAL_n = T_0,  T_k = S_k + (f_k + alpha) T_{k+1}   (Eqs. 5-8)
 IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
     double chain = c.stat(n, c.levels - 1, kS);
+    IAL_ROLLED
     for (int k = c.levels - 2; k >= 0; --k) chain = c.stat(n, k, kS) + (factors[k] + c.alpha) * chain;
     return chain;
 }
@@ -171,25 +175,29 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
 //   Z_k
 // Down the levels, F_t and T_{t+1} / Z_t are left in the rows of image `first`; up again they are used.
 template <typename G>
-IAL_HD void table(const Combine& c, int64_t first, int64_t last, const G* grad_loss, double total_weight,
+IAL_HD void table(const Combine& c, int64_t first, int64_t last, const G& grad_loss, double total_weight,
                   double* table) {
     double* rows = table + first * c.levels * kStats;
     Factor factor;
     double chain = 0;
+    IAL_ROLLED
     for (int t = c.levels - 1; t >= 0; --t) {
         factor.step(c, first, last, t);
         const double f = t < c.levels - 1 ? factor.f + c.alpha : 0;
         rows[t * kStats + kS] = f;
         rows[t * kStats + kP2] = chain / factor.z;
         double s = 0;
+        IAL_ROLLED
         for (int64_t n = first; n < last; ++n)
             s += c.image_gradient(grad_loss, n, total_weight) * c.stat(n, t, kS);
         chain = s + f * chain;
     }
     double lead = 1, dq2 = 0;
+    IAL_ROLLED
     for (int k = 0; k < c.levels; ++k) {
         const double f = rows[k * kStats + kS], half_b_over_z = 0.5 * lead * rows[k * kStats + kP2];
         const double lambda = k < c.levels - 1 ? c.lambdas[k] : 0;
+        IAL_ROLLED
         for (int64_t n = first; n < last; ++n) {
             double* row = table + (n * c.levels + k) * kStats;
             row[kS] = lead * c.image_gradient(grad_loss, n, total_weight);

@@ -145,6 +145,19 @@ bool is_exact(std::string_view gradient) {
     return gradient == "exact";
 }
 
+bool is_pooled(std::string_view factor_scope) {
+    TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope is \'", factor_scope,
+                      "', expected 'image' or 'batch'");
+    return factor_scope == "batch";
+}
+
+void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values) {
+    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
+                      values, " value(s)");
+    TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss is on ", grad_loss.device(),
+                      ", expected ", stats.device(), " as stats");
+}
+
 Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
                      std::string_view reduction, std::string_view factor_normalization,
                      std::string_view factor_scope) {
@@ -159,8 +172,6 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
                       reduction, "', expected 'mean', 'sum' or 'none'");
     TORCH_CHECK_VALUE(factor_normalization == "mean" || factor_normalization == "sum",
                       "factor_normalization is \'", factor_normalization, "', expected 'mean' or 'sum'");
-    TORCH_CHECK_VALUE(factor_scope == "image" || factor_scope == "batch", "factor_scope is \'", factor_scope,
-                      "', expected 'image' or 'batch'");
     Combine combine{};
     combine.stats = stats.const_data_ptr<double>();
     combine.lambdas = lambdas.data();
@@ -168,7 +179,7 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
     combine.levels = static_cast<int>(stats.size(1));
     combine.alpha = alpha;
     combine.normalize_factors = factor_normalization == "mean";
-    combine.pool_batch = factor_scope == "batch";
+    combine.pool_batch = is_pooled(factor_scope);
     combine.reduction = reduction == "mean"  ? Reduction::kMean
                         : reduction == "sum" ? Reduction::kSum
                                              : Reduction::kNone;
@@ -200,6 +211,13 @@ IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const Option
                        const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
                                            std::string_view, std::string_view, at::ScalarType))
+IAL_OP(fused, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                  at::IntArrayRef, int64_t, std::string_view, at::ArrayRef<double>, double, std::string_view,
+                  std::string_view, std::string_view))
+IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                      const OptionalTensor&, const OptionalTensor&, at::IntArrayRef, int64_t,
+                      std::string_view))
 IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view,
                      std::string_view, std::string_view))
 #undef IAL_OP
@@ -274,6 +292,53 @@ struct CombineFunction : torch::autograd::Function<CombineFunction> {
     }
 };
 
+// The gradient is there before it is asked for, for an incoming gradient of 1. The first backward pass gives it
+// away, made anew where that was not 1; a second one, or one that is to be differentiated, computes another.
+struct FusedFunction : torch::autograd::Function<FusedFunction> {
+    static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                                 const OptionalTensor& weight, const OptionalTensor& pixel_weight,
+                                 at::IntArrayRef class_levels, int64_t ignore_index,
+                                 std::string_view gradient, at::ArrayRef<double> lambdas, double alpha,
+                                 std::string_view reduction, std::string_view factor_normalization,
+                                 std::string_view factor_scope) {
+        const at::AutoDispatchBelowADInplaceOrView guard;
+        const auto [loss, factors, stats, table, grad] =
+            fused_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
+                            lambdas, alpha, reduction, factor_normalization, factor_scope);
+        ctx->save_for_backward({logits, target, or_undefined(weight), or_undefined(pixel_weight), table});
+        ctx->saved_data["class_levels"] = class_levels.vec();
+        ctx->saved_data["ignore_index"] = ignore_index;
+        ctx->saved_data["gradient"] = std::string(gradient);
+        ctx->saved_data["grad"] = grad;
+        ctx->mark_non_differentiable({factors, stats, table, grad});
+        return {loss, factors, stats, table, grad};
+    }
+
+    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+        auto& data = ctx->saved_data;
+        const variable_list saved = ctx->get_saved_variables();
+        const Tensor &logits = saved[0], &target = saved[1], &table = saved[4], &grad_loss = grads[0];
+        const OptionalTensor weight = defined(saved[2]), pixel_weight = defined(saved[3]);
+        const std::vector<int64_t> class_levels = data["class_levels"].toIntVector();
+        const int64_t ignore_index = data["ignore_index"].toInt();
+        const std::string gradient = data["gradient"].toStringRef();
+        const auto computed = data.find("grad");
+        Tensor grad;
+        if (computed != data.end() && !at::GradMode::is_enabled()) {
+            grad = computed->second.toTensor();
+            data.erase(computed);
+            rescale__op().call(grad, grad_loss, logits, table, target, weight, pixel_weight, class_levels,
+                               ignore_index, gradient);
+        } else {
+            grad = gradient_op().call(logits, table * grad_loss, target, weight, pixel_weight, class_levels,
+                                      ignore_index, gradient);
+        }
+        variable_list result(12);
+        result[0] = grad;
+        return result;
+    }
+};
+
 // gradient and table are derivatives already; differentiating them once more is an error, not a silent zero.
 template <auto& op>
 struct Once : torch::autograd::Function<Once<op>> {
@@ -300,6 +365,17 @@ std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<do
     const variable_list outputs =
         CombineFunction::apply(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
     return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_autograd(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+    const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+    std::string_view gradient, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
+    std::string_view factor_normalization, std::string_view factor_scope) {
+    const variable_list outputs =
+        FusedFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
+                             lambdas, alpha, reduction, factor_normalization, factor_scope);
+    return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
 }
 
 Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target,
@@ -336,6 +412,8 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
 // table: dL/dstats from the incoming gradient of the loss.
+// fused: reduce, combine, and for an incoming gradient of 1 table and gradient: loss, factors, stats, table and
+//   dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
@@ -352,6 +430,14 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "table(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
         "str factor_normalization, str factor_scope) -> Tensor");
+    m.def(
+        "fused(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
+        "int ignore_index, str gradient, float[] lambdas, float alpha, str reduction, "
+        "str factor_normalization, str factor_scope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def(
+        "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor table, Tensor target, "
+        "Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
+    m.def("fuses(Tensor logits, int levels, str factor_scope) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
@@ -359,6 +445,7 @@ TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
     m.impl("gradient", gradient_autograd);
     m.impl("combine", combine_autograd);
     m.impl("table", table_autograd);
+    m.impl("fused", fused_autograd);
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }

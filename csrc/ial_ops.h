@@ -37,7 +37,11 @@ Combine make_combine(const at::Tensor& stats, at::ArrayRef<double> lambdas, doub
                      std::string_view reduction, std::string_view factor_normalization,
                      std::string_view factor_scope);
 
+// The gradient of the loss, of so many values, on the device of stats.
+void check_grad_loss(const at::Tensor& grad_loss, const at::Tensor& stats, int64_t values);
+
 bool is_exact(std::string_view gradient);
+bool is_pooled(std::string_view factor_scope);
 
 const char* cpu_instruction_set();
 

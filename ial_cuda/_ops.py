@@ -54,18 +54,22 @@ def _why_no_cuda(build: dict[str, Any]) -> str | None:
 
 build = _read_build()
 _C, _problem = _load(build)
+_why_cuda_is_missing = _problem or _why_no_cuda(build)
 unavailable: dict[str, str | None] = {
     "cpu": _problem,
-    "cuda": _problem or _why_no_cuda(build),
+    "cuda": _why_cuda_is_missing,
+    "fused": _why_cuda_is_missing,
     "triton": "this version of ial_cuda has no Triton kernels yet",
     "reference": None,
 }
 #: The library of operators under torch.ops that a backend with kernels runs.
-libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda"}
+libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda", "fused": "ial_cuda"}
+#: The backend that runs the same kernels in one launch, and computes the gradient with the loss.
+one_launch = {"cuda": "fused"}
 #: The backends for each type of device, best first.
 preference: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
+    "cuda": ("cuda", "fused", "triton", "reference"),
 }
 
 
@@ -97,7 +101,10 @@ def describe() -> str:
         detail = f" ({_C.build_info()['cpu']})" if _C and backend == "cpu" else ""
         lines.append(f"  {backend:<9} {'no: ' + reason if reason else 'yes' + detail}")
     for device, backends in preference.items():
-        lines.append(f'backend="auto" on {device}: {next(b for b in backends if unavailable[b] is None)}')
+        best = next(name for name in backends if unavailable[name] is None)
+        if best in one_launch:
+            best = f"{one_launch[best]} in training, where an image fits on the chip, else {best}"
+        lines.append(f'backend="auto" on {device}: {best}')
     return "\n".join(lines)
 
 
@@ -167,3 +174,40 @@ if _C is not None:
         factor_scope: str,
     ) -> Tensor:
         return torch.empty_like(stats)
+
+    @torch.library.register_fake("ial_cuda::fused")
+    def _(
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        class_levels: list[int],
+        ignore_index: int,
+        gradient: str,
+        lambdas: list[float],
+        alpha: float,
+        reduction: str,
+        factor_normalization: str,
+        factor_scope: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        images, levels = logits.shape[0], max(class_levels) + 1
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        loss = logits.new_empty((), dtype=dtype)
+        stats = logits.new_empty((images, levels, 5), dtype=torch.float64)
+        f = stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
+        return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
+
+    @torch.library.register_fake("ial_cuda::rescale_")
+    def _(
+        grad: Tensor,
+        grad_loss: Tensor,
+        logits: Tensor,
+        table: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        pixel_weight: Tensor | None,
+        class_levels: list[int],
+        ignore_index: int,
+        gradient: str,
+    ) -> None:
+        return None

@@ -88,8 +88,13 @@ def importance_aware_loss(
         gradient: "exact": the derivative; "paper": Eqs. 9 to 19 to the letter, where the derivative of pi by
             the logits of other classes is left out (Eq. 15).
         upsample: None; coarse logits are not upsampled in this version.
-        backend: "auto" (the best for the device of ``logits``), "cuda", "triton", "cpu" or "reference".
-            ``python -m ial_cuda info`` tells which there are.
+        backend: "auto" (the best for the device of ``logits``), "cuda", "fused", "triton", "cpu" or
+            "reference". ``python -m ial_cuda info`` tells which there are. "cuda" reads the logits once for the
+            loss and once more in the backward pass. "fused" computes the gradient with the loss, in one launch
+            that keeps the logits on the chip; backward has nothing left to do where the loss's own gradient is
+            1, and else runs as "cuda" does. "auto" takes "fused" where a gradient is wanted, an image fits on
+            the chip and such a factor is not the rule, as it is for float16, where losses are scaled. Without a
+            gradient, with ``inplace`` or ``reduction="none"`` and under torch.compile it is "cuda".
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
             size. Then they are gone, and a backward pass that still needs them raises. "reference" and
             torch.compile, which plans memory itself, leave them.
@@ -124,7 +129,19 @@ def importance_aware_loss(
     if not -math.inf < alpha < math.inf:
         raise ValueError(f"alpha is {alpha!r}, expected a finite number")
     ignore_index = as_int(ignore_index, "ignore_index")
+    auto = backend == "auto"
     backend = _choose_backend(backend, logits.device)
+    # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the logits
+    # as they are. torch.compile would copy it.
+    at_once = (
+        logits.requires_grad
+        and torch.is_grad_enabled()
+        and not inplace
+        and reduction != "none"
+        and not torch.compiler.is_compiling()
+    )
+    if auto and at_once and _fuses(backend, logits, hierarchy, factor_scope):
+        backend = _ops.one_launch[backend]
     check_labels = os.environ.get("IAL_CUDA_DEBUG") == "1" if logits.is_cuda else backend == "reference"
     if check_labels and not torch.compiler.is_compiling():
         validate_target(target, hierarchy.num_classes, ignore_index)
@@ -146,23 +163,17 @@ def importance_aware_loss(
         )
     else:
         operators = getattr(torch.ops, _ops.libraries[backend])
-        stats = operators.reduce(
-            logits,
-            target,
-            weight,
-            pixel_weight,
-            hierarchy.class_levels,
-            ignore_index,
-            gradient,
-            inplace and not torch.compiler.is_compiling(),
-        )
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss, f = operators.combine(
-            stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype
-        )
+        pixels = (logits, target, weight, pixel_weight, hierarchy.class_levels, ignore_index, gradient)
+        combining = (lambdas, alpha, reduction, factor_normalization, factor_scope)
+        if at_once and backend in _ops.one_launch.values():
+            loss, f, stats, *_ = operators.fused(*pixels, *combining)
+        else:
+            stats = operators.reduce(*pixels, inplace and not torch.compiler.is_compiling())
+            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+            loss, f = operators.combine(stats, *combining, dtype)
         if return_components:
-            S, count = stats[..., 0].to(dtype), stats[..., 3].to(torch.int64)
-            f = f.to(dtype)
+            S, count = stats[..., 0].to(loss.dtype), stats[..., 3].to(torch.int64)
+            f = f.to(loss.dtype)
     if not return_components:
         return loss
     f = f.detach()
@@ -372,6 +383,15 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     if _ops.unavailable[backend] is not None:
         raise RuntimeError(f"backend is {backend!r}, which is not there: {_ops.unavailable[backend]}")
     return backend
+
+
+def _fuses(backend: str, logits: Tensor, hierarchy: Hierarchy, factor_scope: str) -> bool:
+    """Whether one launch for loss and gradient is there and likely to be faster. Its gradient is that for an
+    incoming gradient of 1, and computed again for any other: a loss of float16 is usually scaled."""
+    if backend not in _ops.one_launch or logits.dtype == torch.float16:
+        return False
+    operators = getattr(torch.ops, _ops.libraries[backend])
+    return operators.fuses(logits, hierarchy.num_levels, factor_scope)
 
 
 _warned: set[str] = set()

@@ -7,5 +7,6 @@ import simt
 @pytest.fixture(autouse=True)
 def _load_simt(request: pytest.FixtureRequest) -> None:
     """The CUDA kernels are compiled for the CPU when the first test wants them."""
-    if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") == "simt":
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and callspec.params.get("backend") in ("simt", "simt_fused"):
         simt.load()

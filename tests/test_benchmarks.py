@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 
 import pytest
+import simt
 import torch
 
 from ial_cuda import _ops
@@ -139,6 +140,20 @@ def test_a_tiny_run_on_cuda(tmp_path):
         for row in ours:
             assert row["graph_ms"] > 0 and row["no_graph"] is None, row
         assert case["goals"]
+
+
+def test_the_rows_of_one_launch_and_of_two(tmp_path, monkeypatch):
+    """With the CUDA kernels on the CPU in the place of those on a GPU."""
+    simt.load()
+    monkeypatch.setattr(program, "kernels", lambda _: ["simt", "simt_fused"])
+    monkeypatch.setitem(_ops.preference, "cpu", ("simt", "simt_fused", "reference"))
+    assert program.main([*TINY, "--output", str(tmp_path)]) == 0
+    (case,) = read(tmp_path)["cases"]
+    names = [row["name"] for row in case["providers"]]
+    assert names[:3] == ["ial_cuda simt", "ial_cuda simt_fused", "ial_cuda simt, in place"]
+    fused = next(row for row in case["parts"] if row["name"] == "fused")
+    moved = 2 * 19 * 32 * 64 * 4 + 32 * 64 * 8
+    assert fused["gb_per_s"] == round(moved / 1e6 / fused["median_ms"], 2)
 
 
 def test_a_case_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
@@ -280,11 +295,12 @@ def gpu_report(**changes) -> report.Report:
 
 def test_goals():
     reached = {goal.what: goal for goal in report.goals(gpu_report())}
-    assert len(reached) == 2 * (1 + 1 + 3 + 1)
+    assert len(reached) == 4 * (1 + 3 + 1)
     two = reached["ial_cuda cuda: % of the copy's speed"]
     assert two.measured == pytest.approx(93.75) and two.as_graph == pytest.approx(107.143) and two.reached
     fused = reached["ial_cuda fused: times the copy's time"]
     assert fused.measured == pytest.approx(1.2) and fused.as_graph == pytest.approx(1.1) and fused.reached
+    assert reached["ial_cuda fused: extra MiB"].reached
     plain = reached["F.cross_entropy, compiled / ial_cuda cuda, uint8 labels"]
     assert plain.measured == pytest.approx(2.667) and plain.as_graph == pytest.approx(2.727) and plain.reached
 

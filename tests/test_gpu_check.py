@@ -87,10 +87,12 @@ def test_a_dry_run(tmp_path):
 def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
     broken = python("broken", "import sys; print('so it goes'); sys.exit(3)")
     crashed = python("crashed", "import os; os.abort()")
-    check, summary = run(tmp_path, [broken], [crashed], [python("next", "print('fine')")])
+    absent = Stage("absent", ["/no/such/program"], 30)
+    check, summary = run(tmp_path, [broken], [crashed, absent], [python("next", "print('fine')")])
     assert [(stage["name"], stage["result"], stage["why"]) for stage in summary["stages"]] == [
         ("broken", "failed", "exit code 3"),
         ("crashed", "failed", "signal SIGABRT"),
+        ("absent", "failed", "[Errno 2] No such file or directory: '/no/such/program'"),
         ("next", "ok", "fine"),
     ]
     assert check.failed and summary["failed"]

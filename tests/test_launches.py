@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, LAUNCHED, check, device_of, make_logits, make_target, run
+from cases import DTYPES, HIERARCHY, LAUNCHED, check, device_of, make_logits, make_target, run
 
-from ial_cuda import Hierarchy, importance_aware_loss
+from ial_cuda import Hierarchy, _ops, importance_aware_loss
+
+ONE_LAUNCH = [backend for backend in LAUNCHED if backend.values[0] in _ops.one_launch.values()]
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [1, 4, 5, 11, 16, 19, 21, 24, 25, 32, 33, 59, 171, 1000])
+@pytest.mark.parametrize("classes", [1, 8, 9, 11, 12, 16, 19, 20, 24, 25, 32, 33, 59, 171, 1000])
 @pytest.mark.parametrize("layout", ["contiguous", "cropped", "channels_last"])
 def test_every_tile(backend, dtype, classes, layout):
     """Rows that can be cut into vectors, for every number of classes, in one piece and in a larger image."""
@@ -25,6 +27,52 @@ def test_every_tile(backend, dtype, classes, layout):
     if layout == "channels_last":
         logits = logits.to(memory_format=torch.channels_last)
     check(backend, logits, target, hierarchy, ignore_index=-1)
+
+
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scope", ["image", "batch"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "shape", [(1, 19, 64, 256), (3, 5, 64, 256), (5, 5, 64, 256), (7, 3, 64, 64), (4, 5, 63, 61)], ids=str
+)
+def test_one_launch(backend, dtype, scope, reduction, shape):
+    """Images in shared memory, in registers, read again, and all of them; one wave, and several; and what has
+    no kernel of its own: odd rows, more images pooled than there are multiprocessors, float64."""
+    hierarchy = Hierarchy([list(range(k, shape[1], 3)) for k in range(3)])
+    target = make_target((shape[0], *shape[2:]), shape[1])
+    generator = torch.Generator().manual_seed(1)
+    options = {
+        "weight": torch.rand(shape[1], generator=generator) + 0.5,
+        "pixel_weight": torch.rand(target.shape, generator=generator),
+        "factor_scope": scope,
+        "reduction": reduction,
+    }
+    check(backend, make_logits(shape, dtype), target, hierarchy, **options)
+
+
+@pytest.mark.parametrize("backend", ONE_LAUNCH)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("incoming", [1.0, -0.3, 65536.0])
+def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
+    """The first takes the gradient that is there, the second has to compute one."""
+    device = device_of(backend)
+    leaf = make_logits((2, 5, 16, 32), dtype).to(device).requires_grad_()
+    target = make_target((2, 16, 32), 5).to(device)
+    (two_launches,) = (two for two, one in _ops.one_launch.items() if one == backend)
+    grads = {}
+    for name in (two_launches, backend):
+        loss = importance_aware_loss(leaf, target, HIERARCHY, backend=name)
+        grads[name] = [
+            torch.autograd.grad(loss, leaf, torch.tensor(incoming).to(loss), retain_graph=True)[0]
+            for _ in range(3)
+        ]
+    expected = grads[two_launches][0]
+    for grad in grads[backend]:
+        # sums of other blocks, then rounded to the dtype of the logits
+        atol = 1e-6 * float(grad.abs().max())
+        torch.testing.assert_close(grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=atol)
+    assert torch.equal(*grads[backend][1:])
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)

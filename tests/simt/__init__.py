@@ -1,4 +1,5 @@
-"""Backend "simt": the CUDA kernels and their launches, compiled by g++ against simt.h and run on the CPU."""
+"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled by g++ against simt.h and run
+on the CPU."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def sanitizer_library(name: str) -> str:
 
 
 def register() -> None:
-    """Makes "simt" a backend of the loss, for tensors on the CPU; `load` must come before its first use."""
-    _ops.unavailable["simt"] = None
-    _ops.libraries["simt"] = "ial_simt"
-    _ops.preference["cpu"] += ("simt",)
+    """Makes them backends of the loss, for tensors on the CPU; `load` must come before their first use."""
+    for name in ("simt", "simt_fused"):
+        _ops.unavailable[name] = None
+        _ops.libraries[name] = "ial_simt"
+        _ops.preference["cpu"] += (name,)
+    _ops.one_launch["simt"] = "simt_fused"

@@ -8,33 +8,42 @@
 namespace ial {
 namespace gpu {
 
-alignas(16) unsigned char ial_shared[simt::kSharedBytes];
+alignas(16) unsigned char ial_shared[simt::kMostSharedBytes];
 
 }  // namespace gpu
 
 namespace {
 
-// A device so small that blocks take several rounds and images several blocks.
+// A device so small that blocks take several rounds, images several blocks and batches several waves.
 class Simt {
  public:
     explicit Simt(const at::Tensor&) {}
 
-    int multiprocessors() const { return 2; }
+    int multiprocessors() const { return 3; }
+    int l2_bytes() const { return 16 << 10; }
+    int shared_bytes() const { return simt::kMostSharedBytes; }
+    bool cooperative() const { return true; }
 
     template <typename Kernel>
     int resident(Kernel, size_t) const {
-        return 3;
+        return 2;
     }
 
     template <typename... Parameters, typename... Arguments>
     void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                     const Arguments&... arguments) const {
-        simt::launch(kernel, grid, threads, shared, arguments...);
+        simt::launch(false, kernel, grid, threads, shared, arguments...);
+    }
+
+    template <typename... Parameters, typename... Arguments>
+    void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+                   const Arguments&... arguments) const {
+        simt::launch(true, kernel, grid, threads, shared, arguments...);
     }
 };
 
-void disturb(int64_t skipped_line, bool descending) {
-    simt::skipped_line = static_cast<int>(skipped_line);
+void disturb(std::string_view skipped, bool descending) {
+    simt::skipped = skipped;
     simt::turn = descending;
 }
 
@@ -43,6 +52,6 @@ void disturb(int64_t skipped_line, bool descending) {
 const char* cpu_instruction_set() { return "simt"; }
 
 TORCH_LIBRARY_IMPL(ial_simt, CPU, m) { gpu::Operators<Simt>::implement(m); }
-TORCH_LIBRARY_FRAGMENT(ial_simt, m) { m.def("disturb(int skipped_line, bool descending) -> ()", disturb); }
+TORCH_LIBRARY_FRAGMENT(ial_simt, m) { m.def("disturb(str skipped, bool descending) -> ()", disturb); }
 
 }  // namespace ial

@@ -1,18 +1,22 @@
 // CUDA's words on a CPU, enough to run this project's kernels: blocks one after another, their threads as
-// fibres that change over at barriers and shuffles only. A barrier that is missing shows: what it waits for
-// has not happened. Memory ordering does not: there is one real thread.
+// fibres that change over at barriers and shuffles only; those of a cooperative launch in turns, from one grid
+// barrier to the next. A barrier that is missing shows: what it waits for has not happened. Memory ordering
+// does not: there is one real thread.
 #pragma once
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -48,16 +52,35 @@ inline float __half2float(__half x) { return x; }
 inline float __bfloat162float(__nv_bfloat16 x) { return x; }
 inline __half __float2half_rn(float x) { return x; }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return x; }
-// As wrong as PTX allows it to be, one way or the other.
-inline float ex2_approx_ftz(float x) {
+struct __half2 {
+    __half x, y;
+};
+struct __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+template <typename Pair>
+Pair __hmax2(Pair a, Pair b) {
+    return {std::fmax(float(a.x), float(b.x)), std::fmax(float(a.y), float(b.y))};
+}
+inline unsigned __heq2_mask(__half2 a, __half2 b) {
+    return (a.x == b.x ? 0xffffu : 0) | (a.y == b.y ? 0xffff0000u : 0);
+}
+// y as wrong as PTX allows it to be for this x, one way or the other.
+inline float approximate(float y, float x, float error) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(x));
-    const float e = std::exp2(x) * (x == 0 ? 1 : bits % 2 ? 1 + 0x1p-22f : 1 - 0x1p-22f);
-    return e < 0x1p-126f ? 0 : e;
+    y *= bits % 2 ? 1 + error : 1 - error;
+    return std::fabs(y) < 0x1p-126f ? 0 : y;
 }
+inline float ex2_approx_ftz(float x) { return x == 0 ? 1 : approximate(std::exp2(x), x, 0x1p-22f); }
+inline float rcp_approx_ftz(float x) { return approximate(1 / x, x, 0x1p-23f); }
 template <typename T>
 void __stcs(T* to, T value) {
     *to = value;
+}
+template <typename T>
+T __ldcg(const T* from) {
+    return *from;
 }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -70,7 +93,8 @@ extern unsigned char ial_shared[];
 namespace simt {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10;
+// Of a fibre's stack; of the shared memory that a block has, and of what it has to ask for.
+constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10, kMostSharedBytes = 128 << 10;
 
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -83,18 +107,22 @@ struct Fibre {
 };
 
 struct Block {
-    std::function<void()> kernel;
+    dim3 index;
     std::vector<Fibre> fibres;
-    ucontext_t scheduler;
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> lanes;  // what each thread offers to a shuffle
-    unsigned current = 0;
-    bool progress = false;
+    std::vector<uint64_t> lanes;        // what each thread offers to a shuffle
+    std::vector<unsigned char> shared;  // while another block runs
+    bool descending, done;
 };
-inline Block block;
+inline std::function<void()> kernel;
+inline std::vector<Block> blocks;  // of a cooperative launch, else one
+inline Block* block;               // the one that runs
+inline Barrier grid;
+inline ucontext_t scheduler;
+inline bool progress;
 
-inline int skipped_line = 0;  // a barrier that is left out, to see whether a test fails
+inline std::string skipped;  // "file:line" of a barrier that is left out, to see whether a test fails
 inline unsigned turn = 0;     // blocks start their threads in ascending and in descending order in turn
 
 // The last to arrive yields too, so that the threads go on in the block's order.
@@ -103,41 +131,53 @@ inline void wait(Barrier& barrier, int threads) {
     if (++barrier.arrived == threads) {
         barrier.arrived = 0;
         ++barrier.generation;
-        block.progress = true;
+        progress = true;
     }
-    do swapcontext(&block.fibres[block.current].context, &block.scheduler);
+    do swapcontext(&block->fibres[threadIdx.x].context, &scheduler);
     while (barrier.generation == generation);
 }
 
-inline void syncthreads(int line) {
-    if (line != skipped_line) wait(block.all, blockDim.x);
+inline bool is_skipped(std::string_view file, int line) {
+    if (skipped.empty()) return false;
+    const std::string here = "/" + std::string(file) + ":" + std::to_string(line);
+    const std::string name = "/" + skipped;
+    return here.size() >= name.size() && here.compare(here.size() - name.size(), name.size(), name) == 0;
 }
 
-inline void syncwarp(int line) {
-    if (line != skipped_line) wait(block.warps[block.current / kWarp], kWarp);
+inline void syncthreads(const char* file, int line) {
+    if (!is_skipped(file, line)) wait(block->all, blockDim.x);
+}
+
+inline void syncwarp(const char* file, int line) {
+    if (!is_skipped(file, line)) wait(block->warps[threadIdx.x / kWarp], kWarp);
+}
+
+inline void syncgrid(const char* file, int line) {
+    if (!is_skipped(file, line)) wait(grid, gridDim.x * blockDim.x);
 }
 
 template <typename T>
 T shuffle_xor(T value, int mask) {
-    Barrier& warp = block.warps[block.current / kWarp];
-    std::memcpy(&block.lanes[block.current], &value, sizeof(T));
+    Barrier& warp = block->warps[threadIdx.x / kWarp];
+    std::memcpy(&block->lanes[threadIdx.x], &value, sizeof(T));
     wait(warp, kWarp);
-    std::memcpy(&value, &block.lanes[block.current ^ mask], sizeof(T));
+    std::memcpy(&value, &block->lanes[threadIdx.x ^ mask], sizeof(T));
     wait(warp, kWarp);
     return value;
 }
 
 inline void run_fibre() {
-    block.kernel();
-    block.fibres[block.current].done = true;
-    block.progress = true;
+    kernel();
+    block->fibres[threadIdx.x].done = true;
+    progress = true;
 }
 
-inline void run_block(size_t shared) {
+inline void start(Block& block, dim3 index, size_t shared) {
     const unsigned threads = blockDim.x;
-    ASAN_UNPOISON_MEMORY_REGION(ial::gpu::ial_shared, kSharedBytes);
-    std::memset(ial::gpu::ial_shared, 0xff, kSharedBytes);  // NaN, until something is written
-    ASAN_POISON_MEMORY_REGION(ial::gpu::ial_shared + shared, kSharedBytes - shared);
+    block.index = index;
+    block.done = false;
+    block.descending = turn++ % 2;
+    block.shared.assign(shared, 0xff);  // NaN, until something is written
     block.all = {};
     block.warps.assign(threads / kWarp, {});
     block.lanes.assign(threads, 0);
@@ -149,37 +189,73 @@ inline void run_block(size_t shared) {
         getcontext(&fibre.context);
         fibre.context.uc_stack.ss_sp = fibre.stack.get();
         fibre.context.uc_stack.ss_size = kStack;
-        fibre.context.uc_link = &block.scheduler;
+        fibre.context.uc_link = &scheduler;
         makecontext(&fibre.context, run_fibre, 0);
-    }
-    const bool descending = turn++ % 2;
-    for (bool alive = true; alive;) {
-        alive = block.progress = false;
-        for (unsigned i = 0; i < threads; ++i) {
-            const unsigned t = descending ? threads - 1 - i : i;
-            if (block.fibres[t].done) continue;
-            alive = true;
-            block.current = threadIdx.x = t;
-            swapcontext(&block.scheduler, &block.fibres[t].context);
-        }
-        if (alive && !block.progress) throw std::logic_error("simt: a barrier that not all threads reach");
     }
 }
 
+// Runs a block until it is done, or all of its threads wait for other blocks. Returns whether it came further.
+inline bool run(Block& its) {
+    using ial::gpu::ial_shared;
+    const unsigned threads = blockDim.x;
+    block = &its;
+    blockIdx = its.index;
+    ASAN_UNPOISON_MEMORY_REGION(ial_shared, kMostSharedBytes);
+    std::copy(its.shared.begin(), its.shared.end(), ial_shared);
+    ASAN_POISON_MEMORY_REGION(ial_shared + its.shared.size(), kMostSharedBytes - its.shared.size());
+    bool further = false;
+    do {
+        progress = false;
+        its.done = true;
+        for (unsigned i = 0; i < threads; ++i) {
+            threadIdx.x = its.descending ? threads - 1 - i : i;
+            if (its.fibres[threadIdx.x].done) continue;
+            its.done = false;
+            swapcontext(&scheduler, &its.fibres[threadIdx.x].context);
+        }
+        further |= progress;
+    } while (progress);
+    std::copy_n(ial_shared, its.shared.size(), its.shared.begin());
+    return further;
+}
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int threads, size_t shared,
             const Arguments&... arguments) {
-    if (grid.x == 0 || grid.y == 0 || threads % kWarp != 0 || shared > kSharedBytes)
+    if (size.x == 0 || size.y == 0 || threads % kWarp != 0 ||
+        shared > (cooperative ? kMostSharedBytes : kSharedBytes) || (cooperative && size.y > 1))
         throw std::logic_error("simt: a launch that CUDA refuses");
-    block.kernel = [&] { kernel(arguments...); };
-    gridDim = grid;
+    kernel = [&] { function(arguments...); };
+    gridDim = size;
     blockDim = dim3(threads);
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(shared);
+    grid = {};
+    blocks.resize(cooperative ? size.x : 1);
+    const char* const stuck = "simt: a barrier that not all threads reach";
+    if (!cooperative) {
+        for (unsigned y = 0; y < size.y; ++y)
+            for (unsigned x = 0; x < size.x; ++x) {
+                start(blocks[0], dim3(x, y), shared);
+                run(blocks[0]);
+                if (!blocks[0].done) throw std::logic_error(stuck);
+            }
+        return;
+    }
+    for (unsigned x = 0; x < size.x; ++x) start(blocks[x], dim3(x), shared);
+    for (bool alive = true; alive;) {
+        bool further = false;
+        alive = false;
+        for (Block& each : blocks) {
+            if (each.done) continue;
+            further |= run(each);
+            alive |= !each.done;
+        }
+        if (alive && !further) throw std::logic_error(stuck);
+    }
 }
 
 }  // namespace simt
 
-#define __syncthreads() simt::syncthreads(__LINE__)
-#define __syncwarp() simt::syncwarp(__LINE__)
+#define __syncthreads() simt::syncthreads(__FILE__, __LINE__)
+#define __syncwarp() simt::syncwarp(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, lanes) simt::shuffle_xor(value, lanes)
+#define grid_barrier() simt::syncgrid(__FILE__, __LINE__)
