@@ -4,6 +4,7 @@
 VENV   ?= .venv
 PYTHON ?= python3
 TORCH  ?= torch>=2.11
+OUT    ?= benchmarks/results/latest
 
 PY      := $(VENV)/bin/python
 STAMP   := build/installed
@@ -25,13 +26,14 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test bench lint format sdist clean
+.PHONY: help test bench gpu-check lint format sdist clean
 
 help: ## print this
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{ printf "make %-9s %s\n", $$1, $$2 }'
 	@echo
 	@echo "VENV=$(VENV)  an environment to use; a torch in it is left as it is. Else one is created there."
-	@echo "TORCH='$(TORCH)'  what to install where there is no torch.  PYTHON=$(PYTHON)  creates the environment."
+	@echo "TORCH='$(TORCH)'  what to install where there is no torch.  PYTHON=$(PYTHON)  creates the environment,"
+	@echo "and runs gpu-check as it is.  OUT=$(OUT)  is where gpu-check leaves its results."
 	@echo "IAL_CAMVID  the CamVid data set's folder, for the tests and benchmarks that use it."
 
 test: lint ## check style, then run the tests
@@ -39,6 +41,10 @@ test: lint ## check style, then run the tests
 
 bench: $(STAMP) ## time the loss on this machine
 	$(PY) -m benchmarks.loss
+
+# Installs nothing, so that it works where nothing can be: $(PYTHON) is taken as it is.
+gpu-check: ## build for the GPU that is here, test, sanitize and time on it, in nine minutes; without one, a dry run
+	$(PYTHON) -m benchmarks.gpu_check --output $(OUT)
 
 lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import platform
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +27,22 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ial_cuda
-from ial_cuda import CITYSCAPES, _ops, median_frequency_weights
+from ial_cuda import CAMVID, CITYSCAPES, _ops, median_frequency_weights
 
 #: What is measured: a function of the logits. What it returns is freed outside the measured part.
 Step = Callable[[Tensor], object]
 
 IGNORE_INDEX = 255
-#: The classes of the CamVid label maps, void last, as train ids of Cityscapes.
-CAMVID_AS_CITYSCAPES = np.array([10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, IGNORE_INDEX])
+#: The hierarchy that a number of classes stands for.
+HIERARCHIES = {hierarchy.num_classes: hierarchy for hierarchy in (CITYSCAPES, CAMVID)}
+#: The classes of the CamVid label maps, void last: as train ids of Cityscapes, and as they are.
+CAMVID_AS = {
+    19: np.array([10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, IGNORE_INDEX]),
+    11: np.array([*range(11), IGNORE_INDEX]),
+}
 WARM_UP_ROUNDS = 2
-#: More than the L2 cache of any GPU.
-FLUSH_BYTES = 512 << 20
+#: More than the L2 cache of any GPU, read so often that it takes the GPU about a millisecond.
+FLUSH_BYTES, FLUSHES = 512 << 20, 8
 
 
 class Inputs:
@@ -45,40 +52,45 @@ class Inputs:
     training too they come from the layer before, with their end still in the caches.
 
     Args:
-        shape: (N, 19, H, W).
+        shape: (N, C, H, W), with the C of one of `HIERARCHIES`.
         dtype: of logits and weights.
         device: of all tensors.
+
+    Attributes:
+        targets: the label maps (N, H, W), by dtype: int64 and uint8.
+        written: the leaf that `logits` is a view of.
     """
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> None:
-        batch, _, height, width = shape
-        labels, self.labels = _label_maps(batch, height, width)
+        classes = shape[1]
+        labels, self.labels = _label_maps(*shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes that are in no image
-            weight = median_frequency_weights(labels, CITYSCAPES.num_classes)
-        self.target = labels.to(device)
+            weight = median_frequency_weights(labels, classes)
+        labels = labels.to(device)
+        self.targets = {torch.int64: labels, torch.uint8: labels.to(torch.uint8)}
         self.weight = weight.to(device, dtype)
-        self.source = _trained_like(labels, CITYSCAPES.num_classes).to(device, dtype)
-        self._written = torch.empty_like(self.source).requires_grad_()
+        self.source = _trained_like(labels, classes).to(dtype)
+        self.written = torch.empty_like(self.source).requires_grad_()
 
     def logits(self) -> Tensor:
         """The logits, fresh, as the output of a layer: not a leaf, so that they may be overwritten."""
         with torch.no_grad():
-            self._written.copy_(self.source)
-        return self._written.view_as(self._written)
+            self.written.copy_(self.source)
+        return self.written.view_as(self.written)
 
 
-def _label_maps(batch: int, height: int, width: int) -> tuple[Tensor, str]:
-    """Label maps (N, H, W) int64 in the classes of Cityscapes, and where they come from."""
+def _label_maps(batch: int, classes: int, height: int, width: int) -> tuple[Tensor, str]:
+    """Label maps (N, H, W) int64, and where they come from."""
     root = os.environ.get("IAL_CAMVID")
     files = sorted(Path(root, "testannot").glob("*.png"))[:batch] if root else []
     if files:
         size = (width, height)
         maps = [np.asarray(Image.open(file).resize(size, Image.Resampling.NEAREST)) for file in files]
-        return torch.from_numpy(CAMVID_AS_CITYSCAPES[np.resize(maps, (batch, height, width))]), "CamVid"
+        return torch.from_numpy(CAMVID_AS[classes][np.resize(maps, (batch, height, width))]), "CamVid"
     generator = torch.Generator().manual_seed(0)
     regions = (batch, -(-height // 32), -(-width // 32))
-    labels = torch.randint(CITYSCAPES.num_classes, regions, generator=generator)
+    labels = torch.randint(classes, regions, generator=generator)
     labels[torch.rand(regions, generator=generator) < 0.08] = IGNORE_INDEX
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
     return labels[:, :height, :width].contiguous(), "synthetic"
@@ -86,15 +98,17 @@ def _label_maps(batch: int, height: int, width: int) -> tuple[Tensor, str]:
 
 def _trained_like(labels: Tensor, num_classes: int) -> Tensor:
     """Noise, and a margin for one class of each pixel, the right one in nine of ten."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn((labels.shape[0], num_classes, *labels.shape[1:]), generator=generator)
-    wrong = (torch.rand(labels.shape, generator=generator) < 0.1) | (labels == IGNORE_INDEX)
-    guess = torch.where(wrong, torch.randint(num_classes, labels.shape, generator=generator), labels)
+    device = labels.device
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (labels.shape[0], num_classes, *labels.shape[1:])
+    logits = torch.randn(shape, generator=generator, device=device)
+    wrong = (torch.rand(labels.shape, generator=generator, device=device) < 0.1) | (labels == IGNORE_INDEX)
+    guess = torch.randint(num_classes, labels.shape, generator=generator, device=device).where(wrong, labels)
     return logits.scatter_add_(1, guess.unsqueeze(1), torch.full_like(logits[:, :1], 6.0))
 
 
 class Result(NamedTuple):
-    """What a provider computes, on the CPU."""
+    """What a provider computes."""
 
     loss: Tensor
     gradient: Tensor
@@ -170,17 +184,46 @@ def _time_cpu(step: Step, logits: Tensor) -> float:
 def _time_cuda(step: Step, logits: Tensor) -> float:
     """Time on the GPU's clock, from a cold L2 cache.
 
-    To write over that takes the GPU about as long as Python takes to queue a step, so that Python runs ahead,
-    as it does in training.
+    What evicts the logits is read, not written: the lines that a write leaves behind are dirty, and to write
+    them back would be charged to the step. It takes the GPU longer than Python takes to queue a step of a few
+    launches, so that Python runs ahead, as it does in training.
     """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=logits.device).zero_()
+    other = _other_memory(logits.device)
+    for _ in range(FLUSHES):
+        other.sum()
     start.record()
     result = step(logits)
     end.record()
     end.synchronize()
     del result
     return start.elapsed_time(end)
+
+
+@functools.cache
+def _other_memory(device: torch.device) -> Tensor:
+    return torch.ones(FLUSH_BYTES // 4, device=device)
+
+
+def _capture_cuda(step: Step, leaf: Tensor) -> Step:
+    """The step on the values that ``leaf`` then has as a CUDA graph: its launches, and nothing of Python.
+
+    The step must have run before, since in a capture nothing may be compiled or loaded.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        # Viewed here: autograd would wait for the stream where an older view was made, which is not captured.
+        result = step(leaf.view_as(leaf))
+
+    def replay(_: Tensor) -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+#: How a step is made one submission to the device, for the types of device that have such a thing.
+CAPTURE: dict[str, Callable[[Step, Tensor], Step]] = {"cuda": _capture_cuda}
 
 
 def _summary(times: Sequence[float]) -> Times:
@@ -234,8 +277,32 @@ def describe_machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
         machine["cuda"] = torch.version.cuda
-        machine["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine["nvcc"] = _ops.build.get("nvcc")
+        machine["archs"] = _ops.build.get("arch_list")
+        machine["triton"] = _version("triton")
+        machine |= _nvidia_smi("driver_version")
     return machine
+
+
+def describe_gpu_state() -> dict[str, str]:
+    """Clocks in MHz, power in W and temperature in °C of the GPU in use, as they are now."""
+    return _nvidia_smi("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def _nvidia_smi(*fields: str) -> dict[str, str]:
+    """What nvidia-smi, which only reads here, says about the current device."""
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    answer = _first_line(
+        "nvidia-smi", gpu, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"
+    )
+    return dict(zip(fields, answer.split(", "), strict=False)) if answer else {}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_model() -> str:
@@ -256,11 +323,14 @@ def _first_line(*command: str) -> str | None:
         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    return output.splitlines()[0]
+    return next(iter(output.splitlines()), None)
 
 
 def write_json(file: Path, data: Any) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n")
+    """At once, so that who is interrupted leaves the old file or the new one."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=2) + "\n")
+    new.replace(file)
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

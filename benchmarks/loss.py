@@ -7,54 +7,43 @@ import argparse
 import math
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 
-from ial_cuda import CITYSCAPES, _ops, importance_aware_loss, reference
+from ial_cuda import Hierarchy, _ops, importance_aware_loss, reference
 
 from .common import (
+    CAPTURE,
+    HIERARCHIES,
     IGNORE_INDEX,
     WARM_UP_ROUNDS,
     Inputs,
     Result,
     Step,
+    describe_gpu_state,
     describe_machine,
     peak_bytes,
     time_interleaved,
     why_refused,
-    write_csv,
-    write_json,
 )
+from .report import COPY, FLOOR, PEERS, UINT8, Case, Report, Row, show, write
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, target and class weights
 
-LAMBDAS, ALPHA = (0.5,) * (CITYSCAPES.num_levels - 1), 1.0
-PEERS, FLOOR = ("reference", "F.cross_entropy"), "copy floor"
-NOT_OURS = (*PEERS, "copy", "sum")  # how their rows begin
-
-
-@dataclass(frozen=True)
-class Case:
-    """An input on a device."""
-
-    device: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')} on {self.device}"
+LAMBDA, ALPHA = 0.5, 1.0
+#: What is measured by default, the most telling first.
+SHAPES = {"cpu": [(1, 19, 512, 1024)], "cuda": [(1, 19, 1024, 2048), (8, 11, 720, 960)]}
+DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+LABELS = {"cpu": [torch.int64], "cuda": [torch.int64, torch.uint8]}
 
 
 @dataclass(frozen=True)
@@ -64,71 +53,46 @@ class Provider:
     name: str
     loss: Loss
     eager: Loss
+    labels: torch.dtype = torch.int64
     compiled: bool = False
+    captured: bool = True  # whether to time it as a graph, too, where the device has such
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table, of the CSV and of the picture."""
+class Part(NamedTuple):
+    """A piece of a step, and the bytes that it has to move."""
 
-    name: str
-    median_ms: float | None = None
-    p10_ms: float | None = None
-    p90_ms: float | None = None
-    ratio: float | None = None  # to ours
-    gb_per_s: float | None = None  # 2 reads and 1 write of the logits, 2 reads of the labels
-    extra_mib: float | None = None  # held at once, beside logits, target and gradient
-    refused: str | None = None  # what is wrong with the result, which therefore has no time
-    skipped: str | None = None  # why there is no result
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came out of a case: all providers, ours first, the floor last; and where the time of ours goes."""
-
-    case: Case
-    labels: str
-    providers: list[Row]
-    parts: list[Row]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """How many times longer the peers take than ours, and ours than the copy floor."""
-        ours, floor = self.providers[0], self.providers[-1]
-        if ours.median_ms is None:
-            return {}
-        peers = [row for row in self.providers if row.name.startswith(PEERS) and row.median_ms is not None]
-        ratios = {f"{row.name} / {ours.name}": row.ratio for row in peers}
-        return ratios | {f"{ours.name} / {FLOOR}": round(ours.median_ms / floor.median_ms, 3)}
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "input": str(self.case),
-            "labels": self.labels,
-            "ratios": self.ratios,
-            "providers": [asdict(row) for row in self.providers],
-            "parts": [asdict(row) for row in self.parts],
-        }
+    step: Step
+    moved: int = 0
 
 
 def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy(logits, target, weight.to(logits.dtype), ignore_index=IGNORE_INDEX)
 
 
+def hierarchy_of(logits: Tensor) -> Hierarchy:
+    return HIERARCHIES[logits.shape[1]]
+
+
+def lambdas_of(hierarchy: Hierarchy) -> tuple[float, ...]:
+    return (LAMBDA,) * (hierarchy.num_levels - 1)
+
+
 def reference_loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    hierarchy = hierarchy_of(logits)
+    lambdas = lambdas_of(hierarchy)
     return reference.importance_aware_loss(
-        logits, target, CITYSCAPES, weight=weight, lambdas=LAMBDAS, alpha=ALPHA, ignore_index=IGNORE_INDEX
+        logits, target, hierarchy, weight=weight, lambdas=lambdas, alpha=ALPHA, ignore_index=IGNORE_INDEX
     )[0]
 
 
-def fused_loss(backend: str, *, inplace: bool = False) -> Loss:
+def our_loss(backend: str, *, inplace: bool = False) -> Loss:
     def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return importance_aware_loss(
             logits,
             target,
-            CITYSCAPES,
+            hierarchy_of(logits),
             weight=weight,
-            lambdas=LAMBDAS,
+            lambdas=LAMBDA,
             alpha=ALPHA,
             ignore_index=IGNORE_INDEX,
             backend=backend,
@@ -146,14 +110,21 @@ def kernels(device: str) -> list[str]:
 def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:
     """Ours, the best first, then the peers."""
     backends = kernels(device)
-    providers = [Provider(f"ial_cuda {name}", fused_loss(name), reference_loss) for name in backends]
-    in_place = fused_loss(backends[0], inplace=True)
+    providers = [
+        Provider(
+            f"ial_cuda {name}{UINT8 if labels == torch.uint8 else ''}", our_loss(name), reference_loss, labels
+        )
+        for name in backends
+        for labels in LABELS[device]
+    ]
+    in_place = our_loss(backends[0], inplace=True)
     providers.append(Provider(f"ial_cuda {backends[0]}, in place", in_place, reference_loss))
     for name, eager in zip(PEERS, (reference_loss, cross_entropy), strict=True):
-        providers.append(Provider(name, eager, eager))
+        captured = eager is not reference_loss  # which copies its levels from the host
+        providers.append(Provider(name, eager, eager, captured=captured))
         if compile_peers:
             compiled = torch.compile(eager, dynamic=False)
-            providers.append(Provider(f"{name}, compiled", compiled, eager, compiled=True))
+            providers.append(Provider(f"{name}, compiled", compiled, eager, compiled=True, captured=captured))
     return providers
 
 
@@ -164,31 +135,32 @@ def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor, weight: Tensor
     return Result(value.detach(), gradient)
 
 
-def on_cpu(result: Result) -> Result:
-    return Result(*(tensor.cpu() for tensor in result))
-
-
 def judge(eager: Loss, inputs: Inputs) -> tuple[Result, Result]:
-    """Eager PyTorch in the precision of the loss it returns, and the truth: eager in float64, on the CPU."""
-    target, weight = inputs.target, inputs.weight
-    logits = inputs.source.to(eager(inputs.source, target, weight).dtype)
-    standard = loss_and_gradient(eager, logits.detach().requires_grad_(), target, weight)
-    exact = inputs.source.cpu().double().requires_grad_()
-    return on_cpu(standard), loss_and_gradient(eager, exact, target.cpu(), weight.cpu())
+    """Eager PyTorch in the precision of the loss it returns, and the truth: eager in float64."""
+    target, weight = inputs.targets[torch.int64], inputs.weight
+
+    def in_precision(dtype: torch.dtype) -> Result:
+        return loss_and_gradient(eager, inputs.source.to(dtype).detach().requires_grad_(), target, weight)
+
+    return in_precision(eager(inputs.source, target, weight).dtype), in_precision(torch.float64)
+
+
+def first_line(error: Exception) -> str:
+    """What happened, without the files, which would name somebody's folders."""
+    return re.sub(r"\S*/\S*", "…", (str(error) or repr(error)).splitlines()[0])
 
 
 def examine(provider: Provider, inputs: Inputs, standard: Result, truth: Result) -> Row:
     """The provider's row before it is timed, with a reason where it will not be. Warms up the compiler."""
     try:
-        result = loss_and_gradient(provider.loss, inputs.logits(), inputs.target, inputs.weight)
-    except RuntimeError as error:
-        if not provider.compiled:
-            raise
-        reason = re.sub(r"\S*/\S*", "…", str(error).splitlines()[0])  # the files name nobody's folders
-        return Row(provider.name, skipped=f"torch.compile fails: {reason}")
+        result = provider_step(provider, inputs)(inputs.logits())
+    except Exception as error:
+        if provider.compiled:
+            return Row(provider.name, skipped=f"torch.compile fails: {first_line(error)}")
+        return Row(provider.name, refused=f"raises {type(error).__name__}: {first_line(error)}")
     # Compiled code adds pixels one by one in float32: its sums err like a random walk, and are not wrong.
-    ulps = math.sqrt(inputs.target.numel()) if provider.compiled else 4
-    return Row(provider.name, refused=why_refused(on_cpu(result), standard, truth, ulps=ulps))
+    ulps = math.sqrt(inputs.targets[torch.int64].numel()) if provider.compiled else 4
+    return Row(provider.name, refused=why_refused(result, standard, truth, ulps=ulps))
 
 
 def examine_all(providers: Sequence[Provider], inputs: Inputs, on_each: Callable[[], None]) -> dict[str, Row]:
@@ -200,45 +172,81 @@ def examine_all(providers: Sequence[Provider], inputs: Inputs, on_each: Callable
     return rows
 
 
-def provider_steps(providers: Sequence[Provider], inputs: Inputs) -> dict[str, Step]:
-    def step(loss: Loss) -> Step:
-        return lambda logits: loss_and_gradient(loss, logits, inputs.target, inputs.weight)
-
-    return {provider.name: step(provider.loss) for provider in providers}
+def provider_step(provider: Provider, inputs: Inputs) -> Step:
+    target = inputs.targets[provider.labels]
+    return lambda logits: loss_and_gradient(provider.loss, logits, target, inputs.weight)
 
 
-def copy_parts(inputs: Inputs) -> dict[str, Step]:
+def capture(steps: Mapping[str, Step], inputs: Inputs, device: str) -> tuple[dict[str, Step], dict[str, str]]:
+    """The steps as graphs, those that compute the same, and why there is none of the others."""
+    graphs, reasons = {}, {}
+    for name, step in steps.items():
+        try:
+            graph = CAPTURE[device](step, inputs.written)
+        except RuntimeError as error:
+            # What is left of a capture that failed makes the next ones fail as well.
+            return graphs, reasons | dict.fromkeys(steps.keys() - graphs.keys(), first_line(error))
+        expected = Result(*(tensor.clone() for tensor in step(inputs.logits())))  # may lie in the logits
+        exact = Result(*(tensor.double() for tensor in expected))
+        wrong = why_refused(Result(*graph(inputs.logits())), expected, exact)
+        if wrong:
+            reasons[name] = f"its {wrong}"
+        else:
+            graphs[name] = graph
+    return graphs, reasons
+
+
+def copy_parts(inputs: Inputs) -> dict[str, Part]:
     """What the floor is made of: the logits copied to memory that is there already, and read once more."""
     warm = torch.empty_like(inputs.source)
+    size = inputs.source.nbytes
     return {
-        "copy_ (1 read, 1 write)": lambda logits: warm.copy_(logits.detach()),
-        "sum (1 read)": lambda logits: logits.detach().sum(),
+        COPY: Part(lambda logits: warm.copy_(logits.detach()), 2 * size),
+        "sum (1 read)": Part(lambda logits: logits.detach().sum(), size),
     }
 
 
-def cpu_parts(inputs: Inputs) -> dict[str, Step]:
-    """The operators that a step of the CPU backend calls, one by one, and a step with hardly any pixels."""
-    ops = torch.ops.ial_cuda
-    target, weight = inputs.target, inputs.weight
-    options = (LAMBDAS, ALPHA, "mean", "mean", "image")
-    pixels = (target, weight, None, CITYSCAPES.class_levels, IGNORE_INDEX, "exact")
-    one = torch.ones(())
+def operator_parts(library: str, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
+    """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
+    ops = getattr(torch.ops, library)
+    target, weight = inputs.targets[torch.int64], inputs.weight
+    hierarchy = hierarchy_of(inputs.source)
+    options = (lambdas_of(hierarchy), ALPHA, "mean", "mean", "image")
+    pixels = (target, weight, None, hierarchy.class_levels, IGNORE_INDEX, "exact")
+    one = torch.ones((), device=weight.device)
     stats = ops.reduce(inputs.source, *pixels, False)
     table = ops.table(stats, one, *options)
+    write = inputs.source.nbytes
+    read = write + target.nbytes
+    parts = {
+        "reduce (forward)": Part(lambda logits: ops.reduce(logits.detach(), *pixels, False), read),
+        "gradient": Part(lambda logits: ops.gradient(logits.detach(), table, *pixels), read + write),
+        "gradient, in place": Part(
+            lambda logits: ops.gradient_(logits.detach(), table, *pixels), read + write
+        ),
+        "combine": Part(lambda _: ops.combine(stats, *options, torch.float32)),
+        "table": Part(lambda _: ops.table(stats, one, *options)),
+    }
+    if one_launch:
+        parts["fused"] = Part(lambda logits: ops.fused(logits.detach(), *pixels, *options), read + write)
+    return parts
 
-    def small(_: Tensor) -> None:
-        ops.combine(stats, *options, torch.float32)
-        ops.table(stats, one, *options)
+
+def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
+    """The operators of each library, and a step of the best backend with hardly any pixels."""
+    libraries = sorted({_ops.libraries[backend] for backend in backends})
+    in_one = {_ops.libraries[backend] for backend in backends if backend in _ops.one_launch.values()}
+    parts = {}
+    for library in libraries:
+        prefix = f"{library} " if len(libraries) > 1 else ""
+        operators = operator_parts(library, inputs, one_launch=library in in_one)
+        parts |= {prefix + name: part for name, part in operators.items()}
 
     pixel = inputs.source[:, :, :1, :1].contiguous().requires_grad_()
-    pixel_target = target[:, :1, :1].contiguous()
-    loss = fused_loss("cpu")
-    return {
-        "reduce (forward)": lambda logits: ops.reduce(logits.detach(), *pixels, False),
-        "gradient": lambda logits: ops.gradient(logits.detach(), table, *pixels),
-        "gradient, in place": lambda logits: ops.gradient_(logits.detach(), table, *pixels),
-        "combine and table": small,
-        "step on one pixel": lambda _: loss_and_gradient(loss, pixel, pixel_target, weight),
+    pixel_target = inputs.targets[torch.int64][:, :1, :1].contiguous()
+    loss = our_loss(backends[0])
+    return parts | {
+        "step on one pixel": Part(lambda _: loss_and_gradient(loss, pixel, pixel_target, inputs.weight))
     }
 
 
@@ -254,97 +262,62 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
 
     rows = examine_all(providers, inputs, advance)
     right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
-    steps = provider_steps(right, inputs)
+    steps = {provider.name: provider_step(provider, inputs) for provider in right}
+    graphs: dict[str, Step] = {}
+    if case.device in CAPTURE:
+        captured = {provider.name: steps[provider.name] for provider in right if provider.captured}
+        graphs, reasons = capture(captured, inputs, case.device)
+        rows |= {name: replace(rows[name], no_graph=reason) for name, reason in reasons.items()}
     copies = copy_parts(inputs)
-    floor = {FLOOR: lambda logits: [copy(logits) for copy in copies.values()]}
+    floor = {FLOOR: lambda logits: [part.step(logits) for part in copies.values()]}
     ours_is_right = providers[0] in right
-    parts = cpu_parts(inputs) | copies if ours_is_right and case.device == "cpu" else copies
-    times = time_interleaved(steps | floor | parts, inputs.logits, case.device, rounds, advance)
+    parts = our_parts(kernels(case.device), inputs) | copies if ours_is_right else copies
+    gpu_before = describe_gpu_state() if case.device == "cuda" else {}
+    times = time_interleaved(
+        steps
+        | floor
+        | {name: part.step for name, part in parts.items()}
+        | {f"{name}, graph": graph for name, graph in graphs.items()},
+        inputs.logits,
+        case.device,
+        rounds,
+        advance,
+    )
+    gpu_after = describe_gpu_state() if case.device == "cuda" else {}
+    copy_ms = times[COPY].median_ms
+    copy_speed = copies[COPY].moved / 1e6 / copy_ms
 
-    def timed(row: Row, **more: float) -> Row:
+    def timed(row: Row, moved: int, **more: float) -> Row:
+        taken = times[row.name]
         ours = times[providers[0].name].median_ms if ours_is_right else None
-        ratio = round(times[row.name].median_ms / ours, 3) if ours else None
-        return replace(row, **asdict(times[row.name]), ratio=ratio, **more)
+        speed = moved / 1e6 / taken.median_ms
+        graph = times.get(f"{row.name}, graph")
+        return replace(
+            row,
+            **asdict(taken),
+            graph_ms=graph and graph.median_ms,
+            ratio=round(taken.median_ms / ours, 3) if ours else None,
+            gb_per_s=round(speed, 2) if moved else None,
+            copy_percent=round(100 * speed / copy_speed, 1) if moved else None,
+            copy_ratio=round(taken.median_ms / copy_ms, 3),
+            **more,
+        )
 
     size = inputs.source.nbytes
-    for name, step in steps.items():
-        speed = (3 * size + 2 * inputs.target.nbytes) / 1e6 / times[name].median_ms
-        extra = (peak_bytes(step, inputs.logits()) - size) / 2**20
-        rows[name] = timed(rows[name], gb_per_s=round(speed, 2), extra_mib=round(extra, 2))
-    rows[FLOOR] = timed(Row(FLOOR), gb_per_s=round(3 * size / 1e6 / times[FLOOR].median_ms, 2))
-    return Report(case, inputs.labels, list(rows.values()), [timed(Row(name)) for name in parts])
-
-
-def make_table(title: str, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column()
-    for heading in ("median ms", "10–90 %", "/ ours", "GB/s", "extra MiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        if row.refused or row.skipped:
-            table.add_row(row.name, "wrong" if row.refused else "skipped")
-            continue
-        table.add_row(
-            row.name,
-            number(row.median_ms, 2),
-            f"{row.p10_ms:.2f}–{row.p90_ms:.2f}",
-            number(row.ratio, 2),
-            number(row.gb_per_s, 1),
-            number(row.extra_mib, 1),
-        )
-    return table
-
-
-def number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def show(report: Report, console: Console) -> None:
-    console.print(make_table(f"Loss and gradient, {report.case}, {report.labels} labels", report.providers))
-    for row in report.providers:
-        if row.refused:
-            console.print(f"{row.name} is wrong: {row.refused}", style="red", soft_wrap=True)
-        if row.skipped:
-            console.print(f"{row.name}: {row.skipped}", soft_wrap=True)
-    console.print(make_table("Where the time goes", report.parts))
-    for name, ratio in report.ratios.items():
-        console.print(f"{name:<50} {ratio:8.2f}", highlight=False)
-
-
-def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> None:
-    """A row of panels a case: the providers, and where the time of ours goes."""
-    figure = Figure(figsize=(13, 3.6 * len(reports)), layout="constrained")
-    hardware = f"{machine['cpu']} ({machine['threads']} threads)"
-    if "gpu" in machine:
-        hardware += f" and {machine['gpu']}"
-    figure.suptitle(f"Loss and gradient on {hardware}, torch {machine['torch']}")
-    panels = figure.subplots(len(reports), 2, squeeze=False, width_ratios=(3, 2))
-    for report, (left, right) in zip(reports, panels, strict=True):
-        draw_bars(left, str(report.case), report.providers)
-        draw_bars(right, "Where the time goes", report.parts)
-    figure.savefig(file, dpi=120)
-
-
-def draw_bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
-    """Medians as bars, the 10 % to 90 % quantiles as whiskers; ours in colour."""
-    rows = [row for row in rows if row.median_ms is not None]
-    medians = [row.median_ms for row in rows]
-    whiskers = [[row.median_ms - row.p10_ms for row in rows], [row.p90_ms - row.median_ms for row in rows]]
-    colours = ["tab:grey" if row.name.startswith(NOT_OURS) else "tab:green" for row in rows]
-    bars = axes.barh(
-        [row.name for row in rows], medians, xerr=whiskers, color=colours, ecolor="black", capsize=2
-    )
-    axes.bar_label(bars, [f" {row.median_ms:.3g} ms, {number(row.ratio, 2)}×" for row in rows], padding=4)
-    axes.invert_yaxis()
-    axes.margins(x=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set(title=title, xlabel="median ms; whiskers: 10 % and 90 %; ×: to ours")
+    for provider in right:
+        extra = (peak_bytes(steps[provider.name], inputs.logits()) - size) / 2**20
+        moved = 3 * size + 2 * inputs.targets[provider.labels].nbytes
+        rows[provider.name] = timed(rows[provider.name], moved, extra_mib=round(extra, 2))
+    rows[FLOOR] = timed(Row(FLOOR), 3 * size)
+    timed_parts = [timed(Row(name), part.moved) for name, part in parts.items()]
+    return Report(case, inputs.labels, list(rows.values()), timed_parts, gpu_before, gpu_after)
 
 
 def shape(text: str) -> tuple[int, ...]:
     sizes = tuple(map(int, text.split("x")))
-    if len(sizes) != 4 or min(sizes) < 1 or sizes[1] != CITYSCAPES.num_classes:
-        raise argparse.ArgumentTypeError(f"{text!r} is not Nx{CITYSCAPES.num_classes}xHxW")
+    if len(sizes) != 4 or min(sizes) < 1 or sizes[1] not in HIERARCHIES:
+        expected = " or ".join(f"Nx{classes}xHxW" for classes in HIERARCHIES)
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return sizes
 
 
@@ -361,7 +334,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
     )
     parser.add_argument(
-        "--shape", type=shape, metavar="NxCxHxW", help="default: 1x19x512x1024, on CUDA 1x19x1024x2048"
+        "--device", choices=SHAPES, help="default: each that ial_cuda has kernels for on this machine"
+    )
+    parser.add_argument(
+        "--shape",
+        type=shape,
+        nargs="+",
+        metavar="NxCxHxW",
+        help="; ".join(
+            f"{device}: {' '.join('x'.join(map(str, sizes)) for sizes in shapes)}"
+            for device, shapes in SHAPES.items()
+        ),
     )
     parser.add_argument("--rounds", type=rounds, default=30, metavar="R", help="at least 2, default 30")
     parser.add_argument(
@@ -371,53 +354,51 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_cases(shape: tuple[int, ...] | None) -> list[Case]:
-    """The CPU's case and, where there is a GPU with kernels for it, that in two precisions."""
-    cases = [Case("cpu", torch.float32, shape or (1, 19, 512, 1024))]
-    if torch.cuda.is_available():
-        cases += [
-            Case("cuda", dtype, shape or (1, 19, 1024, 2048)) for dtype in (torch.bfloat16, torch.float32)
-        ]
-    return [case for case in cases if kernels(case.device)]
+def make_cases(device: str | None, shapes: Sequence[tuple[int, ...]] | None) -> list[Case]:
+    """The cases of the device, or of each that is there and has kernels."""
+    devices = [device] if device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [
+        Case(device, dtype, sizes)
+        for device in devices
+        if kernels(device)
+        for dtype in DTYPES[device]
+        for sizes in shapes or SHAPES[device]
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     torch.set_num_threads(arguments.threads)
-    cases = make_cases(arguments.shape)
+    cases = make_cases(arguments.device, arguments.shape)
     if not cases:
-        print(f"ial_cuda has no kernels here: {_ops.unavailable['cpu']}", file=sys.stderr)
+        device = arguments.device or "cpu"
+        for backend in _ops.kernels(device):
+            print(f"ial_cuda has no kernels here: {backend}: {_ops.unavailable[backend]}", file=sys.stderr)
         return 1
     machine = describe_machine()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    reports: list[Report] = []
+    failed = False
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        reports = [
-            measure(case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress)
-            for case in cases
-        ]
-    for report in reports:
-        show(report, console)
-    summary = {
-        "machine": machine,
-        "rounds": arguments.rounds,
-        "cases": [report.as_json() for report in reports],
-    }
-    write_json(output / "loss.json", summary)
-    write_csv(
-        output / "loss.csv",
-        [
-            {"input": str(report.case), "section": section} | asdict(row)
-            for report in reports
-            for section, rows in (("providers", report.providers), ("parts", report.parts))
-            for row in rows
-        ],
-    )
-    draw(reports, machine, output / "loss.png")
-    console.print(f"Picture: {output / 'loss.png'}", soft_wrap=True)
-    return int(any(row.refused for report in reports for row in report.providers))
+        for case in cases:
+            try:
+                report = measure(
+                    case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress
+                )
+            except Exception as error:  # too little memory, say: the other cases may do
+                console.print(f"{case} fails: {first_line(error)}", style="red", soft_wrap=True)
+                traceback.print_exc()
+                failed = True
+                continue
+            reports.append(report)
+            show(report, console)
+            write(reports, machine, arguments.rounds, output)  # who is interrupted later keeps this
+    if reports:
+        console.print(f"Picture: {output / 'loss.png'}", soft_wrap=True)
+    return int(failed or any(row.refused for report in reports for row in report.providers))
 
 
 if __name__ == "__main__":

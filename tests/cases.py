@@ -15,12 +15,9 @@ import torch
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 
-GPU = ("cuda", "fused", "triton")
-
-
 def _backend(name: str):
     reason = _ops.unavailable[name]
-    if reason is None and name in GPU and not torch.cuda.is_available():
+    if reason is None and name in _ops.kernels("cuda") and not torch.cuda.is_available():
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
 
@@ -31,6 +28,10 @@ simt.register()
 BACKENDS = [_backend(name) for name in _ops.unavailable]
 #: Those with kernels of our own.
 KERNELS = [_backend(name) for name in _ops.unavailable if name != "reference"]
+#: Of those, the ones for CUDA tensors.
+GPU_KERNELS = [backend for backend in KERNELS if backend.values[0] in _ops.kernels("cuda")]
+#: What csrc/ial_launch.h launches, on the GPU or on the CPU.
+LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])
@@ -45,7 +46,7 @@ OPTIONS = {
 
 
 def device_of(backend: str) -> str:
-    return "cuda" if backend in GPU else "cpu"
+    return "cuda" if backend in _ops.kernels("cuda") else "cpu"
 
 
 def make_target(shape, num_classes, *, ignore_index=255, ignored=0.15, dtype=torch.int64, seed=0):
@@ -87,8 +88,8 @@ def camvid_labels(count: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned():
-    """Memory that nothing has been written to holds NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Memory that nobody has written to holds NaN. IAL_UNPOISONED leaves it to a tool that looks for that."""
+    torch.use_deterministic_algorithms("IAL_UNPOISONED" not in os.environ, warn_only=True)
     try:
         yield
     finally:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import simt
 import torch
 
 from ial_cuda import _ops
 
 program = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench], and python -m pytest")
+from benchmarks import common, report  # noqa: E402  (which need the same)
+
 Result, why_refused = program.Result, program.why_refused
 
 pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--shape", "1x19x32x64", "--rounds", "2", "--no-compile", "--threads", str(torch.get_num_threads())]
+TINY = ["--device", "cpu", "--shape", "1x19x32x64", "--rounds", "2", "--no-compile"]
+TINY += ["--threads", str(torch.get_num_threads())]
 
 
 def read(folder: Path) -> dict:
@@ -66,7 +72,7 @@ def test_a_wrong_gradient_has_no_speed(tmp_path, monkeypatch, capsys):
     def wrong(backend, *, inplace=False):
         return lambda logits, *rest: program.reference_loss(logits, *rest) + (logits - logits.detach()).sum()
 
-    monkeypatch.setattr(program, "fused_loss", wrong)
+    monkeypatch.setattr(program, "our_loss", wrong)
     assert program.main([*TINY, "--output", str(tmp_path)]) == 1
     case = read(tmp_path)["cases"][0]
     refused, others = case["providers"][:2], case["providers"][2:]
@@ -77,6 +83,237 @@ def test_a_wrong_gradient_has_no_speed(tmp_path, monkeypatch, capsys):
     assert [row["name"] for row in case["parts"]] == ["copy_ (1 read, 1 write)", "sum (1 read)"]
     assert case["ratios"] == {}
     assert "ial_cuda cpu is wrong: gradient errs" in capsys.readouterr().out
+
+
+def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
+    """What only a GPU has, with a replay that is the step itself; one provider's does nothing."""
+
+    def fake(step, leaf):
+        logits = leaf.view_as(leaf)
+        if step is steps["F.cross_entropy"]:
+            return lambda _: Result(torch.zeros(()), torch.zeros_like(leaf))
+        return lambda _: step(logits)
+
+    steps = {}
+    make_step = program.provider_step
+
+    def remember(provider, inputs):
+        steps[provider.name] = make_step(provider, inputs)
+        return steps[provider.name]
+
+    monkeypatch.setattr(program, "provider_step", remember)
+    monkeypatch.setitem(program.CAPTURE, "cpu", fake)
+    monkeypatch.setitem(program.LABELS, "cpu", [torch.int64, torch.uint8])
+    shapes = ["1x19x32x64", "2x11x24x40"]
+    assert program.main([*TINY, "--shape", *shapes, "--output", str(tmp_path)]) == 0
+    cases = read(tmp_path)["cases"]
+    assert [case["input"].split()[0] for case in cases] == shapes
+    for case in cases:
+        rows = {row["name"]: row for row in case["providers"] + case["parts"]}
+        for name in ("ial_cuda cpu", "ial_cuda cpu, uint8 labels", "ial_cuda cpu, in place"):
+            assert rows[name]["graph_ms"] > 0
+        assert rows["reference"]["graph_ms"] is None and rows["reference"]["no_graph"] is None
+    first = {row["name"]: row for row in cases[0]["providers"]}
+    assert first["F.cross_entropy"]["graph_ms"] is None
+    assert first["F.cross_entropy"]["no_graph"].startswith("its loss errs")
+
+    labels = {name: 32 * 64 * size for name, size in (("ial_cuda cpu", 8), ("ial_cuda cpu, uint8 labels", 1))}
+    logits = 19 * 32 * 64 * 4
+    copy = next(row for row in cases[0]["parts"] if row["name"] == report.COPY)
+    assert copy["copy_percent"] == 100 and copy["copy_ratio"] == 1
+    for name, size in labels.items():
+        row = first[name]
+        moved = 3 * logits + 2 * size
+        assert row["gb_per_s"] == round(moved / 1e6 / row["median_ms"], 2)
+        percent = 100 * (moved / row["median_ms"]) / (2 * logits / copy["median_ms"])
+        assert row["copy_percent"] == pytest.approx(percent, abs=0.051)  # one digit after the point
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_tiny_run_on_cuda(tmp_path):
+    if not program.kernels("cuda"):
+        pytest.skip("no kernels for CUDA tensors")
+    assert program.main([*TINY, "--device", "cuda", "--output", str(tmp_path)]) == 0
+    for case in read(tmp_path)["cases"]:
+        ours = [row for row in case["providers"] if row["name"].startswith("ial_cuda")]
+        assert len(ours) >= 3
+        for row in ours:
+            assert row["graph_ms"] > 0 and row["no_graph"] is None, row
+        assert case["goals"]
+
+
+def test_the_rows_of_one_launch_and_of_two(tmp_path, monkeypatch):
+    """With the CUDA kernels on the CPU in the place of those on a GPU."""
+    simt.load()
+    monkeypatch.setattr(program, "kernels", lambda _: ["simt", "simt_fused"])
+    monkeypatch.setitem(_ops.preference, "cpu", ("simt", "simt_fused", "reference"))
+    assert program.main([*TINY, "--output", str(tmp_path)]) == 0
+    (case,) = read(tmp_path)["cases"]
+    names = [row["name"] for row in case["providers"]]
+    assert names[:3] == ["ial_cuda simt", "ial_cuda simt_fused", "ial_cuda simt, in place"]
+    fused = next(row for row in case["parts"] if row["name"] == "fused")
+    moved = 2 * 19 * 32 * 64 * 4 + 32 * 64 * 8
+    assert fused["gb_per_s"] == round(moved / 1e6 / fused["median_ms"], 2)
+
+
+def test_a_case_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    make_inputs = program.Inputs
+
+    def inputs(shape, *rest):
+        if shape[1] == 19:
+            raise RuntimeError("CUDA out of memory")
+        return make_inputs(shape, *rest)
+
+    monkeypatch.setattr(program, "Inputs", inputs)
+    shapes = ["1x19x32x64", "2x11x24x40"]
+    assert program.main([*TINY, "--shape", *shapes, "--output", str(tmp_path)]) == 1
+    assert [case["input"] for case in read(tmp_path)["cases"]] == ["2x11x24x40 float32 on cpu"]
+    assert "1x19x32x64 float32 on cpu fails: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_a_provider_that_raises_is_wrong():
+    def fails(*_):
+        raise ValueError("no such thing")
+
+    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    provider = program.Provider("ial_cuda new", fails, program.reference_loss)
+    row = program.examine(provider, inputs, *program.judge(program.reference_loss, inputs))
+    assert row == program.Row(provider.name, refused="raises ValueError: no such thing")
+
+
+def test_a_capture_that_fails_is_told(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setitem(program.CAPTURE, "cpu", fails)
+    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    graphs, reasons = program.capture({"a": None, "b": None}, inputs, "cpu")
+    assert graphs == {}
+    assert reasons == dict.fromkeys("ab", "operation not permitted when stream is capturing")
+
+
+class FakeCuda:
+    """Stands in for the parts of torch.cuda that the clock and the graphs use; tells the order of calls."""
+
+    def __init__(self, monkeypatch):
+        calls = self.calls = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                calls.append("record")
+
+            def synchronize(self):
+                calls.append("synchronize")
+
+            def elapsed_time(self, end):
+                return 0.25
+
+        class CUDAGraph:
+            def replay(self):
+                calls.append("replay")
+
+        @contextlib.contextmanager
+        def graph(_):
+            calls.append("begin")
+            yield
+            calls.append("end")
+
+        for name, fake in (("Event", Event), ("CUDAGraph", CUDAGraph), ("graph", graph)):
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(common, "FLUSH_BYTES", 64)
+        common._other_memory.cache_clear()
+
+    def step(self, logits):
+        self.calls.append("step")
+        return logits * 2
+
+
+def test_the_clock_of_a_gpu(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    assert common._time_cuda(cuda.step, torch.ones(3)) == 0.25
+    assert cuda.calls == ["record", "step", "record", "synchronize"]
+    assert common._other_memory(torch.device("cpu")).nbytes == 64
+    common._other_memory.cache_clear()
+
+
+def test_a_graph_is_captured_once_and_replayed(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    replay = common._capture_cuda(cuda.step, torch.ones(3, requires_grad=True))
+    assert torch.equal(replay(torch.zeros(3)), torch.full((3,), 2.0))
+    assert cuda.calls == ["begin", "step", "end", "replay"]
+
+
+def test_what_nvidia_smi_says(monkeypatch):
+    asked = []
+
+    def answer(*command):
+        asked.append(command)
+        return "1980, 3201, 412.53, 47"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: types.SimpleNamespace(uuid="ab-12"))
+    monkeypatch.setattr(common, "_first_line", answer)
+    assert common.describe_gpu_state() == {
+        "clocks.sm": "1980",
+        "clocks.mem": "3201",
+        "power.draw": "412.53",
+        "temperature.gpu": "47",
+    }
+    assert asked[0][:2] == ("nvidia-smi", "--id=GPU-ab-12")
+    monkeypatch.setattr(common, "_first_line", lambda *_: None)
+    assert common.describe_gpu_state() == {}
+
+
+def gpu_report(**changes) -> report.Report:
+    """A report with figures that reach every goal, in ms for one image of 100 MB."""
+    times = {
+        "ial_cuda cuda": (0.08, 0.07),
+        "ial_cuda cuda, uint8 labels": (0.075, 0.066),
+        "ial_cuda fused": (0.06, 0.055),
+        "ial_cuda fused, uint8 labels": (0.06, 0.055),
+        "reference": (2.0, None),
+        "reference, compiled": (0.4, None),
+        "F.cross_entropy, compiled": (0.2, 0.18),
+        report.COPY: (0.05, None),
+    } | changes
+    rows = [
+        report.Row(
+            name,
+            median_ms=median,
+            graph_ms=graph,
+            copy_percent=median and 100 * 1.5 * 0.05 / median,
+            copy_ratio=median and median / 0.05,
+            extra_mib=0.1,
+        )
+        for name, (median, graph) in times.items()
+    ]
+    case = report.Case("cuda", torch.bfloat16, (8, 11, 720, 960))
+    return report.Report(case, "synthetic", rows[:-1], rows[-1:])
+
+
+def test_goals():
+    reached = {goal.what: goal for goal in report.goals(gpu_report())}
+    assert len(reached) == 4 * (1 + 3 + 1)
+    two = reached["ial_cuda cuda: % of the copy's speed"]
+    assert two.measured == pytest.approx(93.75) and two.as_graph == pytest.approx(107.143) and two.reached
+    fused = reached["ial_cuda fused: times the copy's time"]
+    assert fused.measured == pytest.approx(1.2) and fused.as_graph == pytest.approx(1.1) and fused.reached
+    assert reached["ial_cuda fused: extra MiB"].reached
+    plain = reached["F.cross_entropy, compiled / ial_cuda cuda, uint8 labels"]
+    assert plain.measured == pytest.approx(2.667) and plain.as_graph == pytest.approx(2.727) and plain.reached
+
+    slow = gpu_report(**{"ial_cuda cuda": (0.09, 0.08), "reference": (0.7, None)})
+    missed = {goal.what: goal.reached for goal in report.goals(slow)}
+    assert missed["ial_cuda cuda: % of the copy's speed"] is False
+    assert missed["reference / ial_cuda cuda"] is False
+    assert missed["ial_cuda fused: times the copy's time"] is True
+
+    absent = report.goals(gpu_report(**{"reference, compiled": (None, None)}))
+    (goal,) = (goal for goal in absent if goal.what == "reference, compiled / ial_cuda cuda")
+    assert goal.measured is goal.reached is None
+    assert report.make_goal_table(absent).row_count == len(absent)
 
 
 @pytest.fixture

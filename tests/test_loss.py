@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cases import HIERARCHY, KERNELS, device_of, make_logits, make_target
+from cases import GPU_KERNELS, HIERARCHY, device_of, make_logits, make_target
 
 from ial_cuda import (
     CAMVID,
@@ -136,7 +136,7 @@ def test_validate_target():
         validate_target(bad_label(5), 5)
 
 
-@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] in ("cuda", "triton")])
+@pytest.mark.parametrize("backend", GPU_KERNELS)
 def test_bad_labels_on_a_gpu(backend, monkeypatch):
     logits, target = LOGITS.cuda().requires_grad_(), bad_label(5).cuda()
     loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend)

@@ -1,0 +1,260 @@
+"""What came out of the benchmark of the loss: its rows, the goals, and both as tables, pictures and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .common import write_csv, write_json
+
+PEERS, FLOOR = ("reference", "F.cross_entropy"), "copy floor"
+COPY = "copy_ (1 read, 1 write)"
+NOT_OURS = (*PEERS, "copy", "sum")  # how their rows begin
+UINT8 = ", uint8 labels"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An input on a device."""
+
+    device: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table, of the CSV and of the picture."""
+
+    name: str
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    graph_ms: float | None = None  # median as a CUDA graph
+    ratio: float | None = None  # to ours
+    gb_per_s: float | None = None  # 2 reads, 1 write of the logits, 2 of the labels; parts: their own
+    copy_percent: float | None = None  # of the speed of the copy
+    copy_ratio: float | None = None  # to the time of the copy, 1 read and 1 write of the logits
+    extra_mib: float | None = None  # held at once, beside logits, target and gradient
+    refused: str | None = None  # what is wrong with the result, which therefore has no time
+    skipped: str | None = None  # why there is no result
+    no_graph: str | None = None  # why there is no graph
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out of a case: all providers, ours first, the floor last; and where the time of ours goes."""
+
+    case: Case
+    labels: str
+    providers: list[Row]
+    parts: list[Row]
+    gpu_before: dict[str, str] = field(default_factory=dict)  # its clocks, before and after the times
+    gpu_after: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times longer the peers take than ours, and ours than the copy floor."""
+        ours, floor = self.providers[0], self.providers[-1]
+        if ours.median_ms is None:
+            return {}
+        peers = [row for row in self.providers if row.name.startswith(PEERS) and row.median_ms is not None]
+        ratios = {f"{row.name} / {ours.name}": row.ratio for row in peers}
+        return ratios | {f"{ours.name} / {FLOOR}": round(ours.median_ms / floor.median_ms, 3)}
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "input": str(self.case),
+            "labels": self.labels,
+            "gpu_before": self.gpu_before,
+            "gpu_after": self.gpu_after,
+            "ratios": self.ratios,
+            "goals": [goal.as_json() for goal in goals(self)],
+            "providers": [asdict(row) for row in self.providers],
+            "parts": [asdict(row) for row in self.parts],
+        }
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach; ``measured`` is None where there is none."""
+
+    what: str
+    bound: float
+    at_least: bool  # or at most
+    measured: float | None
+    as_graph: float | None = None  # the same by the time as a graph
+
+    @property
+    def reached(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"reached": self.reached}
+
+
+TWO_LAUNCHES, ONE_LAUNCH = "ial_cuda cuda", "ial_cuda fused"
+#: The rows that the goals are about.
+OURS = [name + labels for name in (TWO_LAUNCHES, ONE_LAUNCH) for labels in ("", UINT8)]
+#: The most that a step of one launch may take, in times of 1 read and 1 write of the logits.
+ONE_LAUNCH_BOUNDS = {
+    "1x19x1024x2048 bfloat16 on cuda": 1.45,
+    "8x11x720x960 bfloat16 on cuda": 1.25,
+    "8x11x720x960 float32 on cuda": 1.25,
+}
+#: How many times longer a peer must take than ours.
+PEER_BOUNDS = {"reference, compiled": 3, "F.cross_entropy, compiled": 2, "reference": 10}
+
+
+def goals(report: Report) -> list[Goal]:
+    """What our steps are to reach on a GPU of the H100's class. The labels of peers are always int64."""
+    if report.case.device != "cuda":
+        return []
+    rows = {row.name: row for row in (*report.providers, *report.parts)}
+    copy_ms = rows[COPY].median_ms
+    found = []
+    for ours in (rows[name] for name in OURS if name in rows):
+        if ours.name.startswith(TWO_LAUNCHES):
+            moved = ours.copy_percent and ours.copy_percent * ours.median_ms
+            graph = quotient(moved, ours.graph_ms)
+            found.append(Goal(f"{ours.name}: % of the copy's speed", 90, True, ours.copy_percent, graph))
+        elif str(report.case) in ONE_LAUNCH_BOUNDS:
+            bound = ONE_LAUNCH_BOUNDS[str(report.case)]
+            graph = quotient(ours.graph_ms, copy_ms)
+            found.append(Goal(f"{ours.name}: times the copy's time", bound, False, ours.copy_ratio, graph))
+        for name, bound in PEER_BOUNDS.items():
+            peer = rows.get(name, Row(name))
+            measured = quotient(peer.median_ms, ours.median_ms)
+            graph = quotient(peer.graph_ms, ours.graph_ms)
+            found.append(Goal(f"{name} / {ours.name}", bound, True, measured, graph))
+        found.append(Goal(f"{ours.name}: extra MiB", 1, False, ours.extra_mib))
+    return found
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    return round(a / b, 3) if a is not None and b else None
+
+
+#: The columns of every table, and those that a GPU has besides: heading, value, digits.
+COLUMNS = (("/ ours", "ratio", 2), ("GB/s", "gb_per_s", 1), ("extra MiB", "extra_mib", 1))
+GPU_COLUMNS = (("graph ms", "graph_ms", 3), ("% of copy", "copy_percent", 1), ("/ copy", "copy_ratio", 2))
+
+
+def make_table(title: str, rows: Sequence[Row], device: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = COLUMNS + GPU_COLUMNS if device == "cuda" else COLUMNS
+    table.add_column(no_wrap=True)
+    for heading in ("median ms", "10–90 %", *(heading for heading, _, _ in columns)):
+        table.add_column(heading, justify="right", no_wrap=True)
+    digits = 3 if device == "cuda" else 2
+    for row in rows:
+        if row.refused or row.skipped:
+            table.add_row(row.name, "wrong" if row.refused else "skipped")
+            continue
+        table.add_row(
+            row.name,
+            number(row.median_ms, digits),
+            f"{row.p10_ms:.{digits}f}–{row.p90_ms:.{digits}f}",
+            *(number(getattr(row, name), places) for _, name, places in columns),
+        )
+    return table
+
+
+def make_goal_table(goals: Sequence[Goal]) -> Table:
+    table = Table(
+        title="Goals", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column(no_wrap=True)
+    for heading in ("goal", "measured", "as a graph", "reached"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for goal in goals:
+        table.add_row(
+            goal.what,
+            f"{'≥' if goal.at_least else '≤'} {goal.bound}",
+            number(goal.measured, 2),
+            number(goal.as_graph, 2),
+            {None: "not measured", True: "yes", False: "no"}[goal.reached],
+        )
+    return table
+
+
+def number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def show(report: Report, console: Console) -> None:
+    case = report.case
+    title = f"Loss and gradient, {case}, {report.labels} labels"
+    console.print(make_table(title, report.providers, case.device))
+    for row in report.providers:
+        if row.refused:
+            console.print(f"{row.name} is wrong: {row.refused}", style="red", soft_wrap=True)
+        if row.skipped:
+            console.print(f"{row.name}: {row.skipped}", soft_wrap=True)
+        if row.no_graph:
+            console.print(f"{row.name}: no graph: {row.no_graph}", soft_wrap=True)
+    console.print(make_table("Where the time goes", report.parts, case.device))
+    for name, ratio in report.ratios.items():
+        console.print(f"{name:<50} {ratio:8.2f}", highlight=False)
+    if goals(report):
+        console.print(make_goal_table(goals(report)))
+
+
+def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> None:
+    """A row of panels a case: the providers, and where the time of ours goes."""
+    heights = [max(3.6, 0.36 * max(len(report.providers), len(report.parts))) for report in reports]
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    hardware = f"{machine['cpu']} ({machine['threads']} threads)"
+    if "gpu" in machine:
+        hardware += f" and {machine['gpu']}"
+    figure.suptitle(f"Loss and gradient on {hardware}, torch {machine['torch']}")
+    panels = figure.subplots(len(reports), 2, squeeze=False, width_ratios=(3, 2), height_ratios=heights)
+    for report, (left, right) in zip(reports, panels, strict=True):
+        draw_bars(left, str(report.case), report.providers)
+        draw_bars(right, "Where the time goes", report.parts)
+    figure.savefig(file, dpi=120)
+
+
+def draw_bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
+    """Medians as bars, the 10 % to 90 % quantiles as whiskers; ours in colour."""
+    rows = [row for row in rows if row.median_ms is not None]
+    medians = [row.median_ms for row in rows]
+    whiskers = [[row.median_ms - row.p10_ms for row in rows], [row.p90_ms - row.median_ms for row in rows]]
+    colours = ["tab:grey" if row.name.startswith(NOT_OURS) else "tab:green" for row in rows]
+    bars = axes.barh(
+        [row.name for row in rows], medians, xerr=whiskers, color=colours, ecolor="black", capsize=2
+    )
+    axes.bar_label(bars, [f" {row.median_ms:.3g} ms, {number(row.ratio, 2)}×" for row in rows], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(title=title, xlabel="median ms; whiskers: 10 % and 90 %; ×: to ours")
+
+
+def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> None:
+    summary = {"machine": machine, "rounds": rounds, "cases": [report.as_json() for report in reports]}
+    write_json(output / "loss.json", summary)
+    write_csv(
+        output / "loss.csv",
+        [
+            {"input": str(report.case), "section": section} | asdict(row)
+            for report in reports
+            for section, rows in (("providers", report.providers), ("parts", report.parts))
+            for row in rows
+        ],
+    )
+    draw(reports, machine, output / "loss.png")
