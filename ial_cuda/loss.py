@@ -89,12 +89,13 @@ def importance_aware_loss(
             the logits of other classes is left out (Eq. 15).
         upsample: None; coarse logits are not upsampled in this version.
         backend: "auto" (the best for the device of ``logits``), "cuda", "fused", "triton", "cpu" or
-            "reference". ``python -m ial_cuda info`` tells which there are. "cuda" reads the logits once for the
-            loss and once more in the backward pass. "fused" computes the gradient with the loss, in one launch
-            that keeps the logits on the chip; backward has nothing left to do where the loss's own gradient is
-            1, and else runs as "cuda" does. "auto" takes "fused" where a gradient is wanted, an image fits on
-            the chip and such a factor is not the rule, as it is for float16, where losses are scaled. Without a
-            gradient, with ``inplace`` or ``reduction="none"`` and under torch.compile it is "cuda".
+            "reference". ``python -m ial_cuda info`` tells which there are. "cuda" reads the logits once for
+            the loss and once more in the backward pass. "fused" computes the gradient with the loss, in one
+            launch that keeps the logits on the chip; backward has nothing left to do where the gradient of
+            the loss is 1, and else computes it as "cuda" does. "auto" takes "fused" where a backward pass
+            will come, an image fits on the chip, and the logits are not float16, whose losses are scaled.
+            Without a backward pass, with ``inplace`` or ``reduction="none"`` and under torch.compile, "fused"
+            is "cuda".
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
             size. Then they are gone, and a backward pass that still needs them raises. "reference" and
             torch.compile, which plans memory itself, leave them.
@@ -131,8 +132,8 @@ def importance_aware_loss(
     ignore_index = as_int(ignore_index, "ignore_index")
     auto = backend == "auto"
     backend = _choose_backend(backend, logits.device)
-    # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the logits
-    # as they are. torch.compile would copy it.
+    # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the
+    # logits as they are. torch.compile would copy it.
     at_once = (
         logits.requires_grad
         and torch.is_grad_enabled()

@@ -1,5 +1,4 @@
-"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled by g++ against simt.h and run
-on the CPU."""
+"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled by g++ and run on the CPU."""
 
 from __future__ import annotations
 
