@@ -1,4 +1,4 @@
-"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled by g++ and run on the CPU."""
+"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled for the CPU by g++."""
 
 from __future__ import annotations
 
