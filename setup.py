@@ -43,8 +43,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 NAME = "ial_cuda._C"
 
-# A binary serves the later minor versions of its generation too (8.6 runs on 8.9); PTX, what is yet to come.
-DEFAULT_ARCHS = ("8.0", "8.6", "9.0", "10.0", "12.0")
+# A binary serves the later minor versions of its generation too (8.0 runs on 8.9); PTX, what is yet to come.
+DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
 # pip keeps the wheels that it builds: without --no-cache-dir it would bring back the one complained about.
 REINSTALL = "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall ial_cuda`"
