@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,11 +58,11 @@ _C, _problem = _load(build)
 unavailable: dict[str, str | None] = {
     "cpu": _problem,
     "cuda": _problem or _why_no_cuda(build),
-    "triton": "this version of ial_cuda has no Triton kernels yet",
+    "triton": None if find_spec("triton") else "Triton is not installed; pip install triton",
     "reference": None,
 }
 #: The library of operators under torch.ops that a backend with kernels runs.
-libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda"}
+libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda", "triton": "ial_triton"}
 #: The backends for each type of device, best first.
 preference: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
@@ -73,6 +74,13 @@ def kernels(device: str) -> tuple[str, ...]:
     """The backends with kernels of our own for a type of device, best first, there or not."""
     backends = preference.get(device, ("reference",))
     return backends[: backends.index("reference")]
+
+
+def operators(backend: str) -> Any:
+    """The operators under torch.ops that a backend runs."""
+    if backend == "triton":
+        from . import triton_ops  # noqa: F401  registers them; Triton takes long to import
+    return getattr(torch.ops, libraries[backend])
 
 
 def describe() -> str:

@@ -145,7 +145,7 @@ def importance_aware_loss(
             gradient=gradient,
         )
     else:
-        operators = getattr(torch.ops, _ops.libraries[backend])
+        operators = _ops.operators(backend)
         stats = operators.reduce(
             logits,
             target,

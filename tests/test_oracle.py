@@ -14,6 +14,7 @@ from cases import (
     OPTIONS,
     camvid_labels,
     check,
+    device_of,
     make_logits,
     make_target,
     run,
@@ -175,7 +176,7 @@ def test_one_level_is_cross_entropy(backend, reduction, weighted):
 @pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
 @pytest.mark.parametrize("reduction", OPTIONS["reduction"])
 def test_gradcheck(backend, normalization, scope, reduction):
-    device = "cuda" if backend in ("cuda", "triton") else "cpu"
+    device = device_of(backend)
     logits = make_logits((2, 5, 4, 3), spread=1.0).to(device).requires_grad_()
     target = make_target((2, 4, 3), 5).to(device)
     assert torch.autograd.gradcheck(
