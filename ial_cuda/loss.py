@@ -363,8 +363,8 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     suitable = _ops.preference.get(device.type, ("reference",))
     if backend == "auto":
         best = next(name for name in suitable if _ops.unavailable[name] is None)
-        if best == "reference":
-            _warn_once(device.type)
+        if best in _SECOND_BEST:
+            _warn_once(device.type, best)
         return best
     if backend not in suitable:
         expected = ", ".join(map(repr, ("auto", *suitable)))
@@ -374,14 +374,15 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
+_SECOND_BEST = {"triton": "Triton kernels", "reference": "slow reference, in plain PyTorch"}
 _warned: set[str] = set()
 
 
-def _warn_once(device: str) -> None:
+def _warn_once(device: str, backend: str) -> None:
     if device in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device)
-    reasons = "; ".join(f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device))
-    warnings.warn(
-        f"ial_cuda computes on {device} with its slow reference, in plain PyTorch ({reasons})", stacklevel=4
+    reasons = "; ".join(
+        f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device) if _ops.unavailable[name]
     )
+    warnings.warn(f"ial_cuda computes on {device} with its {_SECOND_BEST[backend]} ({reasons})", stacklevel=4)

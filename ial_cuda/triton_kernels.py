@@ -2,12 +2,12 @@
 
 They see pointers, sizes and strides, never a tensor; triton_ops.py launches them.
 
-A program of reduce or gradient owns a tile of (THREADS, LANES) pixels. The LANES of a thread lie side by side, 16
-bytes of a row, so that its loads are wide and a sum over them stays in the thread. The classes pass one after
-another, CHUNK of them in registers at a time, with an online softmax from chunk to chunk; gradient reads them a
-second time, from the caches. An axis of the tile for the classes would have to be a power of two, 32 rows of
-exponentials for 19 classes. A kernel is compiled for its number of classes, so none needs a mask, and up to
-UNROLLED of them there is no loop either.
+A program of reduce or gradient owns a tile of (THREADS, LANES) pixels. Where memory allows it the LANES of a
+thread lie side by side, 16 bytes of a row, so that its loads are wide; in any case a sum over them stays in the
+thread. The classes pass CHUNK at a time, each chunk a tuple of tiles in registers, with an online softmax from
+chunk to chunk; gradient reads them a second time, from the caches. An axis of the tile for the classes would have
+to be a power of two: 32 rows of exponentials for 19 classes. A kernel is compiled for its number of classes, so
+that none needs a mask; the chunks stay a loop, since unrolled it has all their loads in registers, and spills.
 
 Sums are added in a fixed order, without atomics. What is tuned on the device, gradient's THREADS, adds no pixels
 together; reduce is not tuned, since the order of its sums, and so their last bits, would depend on a clock.
@@ -21,16 +21,24 @@ import triton.language as tl
 
 #: Threads of a warp: 64 on AMD's data centre GPUs. Where it is not so, tiles are wide or narrow, and right.
 WARP = 64 if torch.version.hip else 32
-#: Threads of a program of reduce. Interpreted programs cost by the operation, not by the pixel.
-REDUCE_THREADS = 1024 if triton.knobs.runtime.interpret else 128
-REDUCE_WARPS = max(1, REDUCE_THREADS // WARP)
+
+
+def _config(threads: int) -> triton.Config:
+    # Three programs of 128 threads on a multiprocessor. Without a number ptxas aims at more, and spills.
+    registers = None if torch.version.hip else 168
+    return triton.Config({"THREADS": threads}, num_warps=max(1, threads // WARP), maxnreg=registers)
+
+
+#: The one configuration of reduce. Interpreted programs cost by the operation, not by the pixel.
+REDUCE_CONFIG = _config(1024 if triton.knobs.runtime.interpret else 128)
+#: What is tried for gradient. The interpreter cannot tell them apart.
+GRADIENT_CONFIGS = (
+    [REDUCE_CONFIG] if triton.knobs.runtime.interpret else [_config(threads) for threads in (64, 128, 256)]
+)
 #: Sums that a program of the second launch of reduce makes, and how many of their parts it reads at a time.
 SUM_ROWS, SUM_WIDTH = 4, 128
-#: What is tried for gradient. The interpreter cannot tell them apart.
-GRADIENT_CONFIGS = [
-    triton.Config({"THREADS": threads}, num_warps=max(1, threads // WARP))
-    for threads in ([REDUCE_THREADS] if triton.knobs.runtime.interpret else [64, 128, 256])
-]
+#: Lanes where they do not lie side by side: each has an address of its own, and more of them would spill.
+LOOSE_LANES = 2
 #: Levels whose sums a program of reduce has in registers; for more the logits are read again.
 MOST_LEVELS = 8
 #: Spatial dimensions, merged where memory allows it, that a kernel can walk along.
@@ -38,8 +46,7 @@ MOST_DIMS = 4
 
 # Bits of a word of packed levels, of an int32 that stays positive.
 _WORD = tl.constexpr(31)
-_CHUNK = tl.constexpr(8)
-_UNROLLED = tl.constexpr(32)
+_CHUNK = tl.constexpr(4)
 # The columns of stats and table: enum Stat of ial_math.h.
 _S, _P2, _Q2, _COUNT, _WEIGHT, _STATS = (tl.constexpr(i) for i in range(6))
 # Images that combine and table have in registers at a time.
@@ -62,11 +69,18 @@ def pack_levels(class_levels: list[int]) -> tuple[int, ...]:
 
 
 @triton.jit
-def _tile(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr):
+def _wide(x):
+    """An int64 of an argument, which Triton makes a constant where it is 1."""
+    return tl.zeros([], tl.int64) + x
+
+
+@triton.jit
+def _tile(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Pixels of a tile, and which of them are in the image. 64 bits: N C P passes 2^31, and P may."""
+    thread, lane = tl.arange(0, THREADS)[:, None], tl.arange(0, LANES)[None, :]
+    pixel = thread * LANES + lane if VECTOR else thread + lane * THREADS
     first = _wide(tile) * (THREADS * LANES)
-    thread, lane = tl.arange(0, THREADS)[:, None] * LANES, tl.arange(0, LANES)[None, :]
-    return first + (thread + lane), thread + lane < P - first
+    return first + pixel, pixel < P - first
 
 
 @triton.jit
@@ -87,12 +101,6 @@ def _offset(p, P, DIMS: tl.constexpr, size0, size1, size2, stride0, stride1, str
             rest = rest // size2
         outermost = stride1 if DIMS == 2 else stride2 if DIMS == 3 else stride3
         return offset + rest.to(tl.int64) * outermost
-
-
-@triton.jit
-def _wide(x):
-    """An int64 of an argument, which Triton makes a constant where it is 1."""
-    return tl.zeros([], tl.int64) + x
 
 
 @triton.jit
@@ -125,17 +133,18 @@ def _level_of(label, LEVELS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunk(ptrs, channel, inside, first, COUNT: tl.constexpr, A: tl.constexpr):
+def _load_chunk(ptrs, channel, inside, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
     """Logits of the classes [first, first + COUNT), as many tensors."""
     x = ()
     for i in tl.static_range(COUNT):
-        x += (tl.load(ptrs + channel * (first + i), mask=inside, other=0).to(A),)
+        at = ptrs + channel * (first + i)
+        x += (tl.load(at, mask=inside, other=0, eviction_policy=EVICT).to(A),)
     return x
 
 
 @triton.jit
 def _softmax_chunk(ptrs, channel, inside, label, first, COUNT: tl.constexpr, max, sum, own):
-    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype)
+    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype, "")
     seen = max
     for i in tl.static_range(COUNT):
         max = tl.maximum(max, x[i])
@@ -155,29 +164,26 @@ def _softmax(ptrs, channel, inside, label, C: tl.constexpr, A: tl.constexpr):
     sum = tl.zeros(label.shape, A)
     own = tl.zeros(label.shape, A)
     WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
-    if C <= _UNROLLED:
-        for first in tl.static_range(0, WHOLE, _CHUNK):
-            max, sum, own = _softmax_chunk(ptrs, channel, inside, label, first, _CHUNK, max, sum, own)
-    else:
-        for first in range(0, WHOLE, _CHUNK):
-            max, sum, own = _softmax_chunk(ptrs, channel, inside, label, first, _CHUNK, max, sum, own)
+    for first in range(0, WHOLE, _CHUNK):
+        max, sum, own = _softmax_chunk(ptrs, channel, inside, label, first, _CHUNK, max, sum, own)
     if WHOLE < C:
         max, sum, own = _softmax_chunk(ptrs, channel, inside, label, WHOLE, C - WHOLE, max, sum, own)
     return max, sum, own
 
 
 @triton.jit
-def _divide(a, b):
-    # The division of float32 is approximate in Triton.
-    if b.dtype == tl.float32:
-        return tl.div_rn(a, b)
+def _inverse(x):
+    # Triton's own division of float32 is approximate.
+    if x.dtype == tl.float32:
+        return tl.div_rn(1.0, x)
     else:
-        return a / b
+        return 1 / x
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
 
 
+@triton.autotune([REDUCE_CONFIG], key=[])
 @triton.jit
 def reduce_kernel(
     logits_ptr,
@@ -206,6 +212,7 @@ def reduce_kernel(
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,  # the lanes of a thread lie side by side
 ):
     """Grid (N blocks, groups of levels). A bad label makes its image's S_0, which no gradient depends on, NaN."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -216,13 +223,13 @@ def reduce_kernel(
     for _ in tl.static_range(GROUP * _STATS):
         sums += (tl.zeros([THREADS], A),)
     for tile in range(block, tl.cdiv(P, THREADS * LANES), blocks):
-        p, inside = _tile(tile, P, THREADS, LANES)
+        p, inside = _tile(tile, P, THREADS, LANES, VECTOR)
         label, valid, bad = _classify(target_ptr, n * P + p, inside, ignore_index, C)
         ptrs = logits_ptr + n * batch
         ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
         max, sum, own = _softmax(ptrs, _wide(channel), inside, label, C, A)
         w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
-        pi = _divide(tl.exp(own - max), sum)
+        pi = tl.exp(own - max) * _inverse(sum)
         s = tl.where(bad, float("nan"), w * (tl.log(sum) - (own - max)))
         terms = (s, pi * pi, (1 - pi) * (1 - pi), valid.to(A), w)
 
@@ -257,8 +264,11 @@ def sum_kernel(partial_ptr, stats_ptr, rows, blocks, ROWS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _gradient_chunk(ptrs, channel, to, to_channel, inside, label, valid, max, scale, extra, first, COUNT: tl.constexpr):
-    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype)
+def _gradient_chunk(
+    ptrs, channel, to, to_channel, inside, label, valid, max, scale, extra, first, COUNT: tl.constexpr
+):
+    # Said to be the last use, else the compiler would keep what it has loaded for the softmax, and spill.
+    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype, "evict_first")
     for i in tl.static_range(COUNT):
         value = tl.exp(x[i] - max) * scale + tl.where(label == first + i, extra, 0)
         # A pixel without a class has gradient 0 whatever its logits are.
@@ -267,7 +277,7 @@ def _gradient_chunk(ptrs, channel, to, to_channel, inside, label, valid, max, sc
         tl.store(to + to_channel * (first + i), value, mask=inside, cache_modifier=".cs")
 
 
-@triton.autotune(GRADIENT_CONFIGS, key=["C", "LANES", "DIMS"], restore_value=["grad_ptr"])
+@triton.autotune(GRADIENT_CONFIGS, key=["C", "VECTOR", "DIMS"], restore_value=["grad_ptr"])
 @triton.jit
 def gradient_kernel(
     logits_ptr,
@@ -302,13 +312,14 @@ def gradient_kernel(
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Grid (N tiles), backwards: the L2 cache still has what reduce read last. See PixelGradient of ial_math.h."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(P, THREADS * LANES)
     n = (index // tiles).to(tl.int64)
-    p, inside = _tile(index % tiles, P, THREADS, LANES)
+    p, inside = _tile(index % tiles, P, THREADS, LANES, VECTOR)
     label, valid, _ = _classify(target_ptr, n * P + p, inside, ignore_index, C)
     ptrs = logits_ptr + n * batch
     ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
@@ -317,26 +328,28 @@ def gradient_kernel(
     w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
     row = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
     ce = w * tl.load(row + _S).to(A)
-    pi = _divide(tl.exp(own - max), sum)
+    inverse = _inverse(sum)
+    pi = tl.exp(own - max) * inverse
     reach = 2 * pi * (pi * tl.load(row + _P2).to(A) - (1 - pi) * tl.load(row + _Q2).to(A))
     if EXACT:
         scale, extra = ce - reach, reach - ce
     else:
         scale, extra = ce, reach * (1 - pi) - ce
-    scale = _divide(scale, sum)
+    scale *= inverse
 
     to = grad_ptr + n * grad_batch
     to += _offset(p, P, DIMS, size0, size1, size2, grad_stride0, grad_stride1, grad_stride2, grad_stride3)
     from_channel, to_channel = _wide(channel), _wide(grad_channel)
+    # Backwards too, for the sake of the L1 cache.
     WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
-    if C <= _UNROLLED:
-        for first in tl.static_range(0, WHOLE, _CHUNK):
-            _gradient_chunk(ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, first, _CHUNK)
-    else:
-        for first in range(0, WHOLE, _CHUNK):
-            _gradient_chunk(ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, first, _CHUNK)
     if WHOLE < C:
-        _gradient_chunk(ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, WHOLE, C - WHOLE)
+        _gradient_chunk(
+            ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, WHOLE, C - WHOLE
+        )
+    for done in range(_CHUNK, WHOLE + _CHUNK, _CHUNK):
+        _gradient_chunk(
+            ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, WHOLE - done, _CHUNK
+        )
 
 
 # ---- combine and table: one program ---------------------------------------------------------------------
@@ -362,6 +375,11 @@ def _stat(stats_ptr, n, N, k, i, G: tl.constexpr, POOL: tl.constexpr):
 
 
 @triton.jit
+def _or_one(divisor):
+    return tl.where(divisor != 0, divisor, 1)
+
+
+@triton.jit
 def _lambda(lambda_ptr, lambda_bits, t, G: tl.constexpr):
     """lambda_t: one for all in the bits, or one for each in memory."""
     if lambda_ptr is None:
@@ -371,11 +389,13 @@ def _lambda(lambda_ptr, lambda_bits, t, G: tl.constexpr):
 
 
 @triton.jit
-def _factor(stats_ptr, n, N, t, count, above, lam, G: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr):
+def _factor(
+    stats_ptr, n, N, t, count, above, lam, G: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr
+):
     """f_t and Z_t of Eq. 3, t from the most important level down: count pixels of the levels above, and their Q2."""
     count += _stat(stats_ptr, n, N, t, _COUNT, G, POOL)
     if NORMALIZE:
-        z = tl.where(count > 0, count, 1)
+        z = _or_one(count)
     else:
         z = tl.full(n.shape, 1, tl.float64)
     f = 0.5 * (lam * _stat(stats_ptr, n, N, t, _P2, G, POOL) + (1 + lam) * above) / z
@@ -434,7 +454,7 @@ def combine_kernel(
         tl.store(loss_ptr, tl.sum(total, axis=0))
     if REDUCTION == "mean":
         weight = _total_weight(stats_ptr, N, G)
-        tl.store(loss_ptr, tl.where(weight != 0, tl.sum(total, axis=0) / weight, 0))
+        tl.store(loss_ptr, tl.where(weight != 0, tl.sum(total, axis=0) / _or_one(weight), 0))
 
 
 @triton.jit
@@ -445,21 +465,27 @@ def _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION: tl.constexpr):
     else:
         value = tl.load(grad_loss_ptr).to(tl.float64)
         if REDUCTION == "mean":
-            value = tl.where(weight != 0, value / weight, 0)
+            value = tl.where(weight != 0, value / _or_one(weight), 0)
         return tl.zeros(n.shape, tl.float64) + value
 
 
 @triton.jit
-def _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, weight, G: tl.constexpr, REDUCTION: tl.constexpr, POOL: tl.constexpr):
+def _incoming_s(
+    stats_ptr, grad_loss_ptr, n, N, t, weight, G: tl.constexpr, REDUCTION: tl.constexpr, POOL: tl.constexpr
+):
     """G_n S_nt with G_n = dL/dIAL_n, of each image or summed over all."""
     if POOL:
         total = tl.zeros(n.shape, tl.float64)
         for first in range(0, N, _IMAGES):
             m = first + tl.arange(0, _IMAGES)
-            total += _image_gradient(grad_loss_ptr, m, N, weight, REDUCTION) * _stat(stats_ptr, m, N, t, _S, G, False)
+            total += _image_gradient(grad_loss_ptr, m, N, weight, REDUCTION) * _stat(
+                stats_ptr, m, N, t, _S, G, False
+            )
         return tl.zeros(n.shape, tl.float64) + tl.sum(total, axis=0)
     else:
-        return _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION) * _stat(stats_ptr, n, N, t, _S, G, False)
+        return _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION) * _stat(
+            stats_ptr, n, N, t, _S, G, False
+        )
 
 
 @triton.jit
@@ -493,7 +519,10 @@ def table_kernel(
             to = table_ptr + (n.to(tl.int64) * G + t) * _STATS
             tl.store(to + _COUNT, f + alpha, mask=n < rows)
             tl.store(to + _WEIGHT, chain / z, mask=n < rows)
-            chain = _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, weight, G, REDUCTION, POOL) + (f + alpha) * chain
+            chain = (
+                _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, weight, G, REDUCTION, POOL)
+                + (f + alpha) * chain
+            )
     tl.debug_barrier()
 
     for first in range(0, N, _IMAGES):

@@ -21,9 +21,7 @@ from . import triton_kernels as kernels
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _STATS = 5
-_DOUBLE_BACKWARD = (
-    'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients are needed'
-)
+_DOUBLE_BACKWARD = 'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients are needed'
 # Programs of reduce for each multiprocessor: all run at once, or in as many rounds, whether one holds 1, 2 or 4.
 _PROGRAMS = 4
 
@@ -161,8 +159,9 @@ class _Walk(NamedTuple):
 
     sizes: tuple[int, ...]  # MOST_DIMS - 1 of them: the outermost one is not needed
     strides: list[tuple[int, ...]]  # MOST_DIMS of each tensor
-    lanes: int
     dims: int
+    vector: bool  # whether runs of 16 bytes lie side by side, as Triton can know it
+    lanes: int  # of a thread
 
 
 def _walk(*tensors: Tensor) -> _Walk:
@@ -184,13 +183,17 @@ def _walk(*tensors: Tensor) -> _Walk:
         )
     merged = merged or [[1] * (1 + len(tensors))]
     sizes, *strides = (tuple(values) for values in zip(*merged, strict=True))
-    in_rows = all(stride[0] == 1 for stride in strides)
     missing = most - len(merged)
+    steps = [sizes[0], *(step for stride in strides for step in stride[1:])]
+    steps += [tensor.stride(d) for tensor in tensors for d in (0, 1)]
+    vector = all(stride[0] == 1 for stride in strides) and all(step % 16 == 0 for step in steps)
+    vector = vector and len(merged) <= 2  # registers, again
     return _Walk(
         sizes=(sizes + (1,) * missing)[: most - 1],
         strides=[stride + (0,) * missing for stride in strides],
-        lanes=16 // tensors[0].element_size() if in_rows else 1,
         dims=len(merged),
+        vector=vector,
+        lanes=16 // tensors[0].element_size() if vector else kernels.LOOSE_LANES,
     )
 
 
@@ -240,13 +243,14 @@ def reduce(
 ) -> Tensor:
     inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index)
     inputs.check()
+    _check_choices(gradient=gradient)
     images, levels = logits.shape[0], inputs.levels
     if logits.numel() == 0:
         return logits.new_zeros((images, levels, _STATS), dtype=torch.float64)
 
     walk = _walk(logits)
     pixels = _pixels(logits)
-    tiles = triton.cdiv(pixels, kernels.REDUCE_THREADS * walk.lanes)
+    tiles = triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes)
     blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(logits), images))
     groups = triton.cdiv(levels, kernels.MOST_LEVELS)
     stats = logits.new_empty((images, levels, _STATS), dtype=torch.float64)
@@ -272,13 +276,20 @@ def reduce(
         GROUP=triton.cdiv(levels, groups),
         DIMS=walk.dims,
         LANES=walk.lanes,
-        THREADS=kernels.REDUCE_THREADS,
-        num_warps=kernels.REDUCE_WARPS,
+        VECTOR=walk.vector,
     )
     rows = stats.numel()
     grid = (triton.cdiv(rows, kernels.SUM_ROWS),)
     _launch(
-        kernels.sum_kernel, logits, grid, partial, stats, rows, blocks, ROWS=kernels.SUM_ROWS, WIDTH=kernels.SUM_WIDTH
+        kernels.sum_kernel,
+        logits,
+        grid,
+        partial,
+        stats,
+        rows,
+        blocks,
+        ROWS=kernels.SUM_ROWS,
+        WIDTH=kernels.SUM_WIDTH,
     )
     return stats
 
@@ -324,6 +335,7 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
         EXACT=gradient == "exact",
         DIMS=walk.dims,
         LANES=walk.lanes,
+        VECTOR=walk.vector,
     )
 
 
@@ -377,9 +389,7 @@ def combine(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     _check_stats(stats, lambdas)
-    _check_choices(
-        reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope
-    )
+    _check_choices(reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope)
     images, levels, _ = stats.shape
     pool = factor_scope == "batch"
     factors = stats.new_empty((1 if pool else images, levels - 1))
@@ -415,9 +425,7 @@ def table(
     factor_scope: str,
 ) -> Tensor:
     _check_stats(stats, lambdas)
-    _check_choices(
-        reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope
-    )
+    _check_choices(reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope)
     images, levels, _ = stats.shape
     values = images if reduction == "none" else 1
     if grad_loss.numel() != values:

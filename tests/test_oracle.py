@@ -22,6 +22,7 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from interpreted import INTERPRETED
 
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, importance_aware_loss
 
@@ -140,7 +141,7 @@ def test_a_level_for_each_class(backend):
 @pytest.mark.parametrize("kind", ["random", "trained"])
 def test_camvid(backend, dtype, kind):
     target = camvid_labels(3)
-    if backend == "simt":  # slow
+    if backend == "simt" or (backend == "triton" and INTERPRETED):  # slow
         target = target[:, 120:240].contiguous()
     assert (target == 11).any(), "the images were chosen to have void"
     shape = (3, 11, *target.shape[1:])
