@@ -2,15 +2,17 @@
 
 They see pointers, sizes and strides, never a tensor; triton_ops.py launches them.
 
-A program of reduce or gradient owns a tile of (THREADS, LANES) pixels. Where memory allows it the LANES of a
-thread lie side by side, 16 bytes of a row, so that its loads are wide; in any case a sum over them stays in the
-thread. The classes pass CHUNK at a time, each chunk a tuple of tiles in registers, with an online softmax from
-chunk to chunk; gradient reads them a second time, from the caches. An axis of the tile for the classes would have
-to be a power of two: 32 rows of exponentials for 19 classes. A kernel is compiled for its number of classes, so
-that none needs a mask; the chunks stay a loop, since unrolled it has all their loads in registers, and spills.
+A program of reduce or gradient owns a tile of (THREADS, LANES) pixels. Where memory allows it the LANES of
+a thread lie side by side, 16 bytes of a row, so that its loads are wide; in any case a sum over them stays in
+the thread. The classes pass CHUNK at a time, each chunk a tuple of tiles in registers, with an online softmax
+from chunk to chunk; gradient reads them a second time, from the caches. An axis of the tile for the classes
+would have to be a power of two: 32 rows of exponentials for 19 classes. A kernel is compiled for its number
+of classes, so that none needs a mask; the chunks stay a loop, since unrolled it has all their loads in
+registers, and spills.
 
-Sums are added in a fixed order, without atomics. What is tuned on the device, gradient's THREADS, adds no pixels
-together; reduce is not tuned, since the order of its sums, and so their last bits, would depend on a clock.
+Sums are added in a fixed order, without atomics. What is tuned on the device, gradient's THREADS, adds no
+pixels together; reduce is not tuned, since the order of its sums, and so their last bits, would depend on a
+clock.
 """
 
 from __future__ import annotations
@@ -214,7 +216,7 @@ def reduce_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,  # the lanes of a thread lie side by side
 ):
-    """Grid (N blocks, groups of levels). A bad label makes its image's S_0, which no gradient depends on, NaN."""
+    """Grid (N blocks, groups of levels). A bad label makes its image's S_0 NaN: no gradient needs it."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first_level = tl.program_id(1) * GROUP
@@ -314,7 +316,7 @@ def gradient_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Grid (N tiles), backwards: the L2 cache still has what reduce read last. See PixelGradient of ial_math.h."""
+    """Grid (N tiles), backwards: the L2 cache has what reduce read last. See PixelGradient of ial_math.h."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(P, THREADS * LANES)
@@ -392,12 +394,9 @@ def _lambda(lambda_ptr, lambda_bits, t, G: tl.constexpr):
 def _factor(
     stats_ptr, n, N, t, count, above, lam, G: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr
 ):
-    """f_t and Z_t of Eq. 3, t from the most important level down: count pixels of the levels above, and their Q2."""
+    """f_t and Z_t of Eq. 3, with the pixels of the levels above t and their Q2 before and after t."""
     count += _stat(stats_ptr, n, N, t, _COUNT, G, POOL)
-    if NORMALIZE:
-        z = _or_one(count)
-    else:
-        z = tl.full(n.shape, 1, tl.float64)
+    z = _or_one(count) if NORMALIZE else tl.full(n.shape, 1, tl.float64)
     f = 0.5 * (lam * _stat(stats_ptr, n, N, t, _P2, G, POOL) + (1 + lam) * above) / z
     return tl.where(t < G - 1, f, 0), z, count, above + _stat(stats_ptr, n, N, t, _Q2, G, POOL)
 
@@ -502,8 +501,8 @@ def table_kernel(
     NORMALIZE: tl.constexpr,
     POOL: tl.constexpr,
 ):
-    """dL/dstats; `table` of ial_math.h has the formulas. Down the levels, F_t and T_{t+1} / Z_t are left in the last
-    two columns of an image's row, or of the first image's where they are pooled; up again they are used."""
+    """dL/dstats; `table` of ial_math.h has the formulas. Down the levels, F_t and T_{t+1} / Z_t are left in
+    the last two columns of an image's rows, the first image's where they are pooled, for the way up."""
     alpha = _float64(alpha_bits)
     weight = _total_weight(stats_ptr, N, G)
     rows = 1 if POOL else N

@@ -1,8 +1,8 @@
-"""The operators of the Triton kernels: those of csrc/ial_ops.cpp by the same schemas, as torch.ops.ial_triton.
+"""The operators of the Triton kernels: those of csrc/ial_ops.cpp once more, as torch.ops.ial_triton.
 
 Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
-`torch.library.triton_op` lets torch.compile see the kernels, so that there are no fakes here. Nothing waits for
-the device but the tuning of gradient at its first call.
+`torch.library.triton_op` lets torch.compile see the kernels, so that there are no fakes here. Nothing waits
+for the device but the tuning of gradient at its first call.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from . import triton_kernels as kernels
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _STATS = 5
-_DOUBLE_BACKWARD = 'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients are needed'
-# Programs of reduce for each multiprocessor: all run at once, or in as many rounds, whether one holds 1, 2 or 4.
+_DOUBLE_BACKWARD = (
+    'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
+    "are needed"
+)
+# Programs of reduce for each multiprocessor: in rounds of equal size, whether it holds 1, 2 or 4 at a time.
 _PROGRAMS = 4
 
 
@@ -135,7 +138,8 @@ def _check_stats(stats: Tensor, lambdas: list[float]) -> None:
         or stats.dtype != torch.float64
     ):
         raise ValueError(
-            f"stats has shape {_shape(stats)} of {_dtype(stats)}, expected (N, g, {_STATS}) of Double, contiguous"
+            f"stats has shape {_shape(stats)} of {_dtype(stats)}, expected (N, g, {_STATS}) of Double, "
+            "contiguous"
         )
     if len(lambdas) != stats.shape[1] - 1:
         raise ValueError(
@@ -165,7 +169,7 @@ class _Walk(NamedTuple):
 
 
 def _walk(*tensors: Tensor) -> _Walk:
-    """Tensors (N, C, *spatial). Dimensions that all of them traverse as one are merged: mostly one is left."""
+    """Tensors (N, C, *spatial). Dimensions that all traverse as one are merged: mostly one is left."""
     merged: list[list[int]] = []  # size, and the stride in each tensor
     for d in reversed(range(2, tensors[0].dim())):
         size, strides = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
@@ -220,8 +224,8 @@ def _bits(value: float) -> int:
 
 
 def _lambdas(stats: Tensor, lambdas: list[float]) -> tuple[Tensor | None, int]:
-    """One for all as the bits of a kernel's argument; else in memory, filled on the device, since a copy from the
-    host would wait, and no graph could replay it."""
+    """One for all as the bits of a kernel's argument; else in memory, filled on the device, since a copy from
+    the host would wait, and no graph could replay it."""
     if len(set(lambdas)) <= 1:
         return None, _bits(lambdas[0] if lambdas else 0.0)
     return torch.cat([stats.new_full((1,), value) for value in lambdas]), 0

@@ -1,7 +1,7 @@
-"""Compiles what the operators of the Triton kernels launch, for GPUs that need not be here, and prints what came out.
+"""Compiles what the operators of the Triton kernels launch, for GPUs that need not be here.
 
-python -m tests.compile_triton: a JSON object, by "target kernel case". A process of its own, since kernels that are
-to be compiled cannot be interpreted.
+python -m tests.compile_triton: registers, spills and wide accesses as JSON, by "target: kernel: case". A
+process of its own, since kernels that are to be compiled cannot be interpreted.
 """
 
 from __future__ import annotations

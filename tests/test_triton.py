@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: their machine code, compiled without a GPU, and how torch.compile sees them."""
+"""What only the Triton kernels have: machine code made without a GPU, and how torch.compile sees them."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def compiler(graph, inputs):
     return graph
 
 def step(logits, target):
-    lambdas = (0.1, 0.2, 0.3)
-    return importance_aware_loss(2 * logits, target, CITYSCAPES, lambdas=lambdas, inplace=True, backend="triton")
+    options = dict(lambdas=(0.1, 0.2, 0.3), inplace=True, backend="triton")
+    return importance_aware_loss(2 * logits, target, CITYSCAPES, **options)
 
 with FakeTensorMode():
     logits = torch.empty(2, 19, 32, 64, requires_grad=True)
