@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,11 +60,11 @@ unavailable: dict[str, str | None] = {
     "cpu": _problem,
     "cuda": _why_cuda_is_missing,
     "fused": _why_cuda_is_missing,
-    "triton": "this version of ial_cuda has no Triton kernels yet",
+    "triton": None if find_spec("triton") else "Triton is not installed; pip install triton",
     "reference": None,
 }
 #: The library of operators under torch.ops that a backend with kernels runs.
-libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda", "fused": "ial_cuda"}
+libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda", "fused": "ial_cuda", "triton": "ial_triton"}
 #: The backend that runs the same kernels in one launch, and computes the gradient with the loss.
 one_launch = {"cuda": "fused"}
 #: The backends for each type of device, best first.
@@ -77,6 +78,13 @@ def kernels(device: str) -> tuple[str, ...]:
     """The backends with kernels of our own for a type of device, best first, there or not."""
     backends = preference.get(device, ("reference",))
     return backends[: backends.index("reference")]
+
+
+def operators(backend: str) -> Any:
+    """The operators under torch.ops that a backend runs."""
+    if backend == "triton":
+        from . import triton_ops  # noqa: F401  registers them; Triton takes long to import
+    return getattr(torch.ops, libraries[backend])
 
 
 def describe() -> str:

@@ -163,7 +163,7 @@ def importance_aware_loss(
             gradient=gradient,
         )
     else:
-        operators = getattr(torch.ops, _ops.libraries[backend])
+        operators = _ops.operators(backend)
         pixels = (logits, target, weight, pixel_weight, hierarchy.class_levels, ignore_index, gradient)
         combining = (lambdas, alpha, reduction, factor_normalization, factor_scope)
         if at_once and backend in _ops.one_launch.values():
@@ -375,8 +375,8 @@ def _choose_backend(backend: str, device: torch.device) -> str:
     suitable = _ops.preference.get(device.type, ("reference",))
     if backend == "auto":
         best = next(name for name in suitable if _ops.unavailable[name] is None)
-        if best == "reference":
-            _warn_once(device.type)
+        if best in _SECOND_BEST:
+            _warn_once(device.type, best)
         return best
     if backend not in suitable:
         expected = ", ".join(map(repr, ("auto", *suitable)))
@@ -398,18 +398,18 @@ def _fuses(
     incoming gradient of 1, and computed again for any other: a loss of float16 is usually scaled."""
     if backend not in _ops.one_launch or logits.dtype == torch.float16:
         return False
-    operators = getattr(torch.ops, _ops.libraries[backend])
-    return operators.fuses(logits, target, pixel_weight, hierarchy.num_levels, factor_scope)
+    return _ops.operators(backend).fuses(logits, target, pixel_weight, hierarchy.num_levels, factor_scope)
 
 
+_SECOND_BEST = {"triton": "Triton kernels", "reference": "slow reference, in plain PyTorch"}
 _warned: set[str] = set()
 
 
-def _warn_once(device: str) -> None:
+def _warn_once(device: str, backend: str) -> None:
     if device in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device)
-    reasons = "; ".join(f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device))
-    warnings.warn(
-        f"ial_cuda computes on {device} with its slow reference, in plain PyTorch ({reasons})", stacklevel=4
+    reasons = "; ".join(
+        f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device) if _ops.unavailable[name]
     )
+    warnings.warn(f"ial_cuda computes on {device} with its {_SECOND_BEST[backend]} ({reasons})", stacklevel=4)

@@ -103,17 +103,24 @@ BAD_FOR_OPERATOR = {
 }  # fmt: skip
 
 
+# The two libraries of operators check before they come to a device.
+LIBRARIES = [
+    pytest.param(name, marks=pytest.mark.skipif(_ops.unavailable[name] is not None, reason=name))
+    for name in ("cpu", "triton")
+]
+
+
+@pytest.mark.parametrize("backend", LIBRARIES)
 @pytest.mark.parametrize("name", BAD_FOR_OPERATOR)
-@pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=str(_ops.unavailable["cpu"]))
-def test_bad_arguments_of_the_operator(name):
+def test_bad_arguments_of_the_operator(name, backend):
     bad, exception, message = BAD_FOR_OPERATOR[name]
     with pytest.raises(exception, match=re.escape(message)):
-        torch.ops.ial_cuda.reduce(**(OPERATOR | bad))
+        _ops.operators(backend).reduce(**(OPERATOR | bad))
 
 
-@pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=str(_ops.unavailable["cpu"]))
-def test_bad_tables_and_stats():
-    ops = torch.ops.ial_cuda
+@pytest.mark.parametrize("backend", LIBRARIES)
+def test_bad_tables_and_stats(backend):
+    ops = _ops.operators(backend)
     rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact")
     for table in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
         with pytest.raises(ValueError, match=r"table has shape .*, expected \(2, 4, 5\) of Double"):
@@ -242,6 +249,20 @@ def test_slow_fallback_warns_once_with_the_reason(monkeypatch, recwarn):
         RuntimeError, match=r"backend is 'cpu', which is not there: no compiler was there; reinstall"
     ):
         importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="cpu")
+
+
+def test_triton_without_the_extension_warns_once(monkeypatch, recwarn):
+    monkeypatch.setattr(
+        _ops,
+        "unavailable",
+        _ops.unavailable | {"cuda": "no nvcc; reinstall", "triton": None, "fused": "no nvcc"},
+    )
+    monkeypatch.setattr(loss_module, "_warned", set())
+    for _ in range(2):
+        assert loss_module._choose_backend("auto", torch.device("cuda")) == "triton"
+    (warning,) = recwarn
+    assert "computes on cuda with its Triton kernels (" in str(warning.message)
+    assert "cuda: no nvcc; reinstall" in str(warning.message)
 
 
 def test_other_devices_compute_with_the_reference(monkeypatch):

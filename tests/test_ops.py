@@ -22,8 +22,9 @@ from cases import (
     make_target,
     run,
 )
+from interpreted import INTERPRETED
 
-from ial_cuda import CITYSCAPES, ImportanceAwareLoss, importance_aware_loss
+from ial_cuda import CITYSCAPES, ImportanceAwareLoss, _ops, importance_aware_loss
 
 SPATIAL = (24, 40)
 LAMBDAS = [0.5, 0.5, 0.5]
@@ -37,12 +38,13 @@ def problem(backend, dtype=torch.float32, requires_grad=True):
     return leaf, leaf * 1, make_target((2, *SPATIAL), 5).to(device)
 
 
-def op_arguments(device):
+def op_arguments(backend):
+    device = device_of(backend)
     logits = make_logits((2, 5, *SPATIAL), torch.float32).to(device)
     target = make_target((2, *SPATIAL), 5).to(device)
     weight = torch.rand(5, device=device)
     pixel_weight = torch.rand(2, *SPATIAL, device=device)
-    ops = torch.ops.ial_cuda
+    ops = _ops.operators(backend)
     stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", False)
     pooled = (LAMBDAS, 1.0, "mean", "mean", "batch")
     table = ops.table(stats, torch.ones((), device=device), *pooled)
@@ -64,19 +66,21 @@ def op_arguments(device):
     }
 
 
-@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] != "triton"])
+#: Those that torch can trace: "simt" has no fake kernels, and interpreted kernels are no graph's.
+TRACEABLE = [b for b in BACKENDS if b.values[0] not in ("simt", "simt_fused", *["triton"] * INTERPRETED)]
+
+
+@pytest.mark.parametrize("backend", [b for b in TRACEABLE if b.values[0] != "reference"])
 @pytest.mark.parametrize(
     "name", ["reduce", "reduce_plain", "gradient", "gradient_", "combine", "combine_none", "table"]
 )
 def test_opcheck(backend, name):
-    op, arguments = op_arguments(device_of(backend))[name]
+    op, arguments = op_arguments(backend)[name]
     results = torch.library.opcheck(op.default, arguments)
     assert set(results.values()) == {"SUCCESS"}, results
 
 
-@pytest.mark.parametrize(
-    "backend", [b for b in BACKENDS if not b.values[0].startswith("simt")]
-)  # no fake kernels
+@pytest.mark.parametrize("backend", TRACEABLE)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiled_equals_eager(backend, dynamic):
     torch._dynamo.reset()

@@ -63,7 +63,7 @@ def without_compiler(tmp_path: Path) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------- decisions
 
 ARCHS = frozenset({"7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"})
-ALL = ("8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+ALL = ("8.0", "9.0", "10.0", "12.0+PTX")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ ALL = ("8.0", "8.6", "9.0", "10.0", "12.0+PTX")
     [
         pytest.param({}, "13.0", "13.0", ARCHS, ALL, id="default list"),
         pytest.param({}, "13.1", "13.0", ARCHS, ALL, id="minor versions may differ"),
-        pytest.param({}, "12.8", "12.4", ARCHS - {"10.0", "12.0"}, ("8.0", "8.6", "9.0+PTX"), id="old nvcc"),
+        pytest.param({}, "12.8", "12.4", ARCHS - {"10.0", "12.0"}, ("8.0", "9.0+PTX"), id="old nvcc"),
         pytest.param({}, "14.0", "14.0", ARCHS - {"8.0"}, ALL[1:], id="new nvcc"),
         pytest.param({"TORCH_CUDA_ARCH_LIST": ""}, "13.0", "13.0", ARCHS, ALL, id="empty list is no list"),
         pytest.param({"TORCH_CUDA_ARCH_LIST": "7.5"}, "13.0", "13.0", ARCHS, ("7.5",), id="list"),

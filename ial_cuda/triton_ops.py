@@ -1,0 +1,499 @@
+"""The operators of the Triton kernels: those of csrc/ial_ops.cpp once more, as torch.ops.ial_triton.
+
+Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
+`torch.library.triton_op` lets torch.compile see the kernels, so that there are no fakes here. Nothing waits
+for the device but the tuning of gradient at its first call.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from . import triton_kernels as kernels
+
+_LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_STATS = 5
+_DOUBLE_BACKWARD = (
+    'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
+    "are needed"
+)
+# Programs of reduce for each multiprocessor: in rounds of equal size, whether it holds 1, 2 or 4 at a time.
+_PROGRAMS = 4
+
+
+# ---- checks: the messages are those of csrc/ial_ops.cpp -------------------------------------------------
+
+
+def _dtype(tensor: Tensor) -> str:
+    """The dtype as C++ prints it."""
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+class _Inputs(NamedTuple):
+    """The arguments that reduce and gradient share."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    pixel_weight: Tensor | None
+    class_levels: list[int]
+    ignore_index: int
+
+    @property
+    def levels(self) -> int:
+        return max(self.class_levels) + 1
+
+    def check(self) -> None:
+        logits, count = self.logits, len(self.class_levels)
+        if logits.dim() < 2:
+            raise ValueError(f"logits has shape {_shape(logits)}, expected (N, C, *spatial)")
+        if logits.dtype not in _LOGITS_DTYPES:
+            raise TypeError(
+                f"logits has dtype {_dtype(logits)}, expected float64, float32, float16 or bfloat16"
+            )
+        if count == 0 or logits.shape[1] != count:
+            raise ValueError(
+                f"logits has shape {_shape(logits)}, expected (N, C, *spatial) with C = {count} "
+                "classes of the hierarchy"
+            )
+        for level in self.class_levels:
+            if not 0 <= level < count:
+                raise ValueError(f"class_levels has level {level}, expected 0 to {count - 1}")
+        self._check_pixels("target", self.target)
+        if self.target.dtype not in _TARGET_DTYPES:
+            raise TypeError(f"target has dtype {_dtype(self.target)}, expected int64, int32 or uint8")
+        if self.weight is not None:
+            if self.weight.shape != (count,):
+                raise ValueError(
+                    f"weight has shape {_shape(self.weight)}, expected ({count},), one per class"
+                )
+            self._check_place("weight", self.weight)
+            self._check_floating("weight", self.weight)
+        if self.pixel_weight is not None:
+            self._check_pixels("pixel_weight", self.pixel_weight)
+            self._check_floating("pixel_weight", self.pixel_weight)
+
+    def _check_pixels(self, name: str, tensor: Tensor) -> None:
+        if tensor.shape != self.logits.shape[:1] + self.logits.shape[2:]:
+            raise ValueError(
+                f"{name} has shape {_shape(tensor)}, expected (N, *spatial) of logits {_shape(self.logits)}"
+            )
+        self._check_place(name, tensor)
+
+    def _check_place(self, name: str, tensor: Tensor) -> None:
+        if tensor.device != self.logits.device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {self.logits.device} as logits")
+
+    def _check_floating(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {_dtype(tensor)}, expected a floating type")
+
+    def check_table(self, table: Tensor) -> None:
+        expected = (self.logits.shape[0], self.levels, _STATS)
+        if (
+            table.shape != expected
+            or not table.is_contiguous()
+            or table.dtype != torch.float64
+            or table.device != self.logits.device
+        ):
+            raise ValueError(
+                f"table has shape {_shape(table)} of {_dtype(table)} on {table.device}, expected {expected} "
+                f"of Double, contiguous, on {self.logits.device}"
+            )
+
+
+_CHOICES = {
+    "reduction": ("mean", "sum", "none"),
+    "factor_normalization": ("mean", "sum"),
+    "factor_scope": ("image", "batch"),
+    "gradient": ("exact", "paper"),
+}
+
+
+def _check_choices(**options: str) -> None:
+    for name, value in options.items():
+        *most, last = map(repr, _CHOICES[name])
+        if value not in _CHOICES[name]:
+            raise ValueError(f"{name} is {value!r}, expected {', '.join(most)} or {last}")
+
+
+def _check_stats(stats: Tensor, lambdas: list[float]) -> None:
+    if (
+        stats.dim() != 3
+        or stats.shape[1] < 1
+        or stats.shape[2] != _STATS
+        or not stats.is_contiguous()
+        or stats.dtype != torch.float64
+    ):
+        raise ValueError(
+            f"stats has shape {_shape(stats)} of {_dtype(stats)}, expected (N, g, {_STATS}) of Double, "
+            "contiguous"
+        )
+    if len(lambdas) != stats.shape[1] - 1:
+        raise ValueError(
+            f"lambdas has {len(lambdas)} values, expected {stats.shape[1] - 1} for {stats.shape[1]} levels"
+        )
+
+
+# ---- launches -------------------------------------------------------------------------------------------
+
+
+def _launch(kernel: Any, like: Tensor, grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel on the device of ``like``. Those of the interpreter are not for tracing."""
+    if not triton.knobs.runtime.interpret:
+        kernel = wrap_triton(kernel)
+    with torch.cuda.device_of(like):
+        kernel[grid](*arguments, **constants)
+
+
+class _Walk(NamedTuple):
+    """How kernels walk along the pixels of an image, innermost dimension first."""
+
+    sizes: tuple[int, ...]  # MOST_DIMS - 1 of them: the outermost one is not needed
+    strides: list[tuple[int, ...]]  # MOST_DIMS of each tensor
+    dims: int
+    vector: bool  # whether runs of 16 bytes lie side by side, as Triton can know it
+    lanes: int  # of a thread
+
+
+def _walk(*tensors: Tensor) -> _Walk:
+    """Tensors (N, C, *spatial). Dimensions that all traverse as one are merged: mostly one is left."""
+    merged: list[list[int]] = []  # size, and the stride in each tensor
+    for d in reversed(range(2, tensors[0].dim())):
+        size, strides = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
+        if size == 1:
+            continue
+        if merged and strides == [merged[-1][0] * inner for inner in merged[-1][1:]]:
+            merged[-1][0] *= size
+        else:
+            merged.append([size, *strides])
+    most = kernels.MOST_DIMS
+    if len(merged) > most:
+        raise ValueError(
+            f"logits has {len(merged)} spatial dimensions that cannot be merged, expected at most {most}; "
+            "pass logits.contiguous()"
+        )
+    merged = merged or [[1] * (1 + len(tensors))]
+    sizes, *strides = (tuple(values) for values in zip(*merged, strict=True))
+    missing = most - len(merged)
+    steps = [sizes[0], *(step for stride in strides for step in stride[1:])]
+    steps += [tensor.stride(d) for tensor in tensors for d in (0, 1)]
+    vector = all(stride[0] == 1 for stride in strides) and all(step % 16 == 0 for step in steps)
+    vector = vector and len(merged) <= 2  # registers, again
+    return _Walk(
+        sizes=(sizes + (1,) * missing)[: most - 1],
+        strides=[stride + (0,) * missing for stride in strides],
+        dims=len(merged),
+        vector=vector,
+        lanes=16 // tensors[0].element_size() if vector else kernels.LOOSE_LANES,
+    )
+
+
+def _pixels(logits: Tensor) -> int:
+    return math.prod(logits.shape[2:])
+
+
+def _hierarchy(inputs: _Inputs) -> dict[str, Any]:
+    """The constants by which a kernel knows its classes."""
+    return {
+        "C": len(inputs.class_levels),
+        "G": inputs.levels,
+        "LEVELS": kernels.pack_levels(inputs.class_levels),
+        "BITS": kernels.level_bits(inputs.levels),
+    }
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def _lambdas(stats: Tensor, lambdas: list[float]) -> tuple[Tensor | None, int]:
+    """One for all as the bits of a kernel's argument; else in memory, filled on the device, since a copy from
+    the host would wait, and no graph could replay it."""
+    if len(set(lambdas)) <= 1:
+        return None, _bits(lambdas[0] if lambdas else 0.0)
+    return torch.cat([stats.new_full((1,), value) for value in lambdas]), 0
+
+
+# ---- operators ------------------------------------------------------------------------------------------
+
+
+@triton_op("ial_triton::reduce", mutates_args=())
+def reduce(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    class_levels: list[int],
+    ignore_index: int,
+    gradient: str,
+    inplace: bool,
+) -> Tensor:
+    inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index)
+    inputs.check()
+    _check_choices(gradient=gradient)
+    images, levels = logits.shape[0], inputs.levels
+    if logits.numel() == 0:
+        return logits.new_zeros((images, levels, _STATS), dtype=torch.float64)
+
+    walk = _walk(logits)
+    pixels = _pixels(logits)
+    tiles = triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes)
+    blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(logits), images))
+    groups = triton.cdiv(levels, kernels.MOST_LEVELS)
+    stats = logits.new_empty((images, levels, _STATS), dtype=torch.float64)
+    partial = stats.new_empty((images, levels, _STATS, blocks))
+    _launch(
+        kernels.reduce_kernel,
+        logits,
+        (images * blocks, groups),
+        logits,
+        target.contiguous(),
+        weight,
+        _dense(pixel_weight),
+        partial,
+        pixels,
+        blocks,
+        logits.stride(0),
+        logits.stride(1),
+        0 if weight is None else weight.stride(0),
+        ignore_index,
+        *walk.sizes,
+        *walk.strides[0],
+        **_hierarchy(inputs),
+        GROUP=triton.cdiv(levels, groups),
+        DIMS=walk.dims,
+        LANES=walk.lanes,
+        VECTOR=walk.vector,
+    )
+    rows = stats.numel()
+    grid = (triton.cdiv(rows, kernels.SUM_ROWS),)
+    _launch(
+        kernels.sum_kernel,
+        logits,
+        grid,
+        partial,
+        stats,
+        rows,
+        blocks,
+        ROWS=kernels.SUM_ROWS,
+        WIDTH=kernels.SUM_WIDTH,
+    )
+    return stats
+
+
+def _multiprocessors(logits: Tensor) -> int:
+    return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 1
+
+
+def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) -> None:
+    inputs.check()
+    inputs.check_table(table)
+    _check_choices(gradient=gradient)
+    logits, weight = inputs.logits, inputs.weight
+    if logits.numel() == 0:
+        return
+    walk = _walk(logits, grad)
+    images, pixels = logits.shape[0], _pixels(logits)
+
+    def grid(constants: dict[str, Any]) -> tuple[int]:
+        return (images * triton.cdiv(pixels, constants["THREADS"] * constants["LANES"]),)
+
+    _launch(
+        kernels.gradient_kernel,
+        logits,
+        grid,
+        logits,
+        table,
+        inputs.target.contiguous(),
+        weight,
+        _dense(inputs.pixel_weight),
+        grad,
+        pixels,
+        logits.stride(0),
+        logits.stride(1),
+        grad.stride(0),
+        grad.stride(1),
+        0 if weight is None else weight.stride(0),
+        inputs.ignore_index,
+        *walk.sizes,
+        *walk.strides[0],
+        *walk.strides[1],
+        **_hierarchy(inputs),
+        EXACT=gradient == "exact",
+        DIMS=walk.dims,
+        LANES=walk.lanes,
+        VECTOR=walk.vector,
+    )
+
+
+@triton_op("ial_triton::gradient", mutates_args=())
+def gradient(
+    logits: Tensor,
+    table: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    class_levels: list[int],
+    ignore_index: int,
+    gradient: str,
+) -> Tensor:
+    grad = torch.empty_like(logits)
+    _gradient_into(
+        _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index), table, gradient, grad
+    )
+    return grad
+
+
+@triton_op("ial_triton::gradient_", mutates_args={"logits"})
+def gradient_(
+    logits: Tensor,
+    table: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    class_levels: list[int],
+    ignore_index: int,
+    gradient: str,
+) -> None:
+    if torch._debug_has_internal_overlap(logits) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
+    _gradient_into(
+        _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index), table, gradient, logits
+    )
+
+
+@triton_op("ial_triton::combine", mutates_args=())
+def combine(
+    stats: Tensor,
+    lambdas: list[float],
+    alpha: float,
+    reduction: str,
+    factor_normalization: str,
+    factor_scope: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    _check_stats(stats, lambdas)
+    _check_choices(reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope)
+    images, levels, _ = stats.shape
+    pool = factor_scope == "batch"
+    factors = stats.new_empty((1 if pool else images, levels - 1))
+    loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
+    each, one = _lambdas(stats, lambdas)
+    _launch(
+        kernels.combine_kernel,
+        stats,
+        (1,),
+        stats,
+        each,
+        factors,
+        loss,
+        images,
+        one,
+        _bits(alpha),
+        G=levels,
+        REDUCTION=reduction,
+        NORMALIZE=factor_normalization == "mean",
+        POOL=pool,
+    )
+    return loss, factors
+
+
+@triton_op("ial_triton::table", mutates_args=())
+def table(
+    stats: Tensor,
+    grad_loss: Tensor,
+    lambdas: list[float],
+    alpha: float,
+    reduction: str,
+    factor_normalization: str,
+    factor_scope: str,
+) -> Tensor:
+    _check_stats(stats, lambdas)
+    _check_choices(reduction=reduction, factor_normalization=factor_normalization, factor_scope=factor_scope)
+    images, levels, _ = stats.shape
+    values = images if reduction == "none" else 1
+    if grad_loss.numel() != values:
+        raise ValueError(
+            f"grad_loss has shape {_shape(grad_loss)}, expected {values} value(s) for reduction={reduction!r}"
+        )
+    if grad_loss.device != stats.device:
+        raise ValueError(f"grad_loss is on {grad_loss.device}, expected {stats.device} as stats")
+    result = torch.empty_like(stats)
+    each, one = _lambdas(stats, lambdas)
+    _launch(
+        kernels.table_kernel,
+        stats,
+        (1,),
+        stats,
+        grad_loss.contiguous(),
+        each,
+        result,
+        images,
+        one,
+        _bits(alpha),
+        G=levels,
+        REDUCTION=reduction,
+        NORMALIZE=factor_normalization == "mean",
+        POOL=factor_scope == "batch",
+    )
+    return result
+
+
+# ---- autograd: the derivative of reduce is gradient, that of combine is table; theirs is not written ----
+
+
+def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *rest = ctx.saved_tensors
+    arguments = (logits, grad_stats.contiguous(), *rest, ctx.class_levels, ctx.ignore_index, ctx.gradient)
+    if ctx.inplace:
+        with torch._C._AutoDispatchBelowAutograd():
+            gradient_(*arguments)
+        grad = logits.detach()
+    else:
+        grad = gradient(*arguments)
+    return grad, *[None] * 7
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    stats, *ctx.options, _ = inputs
+    ctx.save_for_backward(stats)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_of_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return table(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(_DOUBLE_BACKWARD)
+
+
+reduce.register_autograd(_backward_of_reduce, setup_context=_save_reduce)
+combine.register_autograd(_backward_of_combine, setup_context=_save_combine)
+gradient.register_autograd(_no_double_backward)
+table.register_autograd(_no_double_backward)

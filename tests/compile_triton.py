@@ -1,0 +1,140 @@
+"""Compiles what the operators of the Triton kernels launch, for GPUs that need not be here.
+
+python -m tests.compile_triton: registers, spills and wide accesses as JSON, by "target: kernel: case". A
+process of its own, since kernels that are to be compiled cannot be interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import mangle_type
+
+from ial_cuda import triton_ops
+
+NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
+FLAT = (64, 64)
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def launches(logits: torch.Tensor) -> list[Launch]:
+    """What a step of the loss launches, with four levels, class weights and pixel weights."""
+    classes, spatial = logits.shape[1], logits.shape[2:]
+    levels = [c % 4 for c in range(classes)]
+    pixels = logits.shape[:1] + spatial
+    target, weights = torch.empty(pixels, dtype=torch.uint8), (torch.empty(classes), torch.empty(pixels))
+    rest = (target, *weights, levels, 255, "exact")
+    options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
+    seen: list[Launch] = []
+    triton_ops._launch = lambda kernel, like, grid, *arguments, **constants: seen.append(
+        (kernel, arguments, constants)
+    )
+    stats = triton_ops.reduce(logits, *rest, False)
+    loss, _ = triton_ops.combine(stats, *options, torch.float32)
+    table = triton_ops.table(stats, loss, *options)
+    triton_ops.gradient(logits, table, *rest)
+    return seen
+
+
+def sources(launch: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+    """The kernel of a launch with each of its configurations: what Triton would make of these arguments."""
+    kernel, arguments, constants = launch
+    configs = [triton.Config({})]
+    if isinstance(kernel, Autotuner):
+        kernel, configs = kernel.fn, kernel.configs
+    for config in configs:
+        values = constants | config.kwargs
+        signature, fixed, attributes = {}, {}, {}
+        for i, name in enumerate(kernel.arg_names):
+            value = arguments[i] if i < len(arguments) else values[name]
+            if i >= len(arguments) or value is None or (isinstance(value, int) and value == 1):
+                signature[name], fixed[(i,)] = "constexpr", value
+                continue
+            signature[name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) or value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        options = {"num_warps": config.num_warps}
+        if config.maxnreg:
+            options = {"num_warps": config.kwargs["THREADS"] // target.warp_size}
+            if target.backend == "cuda":
+                options["maxnreg"] = config.maxnreg
+        yield (
+            " ".join([kernel.__name__, *map(str, config.kwargs.values())]),
+            ASTSource(kernel, signature, fixed, attributes),
+            options,
+        )
+
+
+def examine(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> dict[str, Any]:
+    compiled = triton.compile(source, target=target, options=options)
+    if target.backend == "hip":
+        spills = re.findall(r"_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
+        return {"spills": sum(map(int, spills))}
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"\.target (\w+)", ptx)[1]
+    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", "-o", os.devnull, "-"]
+    report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spills": sum(map(int, spilled.groups())),
+        "wide loads": len(re.findall(r"\bld\.global\.\S*v4\.[bf]32|\bld\.global\.\S*v2\.[bf]64", ptx)),
+        "wide stores": len(re.findall(r"\bst\.global\.\S*v4\.[bf]32|\bst\.global\.\S*v2\.[bf]64", ptx)),
+        "stores": len(re.findall(r"\bst\.global\.", ptx)),
+    }
+
+
+def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
+    bfloat16, hopper = torch.bfloat16, {"sm_90": NVIDIA["sm_90"]}
+    for dtype in (bfloat16, torch.float32):
+        yield f"{dtype} C=19", launches(torch.empty((2, 19, *FLAT), dtype=dtype)), NVIDIA | AMD
+    for dtype in (bfloat16, torch.float32, torch.float16, torch.float64):
+        yield f"{dtype} C=32", launches(torch.empty((2, 32, *FLAT), dtype=dtype)), NVIDIA
+    cityscapes = torch.empty((2, 19, *FLAT), dtype=bfloat16)
+    yield "channels_last", launches(cityscapes.to(memory_format=torch.channels_last)), hopper
+    yield "odd", launches(torch.empty((2, 32, 63, 63), dtype=bfloat16)), hopper
+    yield "C=150", launches(torch.empty((2, 150, *FLAT), dtype=bfloat16)), hopper
+    cropped = torch.empty((2, 19, 7, 6, 5, 80), dtype=bfloat16)[:, :, 1:5, 1:5, 1:5, 8:72]
+    yield "four dimensions", launches(cropped), hopper
+
+
+def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
+    """What differs in nothing that matters to the registers is compiled once."""
+    small = set()
+    for case, seen, targets in cases():
+        for launch in seen:
+            for target, gpu in targets.items():
+                for name, source, options in sources(launch, gpu):
+                    if name.startswith(("reduce", "gradient")):
+                        tuned = name.endswith((" 64", " 256"))
+                        if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):
+                            continue
+                    elif (target, name) in small:
+                        continue
+                    small.add((target, name))
+                    yield f"{target}: {name}: {case}", (source, gpu, options)
+
+
+def main() -> None:
+    todo = dict(jobs())
+    with ThreadPoolExecutor(2) as pool:  # ptxas runs beside Python
+        results = dict(zip(todo, pool.map(lambda job: examine(*job), todo.values()), strict=True))
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

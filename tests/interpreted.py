@@ -1,0 +1,43 @@
+"""Backend "triton" where there is no GPU: Triton runs its kernels in numpy, on tensors of the CPU.
+
+Imported before Triton, which reads the variable when a kernel is decorated.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+
+import torch
+
+from ial_cuda import _ops
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and _ops.unavailable["triton"] is None
+
+
+def register() -> None:
+    """Makes "triton" a backend of the loss for tensors on the CPU, where it is interpreted."""
+    if INTERPRETED:
+        _ops.preference["cpu"] += ("triton",)
+        _hasten()
+
+
+def _hasten() -> None:
+    """Each call of a helper searches triton.language for functions to replace, though its kernel's launch has
+    replaced them all, and that is half of the time. Whether one of them is replaced tells as much."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    replace, samples = interpreter._patch_builtin, {}
+
+    def replace_once(package, *rest):
+        if package not in samples:
+            names = (name for name, member in inspect.getmembers(package) if language.core.is_builtin(member))
+            samples[package] = next(names, None)
+        sample = samples[package]
+        if sample is not None and language.core.is_builtin(getattr(package, sample)):
+            replace(package, *rest)
+
+    interpreter._patch_builtin = replace_once

@@ -1,0 +1,151 @@
+"""What only the Triton kernels have: machine code made without a GPU, and how torch.compile sees them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import check, make_logits, make_target, run
+
+from ial_cuda import Hierarchy, _ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+if _ops.unavailable["triton"] is not None:
+    pytest.skip(f"triton: {_ops.unavailable['triton']}", allow_module_level=True)
+
+
+def python(*arguments: str, **env: str) -> str:
+    """What a Python prints in which kernels are compiled, not interpreted."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0"} | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, int]]:
+    return json.loads(python("-m", "tests.compile_triton"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_every_kernel_compiles_without_spills(compiled, target):
+    mine = {name: code for name, code in compiled.items() if name.startswith(target)}
+    kernels = {name.split(": ")[1].split()[0] for name in mine}
+    assert kernels == {
+        "reduce_kernel",
+        "sum_kernel",
+        "combine_kernel",
+        "table_kernel",
+        "gradient_kernel",
+    }
+    if target != "gfx942":  # compiled only: nobody has looked at what AMD's registers would want
+        assert {name: code["spills"] for name, code in mine.items() if code["spills"]} == {}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
+    """19 classes: four in the loop and the three left over, in gradient twice."""
+    code = compiled[f"{target}: reduce_kernel 128: {dtype} C=19"]
+    assert code["wide loads"] >= 4 + 3
+    code = compiled[f"{target}: gradient_kernel 128: {dtype} C=19"]
+    assert code["wide loads"] >= 2 * (4 + 3)
+    assert code["wide stores"] == code["stores"] == 4 + 3
+
+
+# Tensors without memory, which torch.compile traces with, are no call of a kernel.
+TRACE = """
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from ial_cuda import CITYSCAPES, _ops, importance_aware_loss
+
+_ops.preference["cpu"] = ("triton", "reference")
+
+def compiler(graph, inputs):
+    for node in graph.graph.nodes:
+        if "triton_kernel_wrapper" in str(node.target):
+            kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+            print(getattr(kernel, "fn", kernel).__name__)
+        assert "ial_triton" not in str(node.target)
+    return graph
+
+def step(logits, target):
+    options = dict(lambdas=(0.1, 0.2, 0.3), inplace=True, backend="triton")
+    return importance_aware_loss(2 * logits, target, CITYSCAPES, **options)
+
+with FakeTensorMode():
+    logits = torch.empty(2, 19, 32, 64, requires_grad=True)
+    target = torch.empty(2, 32, 64, dtype=torch.uint8)
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    torch.compile(step, fullgraph=True, dynamic={dynamic}, backend=backend)(logits, target).backward()
+"""
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_torch_compile_sees_the_kernels(dynamic):
+    names = python("-c", TRACE.replace("{dynamic}", str(dynamic))).split()
+    assert names == ["reduce_kernel", "sum_kernel", "combine_kernel", "table_kernel", "gradient_kernel"]
+
+
+def test_it_is_imported_when_it_is_wanted():
+    code = (
+        "import sys, torch, ial_cuda; before = 'triton' in sys.modules; "
+        "ial_cuda._ops.operators('triton'); print(before, 'triton' in sys.modules)"
+    )
+    assert python("-c", code).split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_more_images_than_a_program_takes_at_a_time(scope):
+    for reduction in ("mean", "none"):
+        check(
+            "triton",
+            make_logits((300, 5, 3), torch.float32),
+            make_target((300, 3), 5),
+            factor_scope=scope,
+            reduction=reduction,
+        )
+
+
+@pytest.mark.parametrize("levels", [8, 9, 17])
+def test_more_levels_than_a_program_has_registers_for(levels):
+    hierarchy = Hierarchy([[c] for c in reversed(range(levels))])
+    logits, target = make_logits((2, levels, 70)), make_target((2, 70), levels, ignore_index=-1)
+    check("triton", logits, target, hierarchy, ignore_index=-1, lambdas=0.1, alpha=0.5)
+
+
+@pytest.mark.parametrize("label", [5, 200, -1, 2**31, -(2**40)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_bad_label_is_left_out_and_makes_the_loss_nan(label, reduction):
+    logits, target = make_logits((2, 5, 6, 32), torch.float32), make_target((2, 6, 32), 5)
+    without = target.clone()
+    target[1, 4, 7], without[1, 4, 7] = label, 255
+    loss, grad, (*_, count) = run("triton", logits, target, reduction=reduction)
+    expected, expected_grad, (*_, expected_count) = run("triton", logits, without, reduction=reduction)
+    assert torch.equal(count, expected_count)
+    if reduction == "mean":
+        assert loss.isnan()
+    else:
+        assert loss.isnan().tolist() == [False, True] and loss[0] == expected[0]
+        assert torch.equal(grad, expected_grad)
+
+
+def test_several_programs_of_an_image(monkeypatch):
+    """As on a device with more than one multiprocessor, and more tiles than programs."""
+    from ial_cuda import triton_ops
+
+    monkeypatch.setattr(triton_ops, "_multiprocessors", lambda logits: 1)
+    check("triton", make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
