@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import interpreted  # noqa: F401  before a test imports Triton, be it through torch._dynamo
 import pytest
 import simt
 
