@@ -39,6 +39,8 @@ KERNELS = [_backend(name) for name in _ops.unavailable if name != "reference"]
 GPU_KERNELS = [backend for backend in KERNELS if device_of(backend.values[0]) == "cuda"]
 #: What csrc/ial_launch.h launches, on the GPU or on the CPU.
 LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
+#: What the CPU emulates, slowly.
+EMULATED = ["simt", "simt_fused", *["triton"] * interpreted.INTERPRETED]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])

@@ -232,7 +232,8 @@ def test_components():
 
 
 def test_auto_takes_the_first_that_is_there(monkeypatch):
-    monkeypatch.setattr(_ops, "unavailable", {"cpu": None, "cuda": "x", "triton": None, "reference": None})
+    there = {"cpu": None, "cuda": "x", "fused": "x", "triton": None, "reference": None}
+    monkeypatch.setattr(_ops, "unavailable", there)
     assert loss_module._choose_backend("auto", torch.device("cpu")) == "cpu"
     assert loss_module._choose_backend("auto", torch.device("cuda")) == "triton"
 

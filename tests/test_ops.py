@@ -13,6 +13,7 @@ import torch._dynamo
 from cases import (
     BACKENDS,
     DTYPES,
+    EMULATED,
     GPU_KERNELS,
     HIERARCHY,
     KERNELS,
@@ -22,7 +23,6 @@ from cases import (
     make_target,
     run,
 )
-from interpreted import INTERPRETED
 
 from ial_cuda import CITYSCAPES, ImportanceAwareLoss, _ops, importance_aware_loss
 
@@ -67,7 +67,7 @@ def op_arguments(backend):
 
 
 #: Those that torch can trace: "simt" has no fake kernels, and interpreted kernels are no graph's.
-TRACEABLE = [b for b in BACKENDS if b.values[0] not in ("simt", "simt_fused", *["triton"] * INTERPRETED)]
+TRACEABLE = [b for b in BACKENDS if b.values[0] not in EMULATED]
 
 
 @pytest.mark.parametrize("backend", [b for b in TRACEABLE if b.values[0] != "reference"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import (
     BACKENDS,
     DTYPES,
+    EMULATED,
     HIERARCHY,
     OPTIONS,
     camvid_labels,
@@ -22,7 +23,6 @@ from cases import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import INTERPRETED
 
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, importance_aware_loss
 
@@ -141,7 +141,7 @@ def test_a_level_for_each_class(backend):
 @pytest.mark.parametrize("kind", ["random", "trained"])
 def test_camvid(backend, dtype, kind):
     target = camvid_labels(3)
-    if backend.startswith("simt") or (backend == "triton" and INTERPRETED):  # slow
+    if backend in EMULATED:
         target = target[:, 120:240].contiguous()
     assert (target == 11).any(), "the images were chosen to have void"
     shape = (3, 11, *target.shape[1:])
@@ -192,8 +192,7 @@ def test_gradcheck(backend, normalization, scope, reduction):
             backend=backend,
         ),
         logits,
-        # One random direction, not each of 120 logits: interpreted, a loss takes a third of a second.
-        fast_mode=backend == "triton" and INTERPRETED,
+        fast_mode=backend in EMULATED,  # one random direction, not each of 120 logits
     )
 
 
