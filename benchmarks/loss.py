@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -206,9 +206,8 @@ def copy_parts(inputs: Inputs) -> dict[str, Part]:
     }
 
 
-def operator_parts(library: str, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
+def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
     """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
-    ops = getattr(torch.ops, library)
     target, weight = inputs.targets[torch.int64], inputs.weight
     hierarchy = hierarchy_of(inputs.source)
     options = (lambdas_of(hierarchy), ALPHA, "mean", "mean", "image")
@@ -234,12 +233,12 @@ def operator_parts(library: str, inputs: Inputs, *, one_launch: bool) -> dict[st
 
 def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
     """The operators of each library, and a step of the best backend with hardly any pixels."""
-    libraries = sorted({_ops.libraries[backend] for backend in backends})
+    libraries = {_ops.libraries[backend]: _ops.operators(backend) for backend in backends}
     in_one = {_ops.libraries[backend] for backend in backends if backend in _ops.one_launch.values()}
     parts = {}
-    for library in libraries:
+    for library, ops in sorted(libraries.items()):
         prefix = f"{library} " if len(libraries) > 1 else ""
-        operators = operator_parts(library, inputs, one_launch=library in in_one)
+        operators = operator_parts(ops, inputs, one_launch=library in in_one)
         parts |= {prefix + name: part for name, part in operators.items()}
 
     pixel = inputs.source[:, :, :1, :1].contiguous().requires_grad_()

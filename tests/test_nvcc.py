@@ -110,6 +110,6 @@ def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
         assert len(stores) == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
 
 
-def test_the_fused_kernel_waits_for_the_grid_once():
-    """The barrier of cooperative_groups is in its code, and the loads beyond it go past L1."""
+def test_sums_of_other_blocks_are_read_past_l1():
+    """L1 may hold what was there before the grid's barrier."""
     assert "LDG.E.64.STRONG.GPU" in machine_code("fused", "13__nv_bfloat16")
