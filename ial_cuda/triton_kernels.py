@@ -410,6 +410,12 @@ def _total_weight(stats_ptr, N, G: tl.constexpr):
 
 
 @triton.jit
+def _below(n, t, bound):
+    """t < bound, in the shape of n. Interpreted, t is an int, and Triton 3.9 takes no Python bool in a mask."""
+    return tl.zeros_like(n) + t < bound
+
+
+@triton.jit
 def combine_kernel(
     stats_ptr,  # [N, G, STATS]
     lambda_ptr,  # [G - 1] or None
@@ -434,7 +440,7 @@ def combine_kernel(
             t = G - 1 - i
             lam = _lambda(lambda_ptr, lambda_bits, t, G)
             f, _, count, above = _factor(stats_ptr, n, N, t, count, above, lam, G, NORMALIZE, POOL)
-            tl.store(f_ptr + n.to(tl.int64) * (G - 1) + t, f, mask=(n < rows) & (t < G - 1))
+            tl.store(f_ptr + n.to(tl.int64) * (G - 1) + t, f, mask=(n < rows) & _below(n, t, G - 1))
     tl.debug_barrier()
 
     total = tl.zeros([_IMAGES], tl.float64)
@@ -444,7 +450,7 @@ def combine_kernel(
         chain = tl.zeros([_IMAGES], tl.float64)
         for i in range(G):
             t = G - 1 - i
-            f = tl.load(f_ptr + row.to(tl.int64) * (G - 1) + t, mask=(n < N) & (t < G - 1), other=0)
+            f = tl.load(f_ptr + row.to(tl.int64) * (G - 1) + t, mask=(n < N) & _below(n, t, G - 1), other=0)
             chain = _stat(stats_ptr, n, N, t, _S, G, False) + (f + alpha) * chain
         if REDUCTION == "none":
             tl.store(loss_ptr + n, chain, mask=n < N)
