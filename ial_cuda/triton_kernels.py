@@ -411,7 +411,7 @@ def _total_weight(stats_ptr, N, G: tl.constexpr):
 
 @triton.jit
 def _below(n, t, bound):
-    """t < bound, in the shape of n. Interpreted, t is an int, and Triton 3.9 takes no Python bool in a mask."""
+    """t < bound, in the shape of n: interpreted, t is an int, and Triton 3.9 takes no bool in a mask."""
     return tl.zeros_like(n) + t < bound
 
 
