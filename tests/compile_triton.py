@@ -19,6 +19,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import mangle_type
@@ -86,7 +87,7 @@ def examine(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> di
         return {"spills": sum(map(int, spills))}
     ptx = compiled.asm["ptx"]
     arch = re.search(r"\.target (\w+)", ptx)[1]
-    command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", "-o", os.devnull, "-"]
+    command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={arch}", "-o", os.devnull, "-"]
     report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     return {
