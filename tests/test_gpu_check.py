@@ -232,7 +232,7 @@ def test_the_makefile_starts_it_without_an_environment(tmp_path):
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make")
-    command = [make, "-n", "gpu-check", "PYTHON=some-python", "VENV=/nowhere"]
+    command = [make, "-n", "--no-print-directory", "gpu-check", "PYTHON=some-python", "VENV=/nowhere"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, text=True, check=True
     )
