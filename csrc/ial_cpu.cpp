@@ -297,8 +297,8 @@ void prefault(const Tensor& tensor) {
 
 Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                   const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                  std::string_view gradient, bool) {
-    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+                  std::string_view gradient, bool, std::optional<bool> align_corners) {
+    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
     inputs.check();
     is_exact(gradient);  // meant for the backward pass, which is late for a complaint
     return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
@@ -314,8 +314,9 @@ void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view g
 
 Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
                     const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+                    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
+                    std::optional<bool> align_corners) {
+    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
     inputs.check();
     inputs.check_table(table);
     Tensor grad = at::empty_like(logits);

@@ -34,8 +34,9 @@ template <typename Launcher>
 struct Operators {
     static Tensor reduce(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
-                         int64_t ignore_index, std::string_view, bool) {
-        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+                         int64_t ignore_index, std::string_view, bool, std::optional<bool> align_corners) {
+        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
+        TORCH_CHECK_NOT_IMPLEMENTED(!align_corners, "upsampling on CUDA");
         inputs.check();
         check_limits(logits.size(1), inputs.levels());
         const Launcher launcher(logits);
@@ -67,10 +68,12 @@ struct Operators {
 
     static Tensor gradient(const Tensor& logits, const Tensor& table, const Tensor& target,
                            const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
+                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
+                           std::optional<bool> align_corners) {
+        TORCH_CHECK_NOT_IMPLEMENTED(!align_corners, "upsampling on CUDA");
         Tensor grad = at::empty_like(logits);
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, {}, gradient,
-                      grad);
+        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners},
+                      table, {}, gradient, grad);
         return grad;
     }
 
@@ -137,13 +140,13 @@ struct Operators {
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         if (!has_one_launch(launcher, logits, target, pixel_weight, inputs.levels(), factor_scope)) {
             const Tensor stats =
-                reduce(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, false);
+                reduce(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, false, {});
             const auto [loss, f] =
                 combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
             const Tensor rows = table(stats, at::ones_like(loss), lambdas, alpha, reduction,
                                       factor_normalization, factor_scope);
             const Tensor grad = Operators::gradient(logits, rows, target, weight, pixel_weight, class_levels,
-                                                    ignore_index, gradient);
+                                                    ignore_index, gradient, {});
             return {loss, f, stats, rows, grad};
         }
         const Tensor stats =

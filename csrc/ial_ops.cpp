@@ -45,11 +45,18 @@ void Inputs::check() const {
     const auto expect = [this](const char* name, const Tensor& tensor) {
         bool same = tensor.dim() == logits.dim() - 1 && tensor.size(0) == logits.size(0);
         for (int64_t d = 1; same && d < tensor.dim(); ++d) same = tensor.size(d) == logits.size(d + 1);
+        if (align_corners) same = tensor.dim() == 3 && tensor.sizes() == target.sizes();
         TORCH_CHECK_VALUE(same, name, " has shape ", tensor.sizes(), ", expected (N, *spatial) of logits ",
                           logits.sizes());
         TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", expected ",
                           logits.device(), " as logits");
     };
+    if (align_corners)
+        TORCH_CHECK_VALUE(logits.dim() == 4 && target.dim() == 3 && target.size(0) == logits.size(0) &&
+                              logits.size(2) > 0 && logits.size(3) > 0 && target.size(1) > 0 &&
+                              target.size(2) > 0,
+                          "logits has shape ", logits.sizes(), " and target ", target.sizes(),
+                          ", expected (N, C, h, w) and (N, H, W), none of h, w, H and W 0, to upsample");
     expect("target", target);
     const auto type = target.scalar_type();
     TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target has dtype ", type,
@@ -140,6 +147,21 @@ Layout Inputs::layout(const Tensor& grad) const {
     return layout;
 }
 
+Upsampling Inputs::upsampling(const Tensor& grad) const {
+    const auto image = [](const Tensor& tensor) {  // (N, C, y, x) or (N, y, x)
+        const int64_t d = tensor.dim() - 2;
+        return Image{tensor.stride(0), d == 2 ? tensor.stride(1) : 0, tensor.stride(d), tensor.stride(d + 1)};
+    };
+    return {logits.size(0),
+            logits.size(1),
+            Axis(logits.size(2), target.size(1), *align_corners),
+            Axis(logits.size(3), target.size(2), *align_corners),
+            image(logits),
+            image(grad),
+            image(target),
+            pixel_weight ? image(*pixel_weight) : Image{}};
+}
+
 bool is_exact(std::string_view gradient) {
     TORCH_CHECK_VALUE(gradient == "exact" || gradient == "paper", "gradient is \'", gradient,
                       "', expected 'exact' or 'paper'");
@@ -205,9 +227,10 @@ using torch::autograd::variable_list;
     }
 
 IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                      at::IntArrayRef, int64_t, std::string_view, bool))
-IAL_OP(gradient, Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                        const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
+                      at::IntArrayRef, int64_t, std::string_view, bool, std::optional<bool>))
+IAL_OP(gradient,
+       Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+              at::IntArrayRef, int64_t, std::string_view, std::optional<bool>))
 IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                        const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
@@ -232,15 +255,16 @@ struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
     static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                           const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
-                          bool inplace) {
+                          bool inplace, std::optional<bool> align_corners) {
         const at::AutoDispatchBelowADInplaceOrView guard;
         ctx->save_for_backward({logits, target, or_undefined(weight), or_undefined(pixel_weight)});
         ctx->saved_data["class_levels"] = class_levels.vec();
         ctx->saved_data["ignore_index"] = ignore_index;
         ctx->saved_data["gradient"] = std::string(gradient);
         ctx->saved_data["inplace"] = inplace;
+        ctx->saved_data["align_corners"] = align_corners;
         return reduce_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                                inplace);
+                                inplace, align_corners);
     }
 
     static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -258,10 +282,11 @@ struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
                                 gradient);
             grad = logits.detach();
         } else {
-            grad = gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels,
-                                      ignore_index, gradient);
+            grad =
+                gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index,
+                                   gradient, ctx->saved_data["align_corners"].toOptional<bool>());
         }
-        return {grad, {}, {}, {}, {}, {}, {}, {}};
+        return {grad, {}, {}, {}, {}, {}, {}, {}, {}};
     }
 };
 
@@ -333,7 +358,7 @@ struct FusedFunction : torch::autograd::Function<FusedFunction> {
                                ignore_index, gradient);
         } else {
             grad = gradient_op().call(logits, table * grad_loss, target, weight, pixel_weight, class_levels,
-                                      ignore_index, gradient);
+                                      ignore_index, gradient, std::nullopt);
         }
         variable_list result(12);
         result[0] = grad;
@@ -356,9 +381,9 @@ struct Once : torch::autograd::Function<Once<op>> {
 
 Tensor reduce_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                        const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                       std::string_view gradient, bool inplace) {
+                       std::string_view gradient, bool inplace, std::optional<bool> align_corners) {
     return ReduceFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                                 inplace);
+                                 inplace, align_corners);
 }
 
 std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
@@ -382,9 +407,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_autograd(
 
 Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target,
                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                         at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
+                         at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
+                         std::optional<bool> align_corners) {
     return Once<gradient_op>::apply(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
-                                    gradient);
+                                    gradient, align_corners);
 }
 
 Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas,
@@ -408,8 +434,8 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 
 }  // namespace
 
-// reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. `gradient` and
-// `inplace` say how
+// reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. Where
+//   align_corners is given, the logits are upsampled to the target's size. `gradient` and `inplace` say how
 //   it is differentiated.
 // gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
@@ -420,10 +446,10 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
-        "int ignore_index, str gradient, bool inplace) -> Tensor");
+        "int ignore_index, str gradient, bool inplace, bool? align_corners=None) -> Tensor");
     m.def(
         "gradient(Tensor logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
-        "int[] class_levels, int ignore_index, str gradient) -> Tensor");
+        "int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) -> Tensor");
     m.def(
         "gradient_(Tensor(a!) logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
         "int[] class_levels, int ignore_index, str gradient) -> ()");

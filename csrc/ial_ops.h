@@ -5,7 +5,7 @@
 
 #include <string_view>
 
-#include "ial_math.h"
+#include "ial_bilinear.h"
 
 namespace ial {
 
@@ -22,13 +22,16 @@ struct Inputs {
     const std::optional<at::Tensor>& pixel_weight;
     at::IntArrayRef class_levels;
     int64_t ignore_index;
+    // Where given, the logits are coarse, and this is how they are upsampled to the size of the target.
+    std::optional<bool> align_corners = std::nullopt;
 
     int levels() const;
     void check() const;
     void check_table(const at::Tensor& table) const;  // dL/dstats: (N, g, kStats) of Double
 
-    // `grad` has the logits' shape.
+    // `grad` has the logits' shape. Of logits as large as the target, and of coarse ones:
     Layout layout(const at::Tensor& grad) const;
+    Upsampling upsampling(const at::Tensor& grad) const;
     Label label() const;
 };
 

@@ -1,7 +1,13 @@
 """The Importance-Aware Loss for semantic segmentation (Chen, Gong and Yang, IJCAI 2017) in fused kernels."""
 
 from .hierarchy import CAMVID, CITYSCAPES, Hierarchy
-from .loss import Components, ImportanceAwareLoss, importance_aware_loss, validate_target
+from .loss import (
+    Components,
+    ImportanceAwareLoss,
+    importance_aware_loss,
+    upsampled_cross_entropy,
+    validate_target,
+)
 from .weights import median_frequency_weights
 
 __version__ = "0.1.0"
@@ -14,5 +20,6 @@ __all__ = [
     "ImportanceAwareLoss",
     "importance_aware_loss",
     "median_frequency_weights",
+    "upsampled_cross_entropy",
     "validate_target",
 ]

@@ -128,6 +128,7 @@ if _C is not None:
         ignore_index: int,
         gradient: str,
         inplace: bool,
+        align_corners: bool | None = None,
     ) -> Tensor:
         return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
 
@@ -141,6 +142,7 @@ if _C is not None:
         class_levels: list[int],
         ignore_index: int,
         gradient: str,
+        align_corners: bool | None = None,
     ) -> Tensor:
         return torch.empty_like(logits)
 

@@ -21,6 +21,7 @@ _CHOICES = {
     "factor_normalization": ("mean", "sum"),
     "factor_scope": ("image", "batch"),
     "gradient": ("exact", "paper"),
+    "upsample": (None, "bilinear"),
 }
 
 
@@ -51,6 +52,7 @@ def importance_aware_loss(
     factor_scope: str = "image",
     gradient: str = "exact",
     upsample: str | None = None,
+    align_corners: bool = False,
     backend: str = "auto",
     inplace: bool = False,
     return_components: bool = False,
@@ -87,15 +89,19 @@ def importance_aware_loss(
         factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch.
         gradient: "exact": the derivative; "paper": Eqs. 9 to 19 to the letter, where the derivative of pi by
             the logits of other classes is left out (Eq. 15).
-        upsample: None; coarse logits are not upsampled in this version.
+        upsample: None, or "bilinear": ``logits`` (N, C, h, w) are coarse, ``target`` and ``pixel_weight``
+            (N, H, W), and the loss is that of `torch.nn.functional.interpolate(logits, (H, W),
+            mode="bilinear")`, whose result is never written to memory: each pixel's logits are interpolated
+            when it is their turn, and the gradient is added up at coarse size, in a fixed order. Any ratio.
+        align_corners: how ``upsample`` places the pixels, as in `interpolate`.
         backend: "auto" (the best for the device of ``logits``), "cuda", "fused", "triton", "cpu" or
             "reference". ``python -m ial_cuda info`` tells which there are. "cuda" reads the logits once for
             the loss and once more in the backward pass. "fused" computes the gradient with the loss, in one
             launch that keeps the logits on the chip; backward has nothing left to do where the gradient of
             the loss is 1, and else computes it as "cuda" does. "auto" takes "fused" where a backward pass
             will come, an image fits on the chip, and the logits are not float16, whose losses are scaled.
-            Without a backward pass, with ``inplace`` or ``reduction="none"`` and under torch.compile, "fused"
-            is "cuda".
+            Without a backward pass, with ``upsample``, ``inplace`` or ``reduction="none"`` and under
+            torch.compile, "fused" is "cuda".
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
             size. Then they are gone, and a backward pass that still needs them raises. "reference" and
             torch.compile, which plans memory itself, leave them.
@@ -111,7 +117,7 @@ def importance_aware_loss(
             environment has IAL_CUDA_DEBUG=1: then it is the same error, at the price of a synchronisation.
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: the backend asked for is not there; the message says why, and the mend.
-        NotImplementedError: ``upsample`` or ``process_group``; or, later, when the gradient of the gradient
+        NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
             is asked for ("reference" has it).
     """
     _check_options(
@@ -119,13 +125,16 @@ def importance_aware_loss(
         factor_normalization=factor_normalization,
         factor_scope=factor_scope,
         gradient=gradient,
+        upsample=upsample,
         backend=backend,
     )
-    if upsample is not None:
-        raise NotImplementedError(f"upsample is {upsample!r}, expected None: not in this version")
+    _check_upsample(upsample, align_corners, inplace)
+    corners = align_corners if upsample else None
     if process_group is not None:
         raise NotImplementedError("process_group is not None: sums over processes are not in this version")
-    _check_tensors(logits, target, hierarchy, weight, pixel_weight, inplace)
+    _check_tensors(logits, target, hierarchy, weight, pixel_weight, upsample)
+    if inplace and logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace is True, expected False: logits is a leaf that requires a gradient")
     lambdas = _per_factor(lambdas, hierarchy)
     if not -math.inf < alpha < math.inf:
         raise ValueError(f"alpha is {alpha!r}, expected a finite number")
@@ -138,6 +147,7 @@ def importance_aware_loss(
         logits.requires_grad
         and torch.is_grad_enabled()
         and not inplace
+        and upsample is None
         and reduction != "none"
         and not torch.compiler.is_compiling()
     )
@@ -161,6 +171,7 @@ def importance_aware_loss(
             factor_normalization=factor_normalization,
             factor_scope=factor_scope,
             gradient=gradient,
+            align_corners=corners,
         )
     else:
         operators = _ops.operators(backend)
@@ -169,7 +180,8 @@ def importance_aware_loss(
         if at_once and backend in _ops.one_launch.values():
             loss, f, stats, *_ = operators.fused(*pixels, *combining)
         else:
-            stats = operators.reduce(*pixels, inplace and not torch.compiler.is_compiling())
+            inplace = inplace and not torch.compiler.is_compiling()
+            stats = operators.reduce(*pixels, inplace, corners)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             loss, f = operators.combine(stats, *combining, dtype)
         if return_components:
@@ -179,6 +191,54 @@ def importance_aware_loss(
         return loss
     f = f.detach()
     return loss, Components(f, f + alpha, S.detach(), count)
+
+
+def upsampled_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    align_corners: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Cross-entropy of coarse logits at the size of the target, without logits of that size:
+
+        F.cross_entropy(F.interpolate(logits, target.shape[1:], mode="bilinear"), target, weight, ...)
+
+    Args:
+        logits: (N, C, h, w), float64, float32, float16 or bfloat16.
+        target: (N, H, W) class indices, int64, int32 or uint8, of any size.
+        weight: (C,) class weights; ones if None.
+        ignore_index: pixels with this label are left out.
+        reduction: "mean": over the weight of the valid pixels, 0 where there are none; "sum"; "none": one
+            sum for each image.
+        align_corners: how the pixels are placed, as in `torch.nn.functional.interpolate`.
+        backend: as in `importance_aware_loss`, which this is for a hierarchy of one level.
+
+    Returns:
+        The loss, () or with ``reduction="none"`` (N,); float64 for float64 logits, else float32.
+
+    Raises:
+        What `importance_aware_loss` raises.
+
+    >>> loss = upsampled_cross_entropy(head(features), labels)  # logits at a quarter of the labels' size
+    """
+    _check_tensor("logits", logits, _LOGITS_DTYPES)
+    if logits.dim() < 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C, h, w)")
+    return importance_aware_loss(
+        logits,
+        target,
+        Hierarchy.flat(logits.shape[1]),
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        upsample="bilinear",
+        align_corners=align_corners,
+        backend=backend,
+    )
 
 
 class ImportanceAwareLoss(nn.Module):
@@ -215,6 +275,7 @@ class ImportanceAwareLoss(nn.Module):
         factor_scope: str = "image",
         gradient: str = "exact",
         upsample: str | None = None,
+        align_corners: bool = False,
         backend: str = "auto",
         inplace: bool = False,
         return_components: bool = False,
@@ -228,8 +289,10 @@ class ImportanceAwareLoss(nn.Module):
             factor_normalization=factor_normalization,
             factor_scope=factor_scope,
             gradient=gradient,
+            upsample=upsample,
             backend=backend,
         )
+        _check_upsample(upsample, align_corners, inplace)
         ignore_index = as_int(ignore_index, "ignore_index")
         if 0 <= ignore_index < hierarchy.num_classes:
             warnings.warn(
@@ -247,6 +310,7 @@ class ImportanceAwareLoss(nn.Module):
             "factor_scope": factor_scope,
             "gradient": gradient,
             "upsample": upsample,
+            "align_corners": align_corners,
             "backend": backend,
             "inplace": inplace,
             "return_components": return_components,
@@ -287,11 +351,22 @@ def validate_target(target: Tensor, num_classes: int, ignore_index: int = 255) -
         )
 
 
-def _check_options(**options: str) -> None:
+def _check_options(**options: str | None) -> None:
     for name, value in options.items():
         choices = ("auto", *_ops.unavailable) if name == "backend" else _CHOICES[name]
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_upsample(upsample: str | None, align_corners: bool, inplace: bool) -> None:
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners is {align_corners!r}, expected a bool")
+    if upsample is None and align_corners:
+        raise ValueError("align_corners is True, expected False: upsample is None")
+    if upsample is not None and inplace:
+        raise ValueError(
+            f"inplace is True, expected False: with upsample={upsample!r} a gradient depends on other logits too"
+        )
 
 
 def _check_hierarchy(hierarchy: Hierarchy) -> None:
@@ -327,7 +402,7 @@ def _check_tensors(
     hierarchy: Hierarchy,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
-    inplace: bool,
+    upsample: str | None,
 ) -> None:
     _check_hierarchy(hierarchy)
     num_classes = hierarchy.num_classes
@@ -340,6 +415,18 @@ def _check_tensors(
             "classes of hierarchy"
         )
     expected = tuple(logits.shape[:1] + logits.shape[2:])
+    if upsample is not None:
+        if (
+            logits.dim() != 4
+            or target.dim() != 3
+            or len(target) != len(logits)
+            or 0 in target.shape[1:] + logits.shape[2:]
+        ):
+            raise ValueError(
+                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
+                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample={upsample!r}"
+            )
+        expected = tuple(target.shape)
     if target.shape != expected:
         raise ValueError(
             f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {expected} "
@@ -355,8 +442,6 @@ def _check_tensors(
     for name, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} like logits")
-    if inplace and logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace is True, expected False: logits is a leaf that requires a gradient")
 
 
 def _per_factor(lambdas: float | Sequence[float], hierarchy: Hierarchy) -> tuple[float, ...]:

@@ -30,6 +30,7 @@ def importance_aware_loss(
     factor_normalization: str = "mean",
     factor_scope: str = "image",
     gradient: str = "exact",
+    align_corners: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
@@ -39,6 +40,8 @@ def importance_aware_loss(
     """
     g = hierarchy.num_levels
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    if align_corners is not None:  # coarse logits (N, C, h, w), target (N, H, W)
+        x = F.interpolate(x, target.shape[1:], mode="bilinear", align_corners=align_corners)
     x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
     target = target.reshape(x.shape[0], x.shape[2])  # (N, P), as all that follows
 

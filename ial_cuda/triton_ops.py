@@ -244,6 +244,7 @@ def reduce(
     ignore_index: int,
     gradient: str,
     inplace: bool,
+    align_corners: bool | None = None,
 ) -> Tensor:
     inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index)
     inputs.check()
@@ -353,6 +354,7 @@ def gradient(
     class_levels: list[int],
     ignore_index: int,
     gradient: str,
+    align_corners: bool | None = None,
 ) -> Tensor:
     grad = torch.empty_like(logits)
     _gradient_into(

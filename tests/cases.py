@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import interpreted
@@ -179,12 +180,36 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
     float16 that is infinity.
     """
     expected = truth(logits, target, hierarchy, **options)
+    judge(
+        backend, logits, target, hierarchy, expected, scales(logits, target, expected, **options), **options
+    )
+
+
+def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corners=False, **options):
+    """`check` of coarse logits. Their interpolation rounds the logits themselves, which the rounding of all
+    results grows by; a gradient is relative to what all pixels around a coarse logit may add to it."""
+    size = target.shape[1:]
+    y, x = (
+        torch.from_numpy(oracle.interpolation(*sizes, align_corners))
+        for sizes in zip(logits.shape[2:], size, strict=True)
+    )
+    fine = y @ logits.detach().double() @ x.T
+    expected = truth(fine, target, hierarchy, **options)
+    scale = scales(fine, target, expected, **options)
+    scale = {name: value * (1 + fine.abs().max().item()) for name, value in scale.items()}
+    scale["grad"] *= (y.sum(0).max() * x.sum(0).max()).item()
+    expected = replace(expected, grad=(y.T @ torch.from_numpy(expected.grad) @ x).numpy())
+    corners = dict(upsample="bilinear", align_corners=align_corners)
+    judge(backend, logits, target, hierarchy, expected, scale, **options, **corners)
+
+
+def judge(backend, logits, target, hierarchy, expected, scale, **options):
+    """The rule of `check`, for results whose rounding is relative to `scale`."""
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
     arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
     eager_loss, eager_grad, (eager_f, eager_F, eager_S, _) = run(
         "reference", logits.to(arithmetic), target, hierarchy, **options
     )
-    scale = scales(logits, target, expected, **options)
     ulps = 64 if arithmetic == torch.float64 else 4
     assert loss.dtype == arithmetic
     assert grad.dtype == logits.dtype and grad.shape == logits.shape

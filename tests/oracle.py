@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -165,3 +166,17 @@ def importance_aware_loss(
     grad[:, valid] = dX
     grad = np.moveaxis(grad.reshape(C, N, *spatial), 0, 1)
     return Result(loss, grad, f, f + alpha, S, count)
+
+
+def interpolation(coarse: int, fine: int, align_corners: bool) -> Array:
+    """The (fine, coarse) matrix by which F.interpolate(mode="bilinear") upsamples a line, from rationals."""
+    A = np.zeros((fine, coarse))
+    for d in range(fine):
+        if align_corners:
+            at = Fraction(d * (coarse - 1), max(fine - 1, 1))
+        else:
+            at = max(Fraction(2 * d + 1, 2) * Fraction(coarse, fine) - Fraction(1, 2), Fraction(0))
+        i = min(int(at), coarse - 1)
+        A[d, i] += 1 - float(at - i)
+        A[d, min(i + 1, coarse - 1)] += float(at - i)
+    return A

@@ -70,7 +70,6 @@ BAD = {
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of 'exact', 'paper'"),
     "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', 'fused', 'triton', 'reference'"),
     "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', 'reference'"),
-    "upsample": (dict(upsample="bilinear"), NotImplementedError, "upsample is 'bilinear', expected None"),
     "process_group": (dict(process_group=object()), NotImplementedError, "process_group is not None"),
 }  # fmt: skip
 

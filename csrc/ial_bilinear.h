@@ -1,0 +1,64 @@
+// Coarse logits, upsampled to the size of the target: which of them a pixel is made of.
+//
+// F.interpolate(mode="bilinear") puts pixel d of a line of `fine` ones at
+//   align_corners = false   (d + 1/2) coarse / fine - 1/2, but not below 0
+//   align_corners = true    d (coarse - 1) / (fine - 1)
+// on the line of coarse logits. Its cell is what lies between two neighbours there: the pixels of cell i are
+// side by side, and with f the fraction by which they are beyond i each is (1 - f) x_i + f x_{i+1}. Beyond
+// the last logit is the last cell's half, in which f = 0. Positions are fractions of integers, so they are
+// exact.
+#pragma once
+
+#include "ial_math.h"
+
+namespace ial {
+
+struct Axis {
+    int64_t coarse, fine;
+    int64_t step, origin, unit;  // pixel d is at (step d + origin) / unit
+
+    IAL_HD Axis(int64_t coarse, int64_t fine, bool align_corners)
+        : coarse(coarse),
+          fine(fine),
+          step(align_corners ? coarse - 1 : 2 * coarse),
+          origin(align_corners ? 0 : coarse - fine),
+          unit(!align_corners ? 2 * fine
+               : fine > 1     ? fine - 1
+                              : 1) {}
+
+    // The first pixel of cell i; that of cell `coarse` is the number of pixels.
+    IAL_HD int64_t first(int64_t i) const {
+        if (i <= 0) return 0;
+        if (i >= coarse || step == 0) return fine;
+        const int64_t d = (i * unit - origin + step - 1) / step;  // i * unit > origin
+        return d < fine ? d : fine;
+    }
+
+    IAL_HD int64_t cell(int64_t d) const {
+        const int64_t at = step * d + origin, i = at < 0 ? 0 : at / unit;
+        return i < coarse ? i : coarse - 1;
+    }
+
+    // By which pixel d of cell i is beyond logit i.
+    template <typename A>
+    IAL_HD A fraction(int64_t i, int64_t d) const {
+        const int64_t beyond = step * d + origin - i * unit;
+        return beyond < 0 || i == coarse - 1 ? A(0) : static_cast<A>(beyond) / static_cast<A>(unit);
+    }
+};
+
+// Strides of (N, C, y, x) or (N, y, x).
+struct Image {
+    int64_t batch, channel, row, pixel;
+
+    IAL_HD int64_t offset(int64_t n, int64_t y, int64_t x) const { return n * batch + y * row + x * pixel; }
+};
+
+struct Upsampling {
+    int64_t batch, classes;
+    Axis y, x;
+    Image logits, grad;          // coarse
+    Image target, pixel_weight;  // fine
+};
+
+}  // namespace ial

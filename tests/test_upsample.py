@@ -1,0 +1,258 @@
+"""Coarse logits: every backend against the float64 oracle, and against interpolate-then-loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import (
+    BACKENDS,
+    DTYPES,
+    EMULATED,
+    HIERARCHY,
+    KERNELS,
+    OPTIONS,
+    check_upsampled,
+    device_of,
+    make_logits,
+    make_target,
+    run,
+)
+
+from ial_cuda import Hierarchy, importance_aware_loss, upsampled_cross_entropy
+
+WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
+CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
+RATIOS = [1, 2, 3, 4, 7.3, 8, 16, 0.5]
+#: Of the coarse logits: odd, of one pixel in each direction, and more than a vector or a warp is wide.
+SIZES = [(5, 7), (1, 1), (1, 9), (6, 1), (3, 37)]
+
+
+def sizes(ratio, size):
+    return tuple(max(1, round(ratio * length)) for length in size)
+
+
+def test_the_oracle_interpolates_as_torch():
+    for coarse, ratio, align_corners in itertools.product((1, 2, 5, 9), RATIOS, (False, True)):
+        fine = max(1, round(coarse * ratio))
+        line = torch.eye(coarse, dtype=torch.float64)[:, None]  # (N, C, length): unit vectors
+        expected = F.interpolate(line, fine, mode="linear", align_corners=align_corners)[:, 0].T
+        matrix = torch.from_numpy(oracle.interpolation(coarse, fine, align_corners))
+        torch.testing.assert_close(matrix, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@CORNERS
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_equals_interpolate_then_loss(backend, ratio, size, align_corners):
+    """In float64, to 1e-12: value and gradient of the two-step loss that it replaces."""
+    logits = make_logits((2, 5, *size))
+    target = make_target((2, *sizes(ratio, size)), 5)
+    loss, grad, _ = run(
+        backend, logits, target, weight=WEIGHT.double(), upsample="bilinear", align_corners=align_corners
+    )
+    leaf = logits.clone().requires_grad_()
+    fine = F.interpolate(leaf, target.shape[1:], mode="bilinear", align_corners=align_corners)
+    expected = importance_aware_loss(fine, target, HIERARCHY, weight=WEIGHT.double(), backend="reference")
+    (expected_grad,) = torch.autograd.grad(expected, leaf)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12 * expected_grad.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@CORNERS
+@pytest.mark.parametrize("ratio", [4, 2.7, 0.6])
+def test_every_dtype(backend, dtype, ratio, align_corners):
+    logits = make_logits((2, 5, 9, 13), dtype)
+    target = make_target((2, *sizes(ratio, (9, 13))), 5)
+    check_upsampled(backend, logits, target, weight=WEIGHT, align_corners=align_corners)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", OPTIONS["gradient"])
+@pytest.mark.parametrize("reduction", OPTIONS["reduction"])
+@pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
+def test_options(backend, gradient, reduction, scope):
+    target = make_target((3, 21, 26), 5, dtype=torch.uint8)
+    grad_output = torch.tensor([0.7, -1.3, 2.0]) if reduction == "none" else torch.tensor(-0.6)
+    check_upsampled(
+        backend,
+        make_logits((3, 5, 6, 7), torch.float32),
+        target,
+        weight=WEIGHT,
+        pixel_weight=torch.rand(target.shape, generator=torch.Generator().manual_seed(1)),
+        grad_output=grad_output,
+        gradient=gradient,
+        reduction=reduction,
+        factor_scope=scope,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 19, 32, 33, 150, 1000])
+def test_every_number_of_classes(backend, dtype, classes):
+    levels = [list(range(k, classes, 4)) for k in range(min(4, classes))]
+    target = make_target((1, 9, 14), classes, ignore_index=-1)
+    logits = make_logits((1, classes, 3, 4), dtype)
+    check_upsampled(backend, logits, target, Hierarchy(levels), ignore_index=-1)
+
+
+LAYOUTS = {
+    "channels_last": lambda make: make(2, 5, 6, 9).to(memory_format=torch.channels_last),
+    "cropped": lambda make: make(2, 5, 9, 15)[..., 1:7, 3:12],
+    "transposed": lambda make: make(2, 5, 9, 6).transpose(2, 3),
+    "every_other_pixel": lambda make: make(2, 5, 6, 18)[..., ::2],
+    "some_channels": lambda make: make(2, 9, 6, 9)[:, 2:7],
+    "expanded": lambda make: make(1, 5, 6, 9).expand(2, 5, 6, 9),
+    "odd_offset": lambda make: make(2 * 5 * 6 * 9 + 3)[3:].view(2, 5, 6, 9),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(backend, dtype, layout):
+    logits = LAYOUTS[layout](lambda *shape: make_logits(shape, dtype))
+    assert logits.shape == (2, 5, 6, 9)
+    check_upsampled(backend, logits, make_target((2, 23, 31), 5), weight=WEIGHT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_every_target(backend, dtype):
+    target = make_target((2, 23, 62), 5, dtype=dtype)[..., ::2]
+    weights = torch.rand(2, 31, 23, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
+    check_upsampled(backend, make_logits((2, 5, 6, 9), torch.float32), target, pixel_weight=weights)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@CORNERS
+@pytest.mark.parametrize("fine", [(6, 9), (2, 2)], ids=["up", "down"])
+def test_gradcheck(backend, align_corners, fine):
+    device = device_of(backend)
+    logits = make_logits((2, 5, 3, 4), spread=1.0).to(device).requires_grad_()
+    target = make_target((2, *fine), 5).to(device)
+    assert torch.autograd.gradcheck(
+        lambda x: importance_aware_loss(
+            x, target, HIERARCHY, upsample="bilinear", align_corners=align_corners, backend=backend
+        ),
+        logits,
+        fast_mode=backend in EMULATED,  # one random direction, not each of 120 logits
+    )
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_more_accurate_than_two_steps_in_half_precision(backend, dtype):
+    """The two steps round the fine logits and their gradient; we round the coarse gradient only."""
+    logits = make_logits((2, 5, 9, 13), dtype)
+    target = make_target((2, 36, 52), 5)
+    leaf = logits.clone().requires_grad_()
+    two_steps = F.cross_entropy(
+        F.interpolate(leaf, (36, 52), mode="bilinear").float(), target, ignore_index=255
+    )
+    (two_step_grad,) = torch.autograd.grad(two_steps, leaf)
+    flat = Hierarchy.flat(5)
+    true_loss, true_grad, _ = run("reference", logits.double(), target, flat, upsample="bilinear")
+    loss, grad, _ = run(backend, logits, target, flat, upsample="bilinear")
+    assert (loss - true_loss).abs() < (two_steps.detach() - true_loss).abs()
+    error, two_step_error = ((g.double() - true_grad).square().mean().sqrt() for g in (grad, two_step_grad))
+    assert error < two_step_error
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", OPTIONS["reduction"])
+@CORNERS
+def test_cross_entropy(backend, reduction, align_corners):
+    device = device_of(backend)
+    logits = make_logits((3, 5, 6, 9)).to(device).requires_grad_()
+    target, weight = make_target((3, 23, 31), 5, ignore_index=-100).to(device), WEIGHT.double().to(device)
+    options = dict(ignore_index=-100, reduction=reduction)
+    loss = upsampled_cross_entropy(
+        logits, target, weight, align_corners=align_corners, backend=backend, **options
+    )
+    fine = F.interpolate(logits, (23, 31), mode="bilinear", align_corners=align_corners)
+    expected = F.cross_entropy(fine, target, weight, **options)
+    if reduction == "none":
+        expected = expected.sum(dim=(1, 2))
+    grad, expected_grad = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
+    # both in float64, whose eps is 2.2e-16; sums of 700 terms and the positions of the pixels take a few digits
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12 * expected_grad.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_huge_logits(backend, dtype):
+    """Where the most likely class changes between two coarse logits, the maximum of none of them is near."""
+    logits = make_logits((2, 5, 6, 9), dtype).sign() * 1e4
+    check_upsampled(backend, logits, make_target((2, 23, 31), 5))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_same_bits_each_time(backend):
+    logits, target = make_logits((2, 5, 9, 13), torch.float32), make_target((2, 36, 52), 5)
+    first, second = (run(backend, logits, target, upsample="bilinear") for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("label", [5, -1, 200])
+def test_bad_labels(backend, label):
+    logits, target = make_logits((2, 5, 9, 13), torch.float32), make_target((2, 36, 52), 5, dtype=torch.int32)
+    target[1, 35, 7] = label
+    if backend == "cpu":
+        message = rf"target has label {label} at \(1, 35, 7\), the first of 1 bad pixels"
+        with pytest.raises(ValueError, match=message):
+            run(backend, logits, target, upsample="bilinear")
+        return
+    loss, grad, _ = run(backend, logits, target, upsample="bilinear")
+    assert loss.isnan() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_valid_and_no_image(backend):
+    for images in (0, 2):
+        logits, target = make_logits((images, 5, 3, 4)), torch.full((images, 12, 16), 255)
+        loss, grad, _ = run(backend, logits, target, upsample="bilinear")
+        assert loss == 0 and grad.shape == logits.shape and (grad == 0).all()
+
+
+BAD = {
+    "upsample": (dict(upsample="nearest"), ValueError, "upsample is 'nearest', expected one of None"),
+    "alone": (dict(upsample=None, align_corners=True), ValueError, "align_corners is True, expected False"),
+    "type": (dict(align_corners=1), TypeError, "align_corners is 1, expected a bool"),
+    "inplace": (dict(inplace=True), ValueError, "inplace is True, expected False: with upsample='bilinear'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_options(name):
+    bad, exception, message = BAD[name]
+    logits, target = make_logits((2, 5, 3, 4)), make_target((2, 12, 16), 5)
+    with pytest.raises(exception, match=message):
+        importance_aware_loss(logits, target, HIERARCHY, **({"upsample": "bilinear"} | bad))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("logits", "target"),
+    [((2, 5, 4), (2, 12)), ((2, 5, 3, 4), (2, 12)), ((2, 5, 3, 4), (1, 12, 16)), ((2, 5, 0, 4), (2, 12, 16))],
+    ids=str,
+)
+def test_bad_shapes(backend, logits, target):
+    device = device_of(backend)
+    with pytest.raises(ValueError, match=r"expected \(N, C, h, w\) and \(N, H, W\), none of h, w, H and W 0"):
+        importance_aware_loss(
+            torch.zeros(logits, device=device),
+            torch.zeros(target, dtype=torch.int64, device=device),
+            HIERARCHY,
+            upsample="bilinear",
+            backend=backend,
+        )
