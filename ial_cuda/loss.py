@@ -365,7 +365,7 @@ def _check_upsample(upsample: str | None, align_corners: bool, inplace: bool) ->
         raise ValueError("align_corners is True, expected False: upsample is None")
     if upsample is not None and inplace:
         raise ValueError(
-            f"inplace is True, expected False: with upsample={upsample!r} a gradient depends on other logits too"
+            f"inplace is True, expected False: with upsample={upsample!r} gradients depend on logits nearby"
         )
 
 

@@ -182,7 +182,7 @@ def test_cross_entropy(backend, reduction, align_corners):
     if reduction == "none":
         expected = expected.sum(dim=(1, 2))
     grad, expected_grad = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
-    # both in float64, whose eps is 2.2e-16; sums of 700 terms and the positions of the pixels take a few digits
+    # both in float64, whose eps is 2.2e-16; sums of 700 terms and positions take a few digits
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12 * expected_grad.abs().max().item())
 
