@@ -333,8 +333,9 @@ def test_memory_of_the_reference():
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_same_bits_every_time_and_for_any_number_of_threads(backend, layout):
-    logits = make_logits((2, 19, 200, 333), torch.float32).contiguous(memory_format=layout)
-    target = make_target((2, 200, 333), 19)
+    size = (50, 83) if backend in EMULATED else (200, 333)
+    logits = make_logits((2, 19, *size), torch.float32).contiguous(memory_format=layout)
+    target = make_target((2, *size), 19)
     threads = torch.get_num_threads()
     results = []
     try:
