@@ -281,7 +281,7 @@ struct CoarseCall {
     }
 
     // What a thread needs; CellBuffer has the parts.
-    int64_t buffer() const { return coarse.up.classes * (5 * kCells + 2 * (kCells + kCellPad)); }
+    int64_t buffer() const { return coarse.up.classes * (4 * kCells + 3 * (kCells + kCellPad)); }
 };
 
 // stats (N, g, kStats) of images that go in chunks: `reduce(i, buffer, lanes, sums, bad)` leaves the
