@@ -80,8 +80,8 @@ struct Run {
             const ReduceClass<A> its = by_class[tile.labels.some_class(j)];
             const A w = its.weight * tile.labels.pixel_weight(j);
             const A s = w * (logarithm(tile.sum[j]) - tile.target[j]);
-            const A pi = exponential(tile.target[j]) * reciprocal(tile.sum[j]);
-            if (tile.labels.label[j] < 0 || its.level < 0 || its.level >= levels) continue;
+            const A pi = tile.own(j) * reciprocal(tile.sum[j]);
+            if (!tile.labels.has(j) || its.level < 0 || its.level >= levels) continue;
             if (its.level != level) {
                 flush();
                 level = its.level;
@@ -208,8 +208,8 @@ IAL_D PixelGradient<typename Tile::A> differentiate(const Tile& tile, int j,
     const GradientClass<A> its = by_class[tile.labels.some_class(j)];
     const A inverse = reciprocal(tile.sum[j]);
     PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.labels.pixel_weight(j),
-                           exponential(tile.target[j]) * inverse, exact ? A(1) : A(0));
-    pixel.scale = tile.labels.label[j] < 0 ? A(0) : pixel.scale * inverse;
+                           tile.own(j) * inverse, exact ? A(1) : A(0));
+    pixel.scale = tile.labels.has(j) ? pixel.scale * inverse : A(0);
     return pixel;
 }
 
@@ -223,7 +223,7 @@ IAL_D void differentiate(Tile& tile, const GradientClass<typename Tile::A>* by_c
     for (int j = 0; j < Tile::V; ++j) {
         const PixelGradient<A> pixel = differentiate(tile, j, by_class, exact);
         scale[j] = pixel.scale;
-        own[j] = exponential(tile.target[j]) * pixel.scale + pixel.extra;
+        own[j] = tile.own(j) * pixel.scale + pixel.extra;
     }
     tile.store_gradient(to, channel, scale, own);
 }

@@ -275,8 +275,9 @@ struct GradientUpsampled {
         using A = typename Chunk::A;
         constexpr int64_t kMostLanes = 8;  // leaves a row of a tile four cells
         const UpsampledProblem<T>& problem = call.problem;
-        const size_t classes = problem.classes * sizeof(GradientClass<A>);
-        const int most = (kSharedBytes - classes) / CornerSums<A>::bytes(1);
+        const size_t besides =
+            problem.classes * sizeof(GradientClass<A>) + Chunk::V * kTileThreads * sizeof(A);
+        const int most = (kSharedBytes - besides) / CornerSums<A>::bytes(1);
         Tiles tiles{};
         tiles.turn = divide_up(problem.classes, divide_up(problem.classes, most));
         tiles.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMostLanes));
@@ -284,7 +285,7 @@ struct GradientUpsampled {
         tiles.columns = divide_up(problem.upsampling.x.coarse, tiles.cells() - 1);
         launcher(gradient_upsampled_kernel<Chunk>,
                  dim3(problem.upsampling.batch * tiles.rows * tiles.columns), kTileThreads,
-                 classes + CornerSums<A>::bytes(tiles.turn), problem, tiles, table.const_data_ptr<double>(),
+                 besides + CornerSums<A>::bytes(tiles.turn), problem, tiles, table.const_data_ptr<double>(),
                  exact, static_cast<T*>(grad.mutable_data_ptr()));
     }
 };

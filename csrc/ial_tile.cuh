@@ -309,6 +309,8 @@ struct Labels {
                      : nullptr;
     }
 
+    IAL_D bool has(int j) const { return label[j] >= 0; }
+
     // The class of pixel j, or any where it has none.
     IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
 
@@ -350,6 +352,9 @@ struct Tile {
         softmax();
         for (int j = 0; j < V; ++j) target[j] = widen(own[j]) - max[j];
     }
+
+    // e^(x_y - max)
+    IAL_D A own(int j) const { return exponential(target[j]); }
 
     // Whether x holds all classes, and not only those whose turn was last.
     IAL_D bool whole() const { return !kTakesTurns || classes <= B; }

@@ -17,10 +17,13 @@
 namespace ial {
 namespace gpu {
 
+// Of gradient: rows of cells of a tile, a warp each.
+constexpr int kTileRows = 8, kTileThreads = kTileRows * kWarp;
+
 template <typename T>
 struct UpsampledProblem : Operands<T> {
     Upsampling upsampling;
-    int64_t parts_y, parts_x;  // chunks that a cell is cut into
+    int parts_y, parts_x;  // chunks that a cell is cut into
 };
 
 IAL_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -30,14 +33,7 @@ IAL_HD int64_t most_pixels(const Axis& axis) {
     return axis.step > 0 ? divide_up(axis.unit, axis.step) : axis.fine;
 }
 
-// The first pixel of a cell from -1 on.
-IAL_HD int64_t first_pixel(const Axis& axis, int64_t cell) {
-    if (cell != 0 || axis.origin >= 0) return axis.first(cell);
-    const int64_t before = divide_up(-axis.origin, axis.step);
-    return before < axis.fine ? before : axis.fine;
-}
-
-// A chunk's extent along one axis.
+// A chunk's extent along one axis. Pixel d is at (step d + origin) / unit, those of cell i in [i, i + 1).
 template <typename A, int S>
 struct Span {
     int64_t first;      // pixel
@@ -45,13 +41,20 @@ struct Span {
     int64_t low, high;  // the coarse logits around them
     A fraction[S];      // of `high` in each pixel
 
-    IAL_D void read(const Axis& axis, int64_t cell, int64_t part) {
-        first = first_pixel(axis, cell) + part * S;
-        const int64_t rest = first_pixel(axis, cell + 1) - first;
-        count = static_cast<int>(rest < 0 ? 0 : rest < S ? rest : S);
+    IAL_D void read(const Axis& axis, int64_t cell, int part) {
+        const int64_t before = cell * axis.unit - axis.origin;
+        const bool from_start = cell < 0 || before <= 0 || axis.step == 0;
+        first = (from_start ? 0 : divide_up(before, axis.step)) + int64_t(part) * S;
         low = cell < 0 ? 0 : cell;
         high = cell + 1 < axis.coarse ? cell + 1 : cell;
-        for (int i = 0; i < S; ++i) fraction[i] = cell < 0 ? A(1) : axis.fraction<A>(cell, first + i);
+        const int64_t beyond = axis.step * first - before;
+        const A unit = A(1) / static_cast<A>(axis.unit), step = static_cast<A>(axis.step) * unit;
+        count = 0;
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+            count += first + i < axis.fine && beyond + i * axis.step < axis.unit;
+            fraction[i] = cell < 0 ? A(1) : high == low ? A(0) : static_cast<A>(beyond) * unit + step * i;
+        }
     }
 };
 
@@ -82,14 +85,28 @@ struct ChunkLabels {
                     const Span<A, S>& x) {
         const Image& target = problem.upsampling.target;
         const int64_t first = target.offset(image, y.first, x.first);
-        bad = false;
+        const auto load = [&](auto* row) {
+            row += first;
 #pragma unroll
-        for (int j = 0; j < S * S; ++j) {
-            label[j] = -1;
-            if (j / S >= y.count || j % S >= x.count) continue;
-            const int64_t at = first + j / S * target.row + j % S * target.pixel;
-            label[j] = class_of(load_label(problem.target, problem.label, at), problem.classes,
-                                problem.ignore_index, &bad);
+            for (int i = 0; i < S; ++i, row += target.row) {
+                auto* at = row;
+#pragma unroll
+                for (int j = 0; j < S; ++j, at += target.pixel)
+                    label[i * S + j] = i < y.count && j < x.count
+                                           ? class_of(*at, problem.classes, problem.ignore_index, &bad)
+                                           : -1;
+            }
+        };
+        bad = false;
+        switch (problem.label) {
+            case Label::kUInt8:
+                load(static_cast<const uint8_t*>(problem.target));
+                break;
+            case Label::kInt32:
+                load(static_cast<const int32_t*>(problem.target));
+                break;
+            default:
+                load(static_cast<const int64_t*>(problem.target));
         }
         weights = problem.upsampling.pixel_weight;
         weight =
@@ -102,11 +119,13 @@ struct ChunkLabels {
         return found;
     }
 
+    IAL_D bool has(int j) const { return label[j] >= 0; }
+
     // The class of pixel j, or any where it has none.
     IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
 
     IAL_D A pixel_weight(int j) const {
-        return weight && label[j] >= 0 ? weight[j / S * weights.row + j % S * weights.pixel] : A(1);
+        return weight && has(j) ? weight[j / S * weights.row + j % S * weights.pixel] : A(1);
     }
 };
 
@@ -124,14 +143,15 @@ struct Chunk {
     const T *top, *bottom;  // logits of class 0 to the left of the cell
     int64_t channel, right;
     ChunkLabels<T, S> labels;
-    A shift[V];   // a logit near the largest; infinite for pixels without a class
-    A sum[V];     // sum_c e^(x_c - shift)
-    A target[V];  // x_y - shift, natural
+    A shift[V];    // a logit near the largest; infinite for pixels without a class
+    A sum[V];      // sum_c e^(x_c - shift)
+    A target[V];   // x_y - shift, natural
+    unsigned far;  // bit j is set where that is not 0
 
     IAL_D explicit Chunk(const UpsampledProblem<T>& problem) : problem(problem) {}
 
     // The chunk that is these parts of a cell: where it is, and its labels.
-    IAL_D void read(int64_t image, int64_t cell_y, int64_t part_y, int64_t cell_x, int64_t part_x) {
+    IAL_D void read(int64_t image, int64_t cell_y, int part_y, int64_t cell_x, int part_x) {
         y.read(problem.upsampling.y, cell_y, part_y);
         x.read(problem.upsampling.x, cell_x, part_x);
         const Image& logits = problem.upsampling.logits;
@@ -167,53 +187,67 @@ struct Chunk {
     // Subtracts a pixel's own logit from the others: it is needed anyway, and mostly it is the largest, so
     // nobody has to look for that. Where one turns out to be far larger, it is found after all.
     IAL_D void softmax() {
-        A own[V];
         Corners<A> around{};
         int last = -1;  // labels come in patches
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const int label = labels.label[j];
             if (label >= 0 && label != last) around = corners(last = label);
-            own[j] = around.interpolate(y.fraction[j / S], x.fraction[j % S]);
-            shift[j] = label < 0 ? A(HUGE_VALF) : own[j];
+            shift[j] = around.interpolate(y.fraction[j / S], x.fraction[j % S]);
+            if (label < 0) shift[j] = HUGE_VALF;
+            target[j] = 0;
         }
         add_up();
-        bool far = false;
-        for (int j = 0; j < V; ++j) far |= sum[j] > kFar;
-        if (far) {
-            for_logits([&](int j, A logit) {
-                if (labels.label[j] >= 0) shift[j] = larger(shift[j], logit);
-            });
-            add_up();
-        }
-        for (int j = 0; j < V; ++j) target[j] = labels.label[j] < 0 ? A(0) : from_unit(own[j] - shift[j]);
+        far = 0;
+        for (int j = 0; j < V; ++j) far |= unsigned(sum[j] > kFar) << j;
+        if (far == 0) return;
+        for (int j = 0; j < V; ++j) target[j] = shift[j];
+        for_logits([&](int j, A logit) {
+            if (far >> j & 1) shift[j] = larger(shift[j], logit);
+        });
+        for (int j = 0; j < V; ++j) target[j] = from_unit(target[j] - shift[j]);
+        add_up();
     }
 
-    A scale[V], extra[V];  // dL/dX_c = scale e^(x_c - shift) + [c = y] extra
+    // e^target, which is nothing where that is not 0.
+    IAL_D A own(int j) const { return far >> j & 1 ? A(0) : A(1); }
 
-    IAL_D void weigh(const GradientClass<A>* by_class, bool exact) {
+    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra. The latter, of few classes, stay in shared memory: in
+    // a column [V, kTileThreads] of the thread's.
+    A scale[V];
+    A* extra;
+    unsigned present;  // bit c % 32 is set where pixels have class c
+
+    IAL_D void weigh(const GradientClass<A>* by_class, bool exact, A* column) {
+        extra = column;
+        present = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             const PixelGradient<A> pixel = differentiate(*this, j, by_class, exact);
             scale[j] = pixel.scale;
-            extra[j] = pixel.extra;
+            extra[j * kTileThreads] = pixel.extra;
+            if (labels.has(j)) present |= 1u << labels.label[j] % 32;
         }
     }
 
     // What the chunk adds to the gradient of the logits of class c around it.
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
+        const bool is_present = present >> c % 32 & 1;
         A all = 0, right = 0, lower = 0, lower_right = 0;
 #pragma unroll
         for (int i = 0; i < S; ++i) {
-            A row = 0, row_right = 0;
-#pragma unroll
-            for (int j = i * S; j < (i + 1) * S; ++j) {
-                const A fraction = x.fraction[j % S];
-                A g = power(around.interpolate(y.fraction[i], fraction) - shift[j]) * scale[j];
-                if (labels.label[j] == c) g += extra[j];
-                row += g;
-                row_right = multiply_add(fraction, g, row_right);
+            A g[S], row = 0, row_right = 0;
+            for (int k = 0; k < S; ++k) {
+                const int j = i * S + k;
+                g[k] = power(around.interpolate(y.fraction[i], x.fraction[k]) - shift[j]) * scale[j];
+            }
+            if (is_present)
+                for (int k = 0; k < S; ++k)
+                    if (labels.label[i * S + k] == c) g[k] += extra[(i * S + k) * kTileThreads];
+            for (int k = 0; k < S; ++k) {
+                row += g[k];
+                row_right = multiply_add(x.fraction[k], g[k], row_right);
             }
             all += row;
             right += row_right;
@@ -228,14 +262,18 @@ struct Chunk {
 // -------------------------------------------------------------------------------------------------
 // reduce, with sum_levels' grid and `partial`: the chunks of an image are counted along their rows
 
+// Blocks that a multiprocessor must hold, for the registers of a thread to hold its chunk.
+template <typename T>
+constexpr int kReduceBlocks = std::is_same_v<T, double> ? 3 : 4;
+
 template <typename Chunk>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kReduceBlocks<typename Chunk::T>)
     reduce_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
                             int block_levels, double* partial) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
     sum_levels(problem, ial_shared, block_levels, partial, [&](int64_t image, int block, const auto& add) {
         Chunk chunk(problem);
-        const int64_t parts_y = problem.parts_y, parts_x = problem.parts_x;
+        const int parts_y = problem.parts_y, parts_x = problem.parts_x;
         const int64_t columns = (problem.upsampling.x.coarse + 1) * parts_x;
         const int64_t chunks = (problem.upsampling.y.coarse + 1) * parts_y * columns;
         const int64_t step = int64_t(problem.blocks) * kThreads;
@@ -253,12 +291,10 @@ __global__ void __launch_bounds__(kThreads, 4)
 // whose four cells are in the tile. So the first row and column of cells are the last ones of the tiles
 // before. In its turn, a class is summed over each cell, and then over the cells around each logit.
 
-constexpr int kTileRows = 8, kTileThreads = kTileRows * kWarp;
-
 struct Tiles {
-    int lanes;              // of a cell, which share its chunks
-    int turn;               // classes that there is shared memory for at a time
-    int64_t rows, columns;  // of tiles
+    int lanes;          // of a cell, which share its chunks
+    int turn;           // classes that there is shared memory for at a time
+    int rows, columns;  // of tiles
 
     IAL_HD int cells() const { return kWarp / lanes; }  // of a row
 };
@@ -302,38 +338,39 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                               typename Chunk::T* grad) {
     using A = typename Chunk::A;
     extern __shared__ __align__(16) unsigned char ial_shared[];
-    const int64_t image = blockIdx.x / (tiles.rows * tiles.columns);
-    const int64_t tile = blockIdx.x % (tiles.rows * tiles.columns);
+    const int image = blockIdx.x / (tiles.rows * tiles.columns);
+    const int tile = blockIdx.x % (tiles.rows * tiles.columns);
     const int row = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int cell = lane / tiles.lanes, lane_of_cell = lane % tiles.lanes;
-    const int64_t y = tile / tiles.columns * (kTileRows - 1) + row - 1;
-    const int64_t x = tile % tiles.columns * (tiles.cells() - 1) + cell - 1;
+    const int y = tile / tiles.columns * (kTileRows - 1) + row - 1;
+    const int x = tile % tiles.columns * (tiles.cells() - 1) + cell - 1;
     const bool is_cell =
         cell < tiles.cells() && y < problem.upsampling.y.coarse && x < problem.upsampling.x.coarse;
 
     auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared);
-    load_classes<kTileThreads>(problem, table + image * problem.levels * kStats, 1, by_class);
-    const CornerSums<A> sums{reinterpret_cast<A*>(by_class + problem.classes), tiles.turn};
+    load_classes<kTileThreads>(problem, table + int64_t(image) * problem.levels * kStats, 1, by_class);
+    A* const extra = reinterpret_cast<A*>(by_class + problem.classes) + threadIdx.x;
+    const CornerSums<A> sums{reinterpret_cast<A*>(by_class + problem.classes) + Chunk::V * kTileThreads,
+                             tiles.turn};
     __syncthreads();
 
     Chunk chunk(problem);
-    const bool one_chunk = problem.parts_y == 1 && problem.parts_x <= tiles.lanes;
+    const int parts = problem.parts_y * problem.parts_x;
     for (int first = 0; first < problem.classes; first += tiles.turn) {
         const int count = tiles.turn < problem.classes - first ? tiles.turn : problem.classes - first;
         if (is_cell) {
             for (int i = 0; i < count; ++i) sums.clear(i);
-            for (int64_t part_y = 0; part_y < problem.parts_y; ++part_y)
-                for (int64_t part_x = lane_of_cell; part_x < problem.parts_x; part_x += tiles.lanes) {
-                    const bool is_new = first == 0 || !one_chunk;
-                    if (is_new) chunk.read(image, y, part_y, x, part_x);
-                    if (!chunk.labels.any()) continue;
-                    if (is_new) {
-                        chunk.softmax();
-                        chunk.weigh(by_class, exact);
-                    }
-#pragma unroll 1
-                    for (int i = 0; i < count; ++i) sums.add(i, chunk.gradient(first + i));
+            for (int part = lane_of_cell; part < parts; part += tiles.lanes) {
+                const bool is_new = first == 0 || parts > tiles.lanes;
+                if (is_new) chunk.read(image, y, part / problem.parts_x, x, part % problem.parts_x);
+                if (!chunk.labels.any()) continue;
+                if (is_new) {
+                    chunk.softmax();
+                    chunk.weigh(by_class, exact, extra);
                 }
+#pragma unroll 1
+                for (int i = 0; i < count; ++i) sums.add(i, chunk.gradient(first + i));
+            }
         }
         __syncthreads();
         if (is_cell && row > 0 && cell > 0) {
