@@ -256,7 +256,7 @@ struct Problem : Operands<T> {
 
 // The class that y is, -1 where it is none. Sets `bad` where it is not ignore_index either.
 IAL_D int class_of(int64_t y, int64_t classes, int64_t ignore, bool* bad) {
-    const bool is_class = y >= 0 && y < classes && y != ignore;
+    const bool is_class = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes) && y != ignore;
     *bad |= !is_class && y != ignore;
     return is_class ? static_cast<int>(y) : -1;
 }

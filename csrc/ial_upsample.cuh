@@ -71,7 +71,7 @@ struct Corners {
     }
 };
 
-// Labels of tile.cuh, for the pixels of a chunk: those that the cell does not have have no class.
+// The labels and weights of the pixels of a chunk: those that the cell does not have have no class.
 template <typename T, int S>
 struct ChunkLabels {
     using A = typename Arithmetic<T>::A;
@@ -233,21 +233,19 @@ struct Chunk {
     // What the chunk adds to the gradient of the logits of class c around it.
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
-        const bool is_present = present >> c % 32 & 1;
+        A g[V];
+        for (int j = 0; j < V; ++j)
+            g[j] = power(around.interpolate(y.fraction[j / S], x.fraction[j % S]) - shift[j]) * scale[j];
+        if (present >> c % 32 & 1)
+            for (int j = 0; j < V; ++j)
+                if (labels.label[j] == c) g[j] += extra[j * kTileThreads];
         A all = 0, right = 0, lower = 0, lower_right = 0;
 #pragma unroll
         for (int i = 0; i < S; ++i) {
-            A g[S], row = 0, row_right = 0;
-            for (int k = 0; k < S; ++k) {
-                const int j = i * S + k;
-                g[k] = power(around.interpolate(y.fraction[i], x.fraction[k]) - shift[j]) * scale[j];
-            }
-            if (is_present)
-                for (int k = 0; k < S; ++k)
-                    if (labels.label[i * S + k] == c) g[k] += extra[(i * S + k) * kTileThreads];
-            for (int k = 0; k < S; ++k) {
-                row += g[k];
-                row_right = multiply_add(x.fraction[k], g[k], row_right);
+            A row = 0, row_right = 0;
+            for (int j = 0; j < S; ++j) {
+                row += g[i * S + j];
+                row_right = multiply_add(x.fraction[j], g[i * S + j], row_right);
             }
             all += row;
             right += row_right;
