@@ -198,9 +198,16 @@ def _no_sums(GROUP: tl.constexpr, THREADS: tl.constexpr, A: tl.constexpr):
 
 
 @triton.jit
-def _add_pixels(
-    sums, max, sum, own, w, valid, bad, level, first_level, GROUP: tl.constexpr, LANES_AXIS: tl.constexpr
-):
+def _of_threads(x):
+    """Sums over the pixels of each thread: LANES of a tile, ROWS and COLUMNS of a tile of cells."""
+    if len(x.shape) == 2:
+        return tl.sum(x, axis=1)
+    else:
+        return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP: tl.constexpr):
     """A bad label makes its image's S_0 NaN: no gradient needs it."""
     pi = tl.exp(own - max) * _inverse(sum)
     s = tl.where(bad, float("nan"), w * (tl.log(sum) - (own - max)))
@@ -210,7 +217,7 @@ def _add_pixels(
         here = valid & (level - first_level == k)
         for i in tl.static_range(_STATS):
             counts = here | (bad & (first_level + k == 0)) if i == _S else here
-            added += (sums[k * _STATS + i] + tl.sum(tl.where(counts, terms[i], 0), axis=LANES_AXIS),)
+            added += (sums[k * _STATS + i] + _of_threads(tl.where(counts, terms[i], 0)),)
     return added
 
 
@@ -268,7 +275,7 @@ def reduce_kernel(
         max, sum, own = _softmax(_load_chunk, (ptrs, _wide(channel), inside), label, C, A)
         w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
         level = _level_of(label, LEVELS, BITS)
-        sums = _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP, 1)
+        sums = _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP)
     _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 

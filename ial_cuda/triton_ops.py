@@ -247,7 +247,7 @@ def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
 class _Upsampling(NamedTuple):
     """How kernels walk along the pixels of cells."""
 
-    arguments: tuple[int, ...]  # from `batch` to `rounds`, and what else both kernels are told
+    arguments: tuple[int, ...]  # from `batch` to `x_rounds`
     constants: dict[str, Any]
     cells: int  # of an image
     rounds: int
@@ -259,11 +259,13 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
         _axis(coarse, fine, bool(inputs.align_corners))
         for coarse, fine in zip(logits.shape[2:], size, strict=True)
     )
-    cells, pixels = (y.coarse + 1) * (x.coarse + 1), y.span * x.span
-    most = upsample.MOST_LANES[logits.dtype == torch.float64]
-    lanes = min(most, 1 << (int(pixels) - 1).bit_length())
-    rounds = triton.cdiv(pixels, lanes)
-    reach = max(2 * (axis.coarse + 1) * (axis.fine + lanes * rounds) for axis in (y, x))
+    cells = (y.coarse + 1) * (x.coarse + 1)
+    most = upsample.MOST_PIXELS[logits.dtype == torch.float64]
+    columns = min(triton.next_power_of_2(int(x.span)), most)
+    rows = min(triton.next_power_of_2(int(y.span)), most // columns)
+    x_rounds = triton.cdiv(x.span, columns)
+    rounds = triton.cdiv(y.span, rows) * x_rounds
+    reach = max(2 * (axis.coarse + 1) * (axis.fine + axis.span + most) for axis in (y, x))
     return _Upsampling(
         arguments=(
             *logits.stride(),
@@ -272,8 +274,9 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
             *y,
             *x,
             rounds,
+            x_rounds,
         ),
-        constants={"SPAN": x.span, "LANES": lanes, "WIDE": max(reach, 2 * cells) >= 2**31},
+        constants={"ROWS": rows, "COLUMNS": columns, "WIDE": max(reach, 2 * cells) >= 2**31},
         cells=cells,
         rounds=rounds,
     )

@@ -4,9 +4,10 @@ csrc/ial_bilinear.h says where a pixel lies between coarse logits. Cells are cou
 a line is what lies between logits i - 1 and i, so that cell 0 has what is before the first logit, which
 F.interpolate gives that logit's value. Then none has more pixels than the span, the ratio rounded up.
 
-A thread owns a cell and LANES of its pixels, all in registers, so that a class costs it four loads whatever
-the ratio is; cells with more pixels take several rounds. A tile is (LANES, THREADS), a tensor of corners
-(THREADS,), and a sum over LANES stays in the thread. The (h + 1) (w + 1) cells of an image count as one line.
+A thread owns a cell and ROWS x COLUMNS of its pixels, all in registers, so that a class costs it four loads
+for all of them; cells with more pixels take several rounds. A tile is (ROWS, COLUMNS, THREADS), a tensor of
+corners (THREADS,), and sums over rows and columns stay in the thread. Along x a class is interpolated once for
+all rows, and the gradient is summed over them first. The (h + 1) (w + 1) cells of an image count as one line.
 
 gradient sums over a cell what its pixels give its four corners, and adds the right corners of a cell to the
 left corners of the next. What a logit gets from the cells below it and from those above it, its `halves`,
@@ -41,7 +42,7 @@ _INTERPRETED = triton.knobs.runtime.interpret
 REDUCE_CONFIG = _config(128)
 GRADIENT_CONFIGS = [REDUCE_CONFIG] if _INTERPRETED else [_config(threads) for threads in (64, 128)]
 #: Pixels that a thread has in registers at a time: of float32, and of float64.
-MOST_LANES = (64, 64) if _INTERPRETED else (16, 8)
+MOST_PIXELS = (256, 256) if _INTERPRETED else (8, 4)
 
 
 # ---- a tile ---------------------------------------------------------------------------------------------
@@ -73,12 +74,26 @@ def _along(axis, cell, k, A: tl.constexpr):
 
 
 @triton.jit
-def _pixels(y_axis, x_axis, row, column, there, round, SPAN, LANES: tl.constexpr, A: tl.constexpr):
-    """LANES pixels of each cell, in the image as one line; whether they are in it, and their fractions."""
-    lane = (round * LANES + tl.arange(0, LANES)[:, None]).to(row.dtype)
-    y, inside_y, fy = _along(y_axis, row[None, :], lane // SPAN, A)
-    x, inside_x, fx = _along(x_axis, column[None, :], lane % SPAN, A)
-    return y.to(tl.int64) * x_axis[1] + x, inside_y & inside_x & there[None, :], fy, fx
+def _pixels(
+    y_axis,
+    x_axis,
+    row,
+    column,
+    there,
+    round,
+    x_rounds,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    A: tl.constexpr,
+):
+    """Pixels of each cell, in the image as one line; whether they are in it; the fractions of their rows and
+    of their columns."""
+    ky = tl.arange(0, ROWS)[:, None] + round // x_rounds * ROWS
+    kx = tl.arange(0, COLUMNS)[:, None] + round % x_rounds * COLUMNS
+    y, inside_y, fy = _along(y_axis, row[None, :], ky, A)
+    x, inside_x, fx = _along(x_axis, column[None, :], kx, A)
+    p = (y.to(tl.int64) * x_axis[1])[:, None, :] + x[None, :, :]
+    return p, inside_y[:, None, :] & (inside_x & there[None, :])[None, :, :], fy, fx
 
 
 @triton.jit
@@ -102,7 +117,7 @@ def _interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.
         above += fx * (tl.load(corners[1] + at, eviction_policy=EVICT).to(A)[None, :] - above)
         below = tl.load(corners[2] + at, eviction_policy=EVICT).to(A)[None, :]
         below += fx * (tl.load(corners[3] + at, eviction_policy=EVICT).to(A)[None, :] - below)
-        x += (above + fy * (below - above),)
+        x += (above[None, :, :] + fy[:, None, :] * (below - above)[None, :, :],)
     return x
 
 
@@ -134,15 +149,16 @@ def upsampled_reduce_kernel(
     step_x,
     origin_x,
     unit_x,
-    rounds,  # until a cell's pixels are through
+    rounds,  # until the pixels of a cell are through
+    x_rounds,  # until those of its rows are
     C: tl.constexpr,
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    SPAN: tl.constexpr,  # most pixels of a cell in a row
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     THREADS: tl.constexpr,
-    LANES: tl.constexpr,
     WIDE: tl.constexpr,  # whether positions need 64 bits
 ):
     """Grid (N blocks, groups of levels)."""
@@ -160,17 +176,18 @@ def upsampled_reduce_kernel(
             column,
             there,
             tile % rounds,
-            SPAN,
-            LANES,
+            x_rounds,
+            ROWS,
+            COLUMNS,
             A,
         )
         p += n * H * W
         label, valid, bad = _classify(target_ptr, p, inside, ignore_index, C)
+        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
         max, sum, own = _softmax(_interpolate, (corners, _wide(channel), fy, fx), label, C, A)
-        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         level = _level_of(label, LEVELS, BITS)
-        sums = _add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP, 0)
+        sums = _add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP)
     _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
@@ -179,15 +196,20 @@ def upsampled_reduce_kernel(
 
 @triton.jit
 def _to_logits(value, fx):
-    """What a class's pixels give the logits left and right of them, summed over a cell and with what the cell
-    before has to its right."""
+    """What columns (COLUMNS, THREADS) give the logits on their left: those of a cell and, since they have it on
+    their right, those of the cell before."""
     right = tl.sum(value * fx, axis=0)
     left = tl.sum(value, axis=0) - right
     before = tl.maximum(tl.arange(0, right.shape[0]) - 1, 0)
     return left + tl.gather(right, before, 0)
 
 
-@triton.autotune(GRADIENT_CONFIGS, key=["C", "LANES", "SPAN"])
+@triton.jit
+def _add_to(ptrs, value, mask, again):
+    tl.store(ptrs, tl.load(ptrs, mask=mask & again, other=0) + value, mask=mask)
+
+
+@triton.autotune(GRADIENT_CONFIGS, key=["C", "ROWS", "COLUMNS"])
 @triton.jit
 def upsampled_gradient_kernel(
     logits_ptr,
@@ -214,14 +236,15 @@ def upsampled_gradient_kernel(
     origin_x,
     unit_x,
     rounds,
+    x_rounds,
     C: tl.constexpr,
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
     EXACT: tl.constexpr,
-    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     THREADS: tl.constexpr,
-    LANES: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Grid (N tiles)."""
@@ -245,15 +268,16 @@ def upsampled_gradient_kernel(
             column,
             there,
             round,
-            SPAN,
-            LANES,
+            x_rounds,
+            ROWS,
+            COLUMNS,
             A,
         )
         p += n * H * W
         label, valid, _ = _classify(target_ptr, p, inside, ignore_index, C)
+        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         logits = (corners, _wide(channel), fy, fx)
         max, sum, own = _softmax(_interpolate, logits, label, C, A)
-        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
         scale, extra = _pixel_gradient(row_ptr, max, sum, own, weight, EXACT)
 
@@ -261,12 +285,8 @@ def upsampled_gradient_kernel(
         for c in range(C):
             x = _interpolate(logits, c, 1, A, "evict_first")
             value = _class_gradient(x[0], c, label, valid, max, scale, extra)
-            below = value * fy
-            _add_to(from_below + c * size, _to_logits(value - below, fx), mine & (row > 0), again)
+            below = tl.sum(value * fy[:, None, :], axis=0)
+            above = tl.sum(value, axis=0) - below
+            _add_to(from_below + c * size, _to_logits(above, fx), mine & (row > 0), again)
             _add_to(from_above + c * size, _to_logits(below, fx), mine & (row < h), again)
         tl.debug_barrier()
-
-
-@triton.jit
-def _add_to(ptrs, value, mask, again):
-    tl.store(ptrs, tl.load(ptrs, mask=mask & again, other=0) + value, mask=mask)
