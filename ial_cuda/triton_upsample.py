@@ -93,6 +93,8 @@ def _pixels(
     y, inside_y, fy = _along(y_axis, row[None, :], ky, A)
     x, inside_x, fx = _along(x_axis, column[None, :], kx, A)
     p = (y.to(tl.int64) * x_axis[1])[:, None, :] + x[None, :, :]
+    # That the pixels of a row lie side by side is not to be seen: they would be given to different threads.
+    p = tl.max_contiguous(p, (1, 1, 1))
     return p, inside_y[:, None, :] & (inside_x & there[None, :])[None, :, :], fy, fx
 
 
