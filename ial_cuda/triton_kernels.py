@@ -161,15 +161,15 @@ def _softmax_chunk(x, COUNT: tl.constexpr, label, first, max, sum, own):
 
 
 @triton.jit
-def _softmax(LOAD: tl.constexpr, logits, label, C: tl.constexpr, A: tl.constexpr):
+def _softmax(LOAD: tl.constexpr, CHUNK: tl.constexpr, logits, label, C: tl.constexpr, A: tl.constexpr):
     """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel, of logits that LOAD reads as `_load_chunk`."""
     max = tl.full(label.shape, float("-inf"), A)
     sum = tl.zeros(label.shape, A)
     own = tl.zeros(label.shape, A)
-    WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
-    for first in range(0, WHOLE, _CHUNK):
-        x = LOAD(logits, first, _CHUNK, A, "")
-        max, sum, own = _softmax_chunk(x, _CHUNK, label, first, max, sum, own)
+    WHOLE: tl.constexpr = C // CHUNK * CHUNK
+    for first in range(0, WHOLE, CHUNK):
+        x = LOAD(logits, first, CHUNK, A, "")
+        max, sum, own = _softmax_chunk(x, CHUNK, label, first, max, sum, own)
     if WHOLE < C:
         x = LOAD(logits, WHOLE, C - WHOLE, A, "")
         max, sum, own = _softmax_chunk(x, C - WHOLE, label, WHOLE, max, sum, own)
@@ -272,7 +272,7 @@ def reduce_kernel(
         label, valid, bad = _classify(target_ptr, n * P + p, inside, ignore_index, C)
         ptrs = logits_ptr + n * batch
         ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
-        max, sum, own = _softmax(_load_chunk, (ptrs, _wide(channel), inside), label, C, A)
+        max, sum, own = _softmax(_load_chunk, _CHUNK, (ptrs, _wide(channel), inside), label, C, A)
         w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
         level = _level_of(label, LEVELS, BITS)
         sums = _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP)
@@ -374,7 +374,7 @@ def gradient_kernel(
     ptrs = logits_ptr + n * batch
     ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
     logits = (ptrs, _wide(channel), inside)
-    max, sum, own = _softmax(_load_chunk, logits, label, C, A)
+    max, sum, own = _softmax(_load_chunk, _CHUNK, logits, label, C, A)
     w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
     row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
     scale, extra = _pixel_gradient(row_ptr, max, sum, own, w, EXACT)

@@ -260,12 +260,13 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
         for coarse, fine in zip(logits.shape[2:], size, strict=True)
     )
     cells = (y.coarse + 1) * (x.coarse + 1)
-    most = upsample.MOST_PIXELS[logits.dtype == torch.float64]
-    columns = min(triton.next_power_of_2(int(x.span)), most)
-    rows = min(triton.next_power_of_2(int(y.span)), most // columns)
+    rows, columns = (
+        min(triton.next_power_of_2(int(axis.span)), most)
+        for axis, most in zip((y, x), upsample.MOST_PIXELS[logits.dtype == torch.float64], strict=True)
+    )
     x_rounds = triton.cdiv(x.span, columns)
     rounds = triton.cdiv(y.span, rows) * x_rounds
-    reach = max(2 * (axis.coarse + 1) * (axis.fine + axis.span + most) for axis in (y, x))
+    reach = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
     return _Upsampling(
         arguments=(
             *logits.stride(),

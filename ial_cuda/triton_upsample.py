@@ -2,12 +2,13 @@
 
 csrc/ial_bilinear.h says where a pixel lies between coarse logits. Cells are counted otherwise here: cell i of
 a line is what lies between logits i - 1 and i, so that cell 0 has what is before the first logit, which
-F.interpolate gives that logit's value. Then none has more pixels than the span, the ratio rounded up.
+F.interpolate gives that logit's value. Then none has more pixels than the ratio, rounded up.
 
 A thread owns a cell and ROWS x COLUMNS of its pixels, all in registers, so that a class costs it four loads
 for all of them; cells with more pixels take several rounds. A tile is (ROWS, COLUMNS, THREADS), a tensor of
-corners (THREADS,), and sums over rows and columns stay in the thread. Along x a class is interpolated once for
-all rows, and the gradient is summed over them first. The (h + 1) (w + 1) cells of an image count as one line.
+corners (THREADS,), and sums over rows and columns stay in the thread. Along x a class is interpolated once
+for all rows, and the gradient is summed over the rows before it is shared between left and right. The
+(h + 1) (w + 1) cells of an image count as one line.
 
 gradient sums over a cell what its pixels give its four corners, and adds the right corners of a cell to the
 left corners of the next. What a logit gets from the cells below it and from those above it, its `halves`,
@@ -41,8 +42,11 @@ from .triton_kernels import (
 _INTERPRETED = triton.knobs.runtime.interpret
 REDUCE_CONFIG = _config(128)
 GRADIENT_CONFIGS = [REDUCE_CONFIG] if _INTERPRETED else [_config(threads) for threads in (64, 128)]
-#: Pixels that a thread has in registers at a time: of float32, and of float64.
-MOST_PIXELS = (256, 256) if _INTERPRETED else (8, 4)
+#: Rows and columns of pixels that a thread has in registers at a time: of float32, and of float64.
+MOST_PIXELS = ((16, 16), (16, 16)) if _INTERPRETED else ((4, 2), (2, 1))
+
+# Classes at a time in the softmax: their corners and their pixels are in registers too.
+_CHUNK = tl.constexpr(2)
 
 
 # ---- a tile ---------------------------------------------------------------------------------------------
@@ -187,7 +191,7 @@ def upsampled_reduce_kernel(
         label, valid, bad = _classify(target_ptr, p, inside, ignore_index, C)
         weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
-        max, sum, own = _softmax(_interpolate, (corners, _wide(channel), fy, fx), label, C, A)
+        max, sum, own = _softmax(_interpolate, _CHUNK, (corners, _wide(channel), fy, fx), label, C, A)
         level = _level_of(label, LEVELS, BITS)
         sums = _add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP)
     _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
@@ -198,8 +202,8 @@ def upsampled_reduce_kernel(
 
 @triton.jit
 def _to_logits(value, fx):
-    """What columns (COLUMNS, THREADS) give the logits on their left: those of a cell and, since they have it on
-    their right, those of the cell before."""
+    """What columns (COLUMNS, THREADS) give the logit on the left of each cell: the cell's own, and those of the
+    cell before, which have it on their right."""
     right = tl.sum(value * fx, axis=0)
     left = tl.sum(value, axis=0) - right
     before = tl.maximum(tl.arange(0, right.shape[0]) - 1, 0)
@@ -279,7 +283,7 @@ def upsampled_gradient_kernel(
         label, valid, _ = _classify(target_ptr, p, inside, ignore_index, C)
         weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
         logits = (corners, _wide(channel), fy, fx)
-        max, sum, own = _softmax(_interpolate, logits, label, C, A)
+        max, sum, own = _softmax(_interpolate, _CHUNK, logits, label, C, A)
         row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
         scale, extra = _pixel_gradient(row_ptr, max, sum, own, weight, EXACT)
 
