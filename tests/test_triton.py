@@ -85,11 +85,11 @@ def compiler(graph, inputs):
     return graph
 
 def step(logits, target):
-    options = dict(lambdas=(0.1, 0.2, 0.3), inplace=True, backend="triton")
+    options = dict(lambdas=(0.1, 0.2, 0.3), backend="triton") | {options}
     return importance_aware_loss(2 * logits, target, CITYSCAPES, **options)
 
 with FakeTensorMode():
-    logits = torch.empty(2, 19, 32, 64, requires_grad=True)
+    logits = torch.empty(2, 19, *{size}, requires_grad=True)
     target = torch.empty(2, 32, 64, dtype=torch.uint8)
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
     torch.compile(step, fullgraph=True, dynamic={dynamic}, backend=backend)(logits, target).backward()
@@ -97,9 +97,14 @@ with FakeTensorMode():
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_torch_compile_sees_the_kernels(dynamic):
-    names = python("-c", TRACE.replace("{dynamic}", str(dynamic))).split()
-    assert names == ["reduce_kernel", "sum_kernel", "combine_kernel", "table_kernel", "gradient_kernel"]
+@pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
+def test_torch_compile_sees_the_kernels(dynamic, upsampled):
+    trace = TRACE.replace("{dynamic}", str(dynamic))
+    trace = trace.replace("{options}", str({"upsample": "bilinear"} if upsampled else {"inplace": True}))
+    names = python("-c", trace.replace("{size}", str((8, 16) if upsampled else (32, 64)))).split()
+    prefix = "upsampled_" * upsampled
+    tiny = ["sum_kernel", "combine_kernel", "table_kernel"]
+    assert names == [f"{prefix}reduce_kernel", *tiny, f"{prefix}gradient_kernel"]
 
 
 def test_it_is_imported_when_it_is_wanted():
