@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import check, make_logits, make_target, run
+from cases import check, check_upsampled, device_of, make_logits, make_target, run
 
-from ial_cuda import Hierarchy, _ops
+from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
+FLAT = Hierarchy.flat(2)
 
 if _ops.unavailable["triton"] is not None:
     pytest.skip(f"triton: {_ops.unavailable['triton']}", allow_module_level=True)
@@ -156,3 +157,35 @@ def test_several_programs_of_an_image(monkeypatch):
 
     monkeypatch.setattr(triton_ops, "_multiprocessors", lambda logits: 1)
     check("triton", make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
+
+
+@pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
+def test_cells_that_take_several_rounds_and_several_programs(monkeypatch, align_corners):
+    """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
+    from ial_cuda import triton_ops
+
+    monkeypatch.setattr(triton_ops.upsample, "MOST_PIXELS", ((4, 2), (2, 1)))
+    target = make_target((1, 33, 140), 5)
+    logits = make_logits((1, 5, 7, 30), torch.float32)
+    check_upsampled("triton", logits, target, align_corners=align_corners)
+
+
+def test_positions_beyond_32_bits():
+    """Of the loss alone, against integers: F.interpolate itself is off by 0.01 in so long a line."""
+    coarse, fine = 40_001, 33_000
+    logits, target = make_logits((1, 2, 1, coarse)), make_target((1, 1, fine), 2)
+    at = (2 * torch.arange(fine) + 1) * coarse - fine
+    cell, beyond = at // (2 * fine), (at % (2 * fine)).double() / (2 * fine)
+    line = logits[0, :, 0].T
+    expected = importance_aware_loss(
+        torch.lerp(line[cell], line[cell + 1], beyond[:, None]), target.flatten(), FLAT
+    )
+    loss = importance_aware_loss(
+        logits.to(device_of("triton")),
+        target.to(device_of("triton")),
+        FLAT,
+        upsample="bilinear",
+        backend="triton",
+    )
+    # in float64, whose eps is 2.2e-16; a sum of 33 000 terms takes two digits
+    torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
