@@ -202,8 +202,8 @@ def upsampled_reduce_kernel(
 
 @triton.jit
 def _to_logits(value, fx):
-    """What columns (COLUMNS, THREADS) give the logit on the left of each cell: the cell's own, and those of the
-    cell before, which have it on their right."""
+    """What columns (COLUMNS, THREADS) give the logit on the left of each cell: its own columns, and those of
+    the cell before, which have it on their right."""
     right = tl.sum(value * fx, axis=0)
     left = tl.sum(value, axis=0) - right
     before = tl.maximum(tl.arange(0, right.shape[0]) - 1, 0)
