@@ -260,7 +260,7 @@ struct Chunk {
 // -------------------------------------------------------------------------------------------------
 // reduce, with sum_levels' grid and `partial`: the chunks of an image are counted along their rows
 
-// Blocks that a multiprocessor must hold, for the registers of a thread to hold its chunk.
+// Blocks that a multiprocessor must hold: as many as leave a thread the registers for its chunk.
 template <typename T>
 constexpr int kReduceBlocks = std::is_same_v<T, double> ? 3 : 4;
 
