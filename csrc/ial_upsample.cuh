@@ -258,7 +258,7 @@ struct Chunk {
 // -------------------------------------------------------------------------------------------------
 // reduce, with sum_levels' grid and `partial`: the chunks of an image are counted along their rows
 
-// Blocks that a multiprocessor must hold: as many as leave a thread the registers for its chunk.
+// Blocks that a multiprocessor must hold. Asked for a fourth, the compiler spills a few registers of double.
 template <typename T>
 constexpr int kReduceBlocks = std::is_same_v<T, double> ? 3 : 4;
 
