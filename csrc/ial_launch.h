@@ -1,4 +1,5 @@
-// The launches of the kernels of ial_kernels.cuh: for tensors that were checked, a tile and a grid chosen.
+// The launches of the kernels of ial_kernels.cuh and ial_upsample.cuh: for tensors that were checked, a tile
+// and a grid chosen.
 //
 // A Launcher is what runs a kernel: a CUDA stream (ial_cuda.cu), or the tests' CPU. It is made from a tensor
 // of the device to be used and has

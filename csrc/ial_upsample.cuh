@@ -168,24 +168,12 @@ struct Chunk {
                 to_unit(widen(below[right]))};
     }
 
-    // Does `body(j, x_c of pixel j)` for each pixel, class after class.
-    template <typename Body>
-    IAL_D void for_logits(const Body& body) const {
-#pragma unroll 1
-        for (int c = 0; c < problem.classes; ++c) {
-            const Corners<A> around = corners(c);
-#pragma unroll
-            for (int j = 0; j < V; ++j) body(j, around.interpolate(y.fraction[j / S], x.fraction[j % S]));
-        }
-    }
-
-    IAL_D void add_up() {
-        for (int j = 0; j < V; ++j) sum[j] = 0;
-        for_logits([&](int j, A logit) { sum[j] += power(logit - shift[j]); });
+    IAL_D A interpolate(const Corners<A>& around, int j) const {
+        return around.interpolate(y.fraction[j / S], x.fraction[j % S]);
     }
 
     // Subtracts a pixel's own logit from the others: it is needed anyway, and mostly it is the largest, so
-    // nobody has to look for that. Where one turns out to be far larger, it is found after all.
+    // nobody has to look for that.
     IAL_D void softmax() {
         Corners<A> around{};
         int last = -1;  // labels come in patches
@@ -193,20 +181,31 @@ struct Chunk {
         for (int j = 0; j < V; ++j) {
             const int label = labels.label[j];
             if (label >= 0 && label != last) around = corners(last = label);
-            shift[j] = around.interpolate(y.fraction[j / S], x.fraction[j % S]);
-            if (label < 0) shift[j] = HUGE_VALF;
-            target[j] = 0;
+            shift[j] = label < 0 ? A(HUGE_VALF) : interpolate(around, j);
+            sum[j] = target[j] = 0;
         }
-        add_up();
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) {
+            around = corners(c);
+            for (int j = 0; j < V; ++j) sum[j] += power(interpolate(around, j) - shift[j]);
+        }
         far = 0;
-        for (int j = 0; j < V; ++j) far |= unsigned(sum[j] > kFar) << j;
-        if (far == 0) return;
-        for (int j = 0; j < V; ++j) target[j] = shift[j];
-        for_logits([&](int j, A logit) {
-            if (far >> j & 1) shift[j] = larger(shift[j], logit);
-        });
-        for (int j = 0; j < V; ++j) target[j] = from_unit(target[j] - shift[j]);
-        add_up();
+#pragma unroll
+        for (int j = 0; j < V; ++j)
+            if (sum[j] > kFar) subtract_largest(j);
+    }
+
+    // For a pixel of which another logit turned out to be far larger than its own.
+    IAL_D void subtract_largest(int j) {
+        far |= 1u << j;
+        A largest = shift[j];
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) largest = larger(largest, interpolate(corners(c), j));
+        target[j] = from_unit(shift[j] - largest);
+        shift[j] = largest;
+        sum[j] = 0;
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) sum[j] += power(interpolate(corners(c), j) - largest);
     }
 
     // e^target, which is nothing where that is not 0.
@@ -234,8 +233,7 @@ struct Chunk {
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
         A g[V];
-        for (int j = 0; j < V; ++j)
-            g[j] = power(around.interpolate(y.fraction[j / S], x.fraction[j % S]) - shift[j]) * scale[j];
+        for (int j = 0; j < V; ++j) g[j] = power(interpolate(around, j) - shift[j]) * scale[j];
         if (present >> c % 32 & 1)
             for (int j = 0; j < V; ++j)
                 if (labels.label[j] == c) g[j] += extra[j * kTileThreads];
@@ -260,7 +258,7 @@ struct Chunk {
 // -------------------------------------------------------------------------------------------------
 // reduce, with sum_levels' grid and `partial`: the chunks of an image are counted along their rows
 
-// Blocks that a multiprocessor must hold, for the registers of a thread to hold its chunk.
+// Blocks that a multiprocessor must hold. Asked for a fourth, the compiler spills a few registers of double.
 template <typename T>
 constexpr int kReduceBlocks = std::is_same_v<T, double> ? 3 : 4;
 

@@ -156,6 +156,17 @@ def test_ignored_pixels_have_gradient_zero(backend, dtype, classes, value):
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_upsampled_to_ignored_pixels_has_gradient_zero(backend, value):
+    logits, target = make_logits((1, 5, 4, 6), torch.float32), make_target((1, 16, 24), 5, ignored=0)
+    logits[0, :, 2, 3] = value
+    target[0, 6:14, 10:18] = 255  # every pixel less than one logit away
+    loss, grad, _ = run(backend, logits, target, upsample="bilinear")
+    assert loss.isfinite() and grad.isfinite().all()
+    assert (grad[0, :, 2, 3] == 0).all()
+
+
+@pytest.mark.parametrize("backend", LAUNCHED)
 def test_the_gradient_may_overwrite_the_logits(backend):
     for classes in (5, 40):
         logits, target = make_logits((2, classes, 6, 32)), make_target((2, 6, 32), classes)

@@ -92,6 +92,18 @@ def test_three_blocks_on_a_multiprocessor(kernel):
             assert 3 * 128 * registers <= 65536, f"{arch}: {line}"
 
 
+@pytest.mark.parametrize("kernel", ["23reduce_upsampled_kernel", "25gradient_upsampled_kernel"])
+@pytest.mark.parametrize(
+    ("dtype", "side"), [("d", 2), *((dtype, side) for dtype in DTYPES for side in (2, 4))], ids=str
+)
+def test_upsampling_keeps_its_pixels_in_registers(kernel, dtype, side):
+    """Of 16 warps on a multiprocessor."""
+    for arch, usage in resources().items():
+        _, line = only(usage, f"_ZN3ial3gpu{kernel}INS0_5ChunkI{dtype}Li{side}EE")
+        assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {line}"
+        assert 16 * 32 * int(re.search(r"REG:(\d+)", line).group(1)) <= 65536, f"{arch}: {line}"
+
+
 def machine_code(kernel: str, dtype: str) -> str:
     usage = next(iter(resources().values()))
     name, _ = only(usage, f"_ZN3ial3gpu{KERNELS[kernel]}INS0_4TileI{dtype}Li{DTYPES[dtype]}ELi19EE")
