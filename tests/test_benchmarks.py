@@ -18,9 +18,9 @@ import torch
 from ial_cuda import _ops
 
 program = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench], and python -m pytest")
-from benchmarks import common, report  # noqa: E402  (which need the same)
+from benchmarks import common, compare, report  # noqa: E402  (which need the same)
 
-Result, why_refused = program.Result, program.why_refused
+Result, why_refused = common.Result, common.why_refused
 
 pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
 
@@ -95,15 +95,15 @@ def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
         return lambda _: step(logits)
 
     steps = {}
-    make_step = program.provider_step
+    make_step = compare.provider_step
 
     def remember(provider, inputs):
         steps[provider.name] = make_step(provider, inputs)
         return steps[provider.name]
 
-    monkeypatch.setattr(program, "provider_step", remember)
-    monkeypatch.setitem(program.CAPTURE, "cpu", fake)
-    monkeypatch.setitem(program.LABELS, "cpu", [torch.int64, torch.uint8])
+    monkeypatch.setattr(compare, "provider_step", remember)
+    monkeypatch.setitem(common.CAPTURE, "cpu", fake)
+    monkeypatch.setitem(compare.LABELS, "cpu", [torch.int64, torch.uint8])
     shapes = ["1x19x32x64", "2x11x24x40"]
     assert program.main([*TINY, "--shape", *shapes, "--output", str(tmp_path)]) == 0
     cases = read(tmp_path)["cases"]
@@ -175,19 +175,19 @@ def test_a_provider_that_raises_is_wrong():
     def fails(*_):
         raise ValueError("no such thing")
 
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    provider = program.Provider("ial_cuda new", fails, program.reference_loss)
-    row = program.examine(provider, inputs, *program.judge(program.reference_loss, inputs))
-    assert row == program.Row(provider.name, refused="raises ValueError: no such thing")
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    provider = compare.Provider("ial_cuda new", fails, program.reference_loss)
+    row = compare.examine(provider, inputs, *compare.judge(program.reference_loss, inputs))
+    assert row == report.Row(provider.name, refused="raises ValueError: no such thing")
 
 
 def test_a_capture_that_fails_is_told(monkeypatch):
     def fails(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setitem(program.CAPTURE, "cpu", fails)
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    graphs, reasons = program.capture({"a": None, "b": None}, inputs, "cpu")
+    monkeypatch.setitem(common.CAPTURE, "cpu", fails)
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    graphs, reasons = compare.capture({"a": None, "b": None}, inputs, "cpu")
     assert graphs == {}
     assert reasons == dict.fromkeys("ab", "operation not permitted when stream is capturing")
 
@@ -350,10 +350,10 @@ def test_a_compiler_that_fails_is_a_reason_to_skip():
     def fails(*_):
         raise RuntimeError("InvalidCxxCompiler: no compiler in /a/folder\nand more")
 
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    provider = program.Provider("reference, compiled", fails, program.reference_loss, compiled=True)
-    row = program.examine(provider, inputs, *program.judge(program.reference_loss, inputs))
-    assert row == program.Row(
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    provider = compare.Provider("reference, compiled", fails, program.reference_loss, compiled=True)
+    row = compare.examine(provider, inputs, *compare.judge(program.reference_loss, inputs))
+    assert row == report.Row(
         provider.name, skipped="torch.compile fails: InvalidCxxCompiler: no compiler in …"
     )
 
