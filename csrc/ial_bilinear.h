@@ -17,6 +17,7 @@ struct Axis {
     int64_t coarse, fine;
     int64_t step, origin, unit;  // pixel d is at (step d + origin) / unit
 
+    Axis() = default;
     IAL_HD Axis(int64_t coarse, int64_t fine, bool align_corners)
         : coarse(coarse),
           fine(fine),

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <sstream>
 
@@ -28,6 +29,10 @@ namespace ial {
 // The pixels of a block, and of the blocks that take a short rest; how many rows of a block are fetched ahead
 // of the one being read; the lanes in which sums are kept; what a streaming store writes.
 constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32;
+
+// The cells of a block of coarse logits, and what its rows have besides, to hold the logit at the last one's
+// right.
+constexpr int kCells = 32, kCellPad = 16;
 
 // Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
 // lane.
@@ -61,25 +66,41 @@ struct Problem {
     A cross;      // 1 for the exact gradient, 0 for the paper's
 };
 
-// Labels that are neither a class nor ignore_index: how many, and the first.
+// Coarse logits: which pixels the cells of a row have, each row the same ones. Cells are counted up to
+// `lanes`, a whole number of blocks; those beyond the last have none.
+template <typename T>
+struct Coarse {
+    using A = typename Problem<T>::A;
+
+    Upsampling up;
+    int64_t lanes, width;   // width: of a row of gradients, those at the right of the last lane included
+    const int32_t* sweeps;  // [lanes / kCells]: the most pixels that a cell of the block has on a line
+    const int32_t* pixel;   // [sweeps, lanes]: a cell's pixel of each sweep, -1 where it has no more
+    const A* fraction;      // [sweeps, lanes]: how far that is beyond the logit at the left
+};
+
+// Labels of an image that are neither a class nor ignore_index: how many, and the first.
 struct BadLabels {
     int64_t count = 0, label = 0, image = 0, pixel = 0;
 
     void add(int64_t y, int64_t n, int64_t p) {
-        if (count++ == 0) {
-            label = y;
-            image = n;
-            pixel = p;
-        }
+        if (count++ > 0 && pixel < p) return;
+        label = y;
+        image = n;
+        pixel = p;
     }
 };
 
 }  // namespace ial
 
+#define IAL_INLINE IAL_TARGET inline __attribute__((always_inline))
+#define IAL_SIMD _Pragma("omp simd")
+
 #define IAL_ISA baseline
 #define IAL_TARGET
 #define IAL_X86_VECTORS 0
 #include "ial_cpu_kernels.h"
+#include "ial_cpu_upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 #undef IAL_X86_VECTORS
@@ -89,6 +110,7 @@ struct BadLabels {
 #define IAL_ISA avx2
 #define IAL_TARGET __attribute__((target("avx2,fma,f16c")))
 #include "ial_cpu_kernels.h"
+#include "ial_cpu_upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 
@@ -100,6 +122,7 @@ struct BadLabels {
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
 #endif
 #include "ial_cpu_kernels.h"
+#include "ial_cpu_upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 #undef IAL_X86_VECTORS
@@ -132,19 +155,31 @@ Isa isa() {
 #define IAL_DISPATCH(function, ...) baseline::function(__VA_ARGS__)
 #endif
 
-// Equal chunks of the pixels of each image: large enough to pay for their start, and few enough that their
-// sums take little memory beside the logits.
+// Equal chunks of each image: of its pixels, or of its rows of cells. Large enough to pay for their start,
+// and few enough that their sums take little memory beside the logits.
 struct Chunks {
-    int64_t pixels, per_image, count;
+    static constexpr int64_t kElements = 1 << 15, kSumBytes = 1 << 18;
+    int64_t length, size, per_image, count;  // length: of an image
 
-    Chunks(const Layout& layout, int levels) {
-        constexpr int64_t kElements = 1 << 15, kSumBytes = 1 << 18;
+    Chunks(int64_t images, int64_t length, int64_t size)
+        : length(length), size(size), per_image((length + size - 1) / size), count(images * per_image) {}
+
+    int64_t image(int64_t i) const { return i / per_image; }
+    int64_t begin(int64_t i) const { return i % per_image * size; }
+    int64_t end(int64_t i) const { return std::min(begin(i) + size, length); }
+
+    static Chunks of_pixels(const Layout& layout, int levels) {
         const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
         const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
-        pixels = std::max(kElements / layout.classes, least);
-        pixels = (pixels / kWide + 1) * kWide;
-        per_image = (layout.pixels + pixels - 1) / pixels;
-        count = layout.batch * per_image;
+        const int64_t pixels = std::max(kElements / layout.classes, least);
+        return {layout.batch, layout.pixels, (pixels / kWide + 1) * kWide};
+    }
+
+    // Two rows of each chunk are kept apart until their neighbours are there.
+    static Chunks of_rows(const Upsampling& up) {
+        constexpr int64_t kLeast = 8;
+        const int64_t pixels = std::max<int64_t>(1, up.y.fine * up.x.fine / up.y.coarse);
+        return {up.batch, up.y.coarse, std::max(kLeast, kElements / (up.classes * pixels))};
     }
 };
 
@@ -167,6 +202,7 @@ struct Call {
     OptionalTensor pixel_weight;
     std::vector<int32_t> class_levels;
     Problem<T> problem{};
+    Upsampling upsampling{};  // of coarse logits, in place of problem.layout
 
     Call(const Inputs& inputs, const Tensor& grad)
         : weight(inputs.class_levels.size(), A(1)),
@@ -178,9 +214,15 @@ struct Call {
         }
         if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
 
-        const Inputs converted{inputs.logits, inputs.target,       inputs.weight,
-                               pixel_weight,  inputs.class_levels, inputs.ignore_index};
-        problem.layout = converted.layout(grad);
+        const Inputs converted{inputs.logits,       inputs.target,       inputs.weight,       pixel_weight,
+                               inputs.class_levels, inputs.ignore_index, inputs.align_corners};
+        if (inputs.align_corners) {
+            upsampling = converted.upsampling(grad);
+            problem.layout.batch = upsampling.batch;
+            problem.layout.classes = upsampling.classes;
+        } else {
+            problem.layout = converted.layout(grad);
+        }
         problem.logits = inputs.logits.const_data_ptr<T>();
         problem.target = inputs.target.const_data_ptr();
         problem.label = inputs.label();
@@ -206,23 +248,55 @@ struct Call {
                       " or ignore_index=", inputs.ignore_index);
 }
 
+// Coarse<T>, with the places that it points to.
 template <typename T>
-Tensor reduce_typed(const Inputs& inputs) {
-    Call<T> call(inputs, inputs.logits);
-    const Problem<T>& problem = call.problem;
-    const Layout& layout = problem.layout;
-    const Chunks chunks(layout, problem.levels);
-    const int64_t row = problem.levels * kStats;
+struct CoarseCall {
+    using A = typename Problem<T>::A;
+
+    std::vector<int32_t> sweeps, pixel;
+    std::vector<A> fraction;
+    Coarse<T> coarse{};
+
+    explicit CoarseCall(const Upsampling& up) {
+        coarse.up = up;
+        const Axis& axis = up.x;
+        coarse.lanes = (axis.coarse + kCells - 1) / kCells * kCells;
+        coarse.width = coarse.lanes + kCellPad;
+        sweeps.resize(coarse.lanes / kCells);
+        for (int64_t i = 0; i < axis.coarse; ++i) {
+            const auto pixels = static_cast<int32_t>(axis.first(i + 1) - axis.first(i));
+            sweeps[i / kCells] = std::max(sweeps[i / kCells], pixels);
+        }
+        const int64_t places = *std::max_element(sweeps.begin(), sweeps.end()) * coarse.lanes;
+        pixel.assign(places, -1);
+        fraction.assign(places, 0);
+        for (int64_t i = 0; i < axis.coarse; ++i)
+            for (int64_t first = axis.first(i), d = first; d < axis.first(i + 1); ++d) {
+                pixel[(d - first) * coarse.lanes + i] = static_cast<int32_t>(d);
+                fraction[(d - first) * coarse.lanes + i] = axis.fraction<A>(i, d);
+            }
+        coarse.sweeps = sweeps.data();
+        coarse.pixel = pixel.data();
+        coarse.fraction = fraction.data();
+    }
+
+    // What a thread needs; CellBuffer has the parts.
+    int64_t buffer() const { return coarse.up.classes * (5 * kCells + 2 * (kCells + kCellPad)); }
+};
+
+// stats (N, g, kStats) of images that go in chunks: `reduce(i, buffer, lanes, sums, bad)` leaves the
+// sums[g, kStats] of chunk i.
+template <typename A, typename Reduce>
+Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t size, const Reduce& reduce) {
+    const int64_t row = inputs.levels() * kStats;
     std::vector<double> sums(chunks.count * row);
     std::vector<BadLabels> bad(chunks.count);
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<typename Call<T>::A> buffer(2 * layout.classes * kWide);
+        Buffer<A> buffer(size);
         Buffer<double> lanes(row * kLanes);
         for (int64_t i = first; i < last; ++i) {
-            const int64_t begin = i % chunks.per_image * chunks.pixels;
-            const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
-            IAL_DISPATCH(reduce, problem, i / chunks.per_image, begin, end, buffer.aligned(), lanes.aligned(),
-                         &sums[i * row], &bad[i]);
+            std::fill_n(lanes.aligned(), row * kLanes, 0.0);
+            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], &bad[i]);
         }
     });
 
@@ -233,49 +307,107 @@ Tensor reduce_typed(const Inputs& inputs) {
     }
     if (all.count) throw_bad_labels(all, inputs);
 
-    Tensor stats =
-        at::empty({layout.batch, problem.levels, kStats}, inputs.logits.options().dtype(at::kDouble));
+    const int64_t images = inputs.logits.size(0);
+    Tensor stats = at::empty({images, inputs.levels(), kStats}, inputs.logits.options().dtype(at::kDouble));
     double* to = stats.mutable_data_ptr<double>();
-    for (int64_t n = 0; n < layout.batch; ++n)
-        for (int64_t s = 0; s < problem.levels * kStats; ++s, ++to) {
+    for (int64_t n = 0; n < images; ++n)
+        for (int64_t s = 0; s < row; ++s, ++to) {
             *to = 0;
             for (int64_t i = 0; i < chunks.per_image; ++i) *to += sums[(n * chunks.per_image + i) * row + s];
         }
     return stats;
 }
 
+template <typename T>
+Tensor reduce_typed(const Inputs& inputs) {
+    using A = typename Call<T>::A;
+    Call<T> call(inputs, inputs.logits);
+    const Problem<T>& problem = call.problem;
+    if (inputs.align_corners) {
+        const CoarseCall<T> coarse(call.upsampling);
+        const Chunks chunks = Chunks::of_rows(call.upsampling);
+        return reduce_chunks<A>(inputs, chunks, coarse.buffer(),
+                                [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                    IAL_DISPATCH(reduce_cells, problem, coarse.coarse, chunks.image(i),
+                                                 chunks.begin(i), chunks.end(i), buffer, lanes, sums, bad);
+                                });
+    }
+    const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
+    return reduce_chunks<A>(inputs, chunks, 2 * problem.layout.classes * kWide,
+                            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                IAL_DISPATCH(reduce, problem, chunks.image(i), chunks.begin(i), chunks.end(i),
+                                             buffer, lanes, sums, bad);
+                            });
+}
+
 // Half of a usual last-level cache: a gradient of this size leaves little of itself there.
 constexpr size_t kStreamFrom = 16 << 20;
 
+// rows[levels, 3]: dL/dS, dL/dP2 and dL/dQ2 of image n.
+template <typename A>
+void load_rows(const Tensor& table, int64_t n, A* rows) {
+    const int64_t levels = table.size(1);
+    const double* from = table.const_data_ptr<double>() + n * levels * kStats;
+    for (int64_t k = 0; k < levels; ++k)
+        for (const Stat s : {kS, kP2, kQ2}) rows[k * 3 + s] = static_cast<A>(from[k * kStats + s]);
+}
+
+template <typename T>
+void gradient_of_pixels(const Problem<T>& problem, const Tensor& table) {
+    using A = typename Problem<T>::A;
+    const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
+    // Backwards, since the caches hold the end of what reduce has read.
+    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(2 * problem.layout.classes * kWide), rows(3 * problem.levels);
+        int64_t image = -1;
+        for (int64_t i = last - 1; i >= first; --i) {
+            if (chunks.image(i) != image) load_rows(table, image = chunks.image(i), rows.aligned());
+            IAL_DISPATCH(gradient, problem, image, chunks.begin(i), chunks.end(i), buffer.aligned(),
+                         rows.aligned());
+        }
+    });
+}
+
+// A chunk's first row of logits gets a share from the cells above it, which another thread may be at.
+template <typename T>
+void gradient_of_cells(const Problem<T>& problem, const Upsampling& up, const Tensor& table) {
+    using A = typename Problem<T>::A;
+    const CoarseCall<T> call(up);
+    const Coarse<T>& coarse = call.coarse;
+    const Chunks chunks = Chunks::of_rows(up);
+    const int64_t row = up.classes * coarse.width;
+    std::vector<A> heads(chunks.count * row), tails(chunks.count * row);
+    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(call.buffer()), rows(3 * problem.levels), work(row);
+        for (int64_t i = first; i < last; ++i) {
+            load_rows(table, chunks.image(i), rows.aligned());
+            IAL_DISPATCH(gradient_cells, problem, coarse, chunks.image(i), chunks.begin(i), chunks.end(i),
+                         buffer.aligned(), rows.aligned(), &heads[i * row], &tails[i * row], work.aligned());
+        }
+    });
+    for (int64_t i = 0; i < chunks.count; ++i) {
+        const int64_t y = chunks.begin(i);
+        for (int64_t c = 0; c < up.classes; ++c) {
+            T* const to = problem.grad + up.grad.offset(chunks.image(i), y, 0) + c * up.grad.channel;
+            const A* const head = &heads[i * row + c * coarse.width];
+            const A* const above = y > 0 ? &tails[(i - 1) * row + c * coarse.width] : nullptr;
+            for (int64_t x = 0; x < up.x.coarse; ++x)
+                to[x * up.grad.pixel] = static_cast<T>(above ? head[x] + above[x] : head[x]);
+        }
+    }
+}
+
 template <typename T>
 void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const Tensor& grad, bool fresh) {
-    using A = typename Call<T>::A;
     Call<T> call(inputs, grad);
     Problem<T>& problem = call.problem;
     problem.grad = grad.mutable_data_ptr<T>();
     problem.cross = exact ? 1 : 0;
     problem.stream = fresh && grad.nbytes() >= kStreamFrom;
-    const Layout& layout = problem.layout;
-    const Chunks chunks(layout, problem.levels);
-    const double* by_level = table.const_data_ptr<double>();
-    // Backwards, since the caches hold the end of what reduce has read.
-    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(2 * layout.classes * kWide), rows(3 * problem.levels);
-        int64_t image = -1;
-        for (int64_t i = last - 1; i >= first; --i) {
-            const int64_t n = i / chunks.per_image;
-            const int64_t begin = i % chunks.per_image * chunks.pixels;
-            const int64_t end = std::min(begin + chunks.pixels, layout.pixels);
-            if (n != image) {
-                image = n;
-                for (int64_t k = 0; k < problem.levels; ++k)
-                    for (const Stat s : {kS, kP2, kQ2})
-                        rows.aligned()[k * 3 + s] =
-                            static_cast<A>(by_level[(n * problem.levels + k) * kStats + s]);
-            }
-            IAL_DISPATCH(gradient, problem, n, begin, end, buffer.aligned(), rows.aligned());
-        }
-    });
+    if (inputs.align_corners)
+        gradient_of_cells(problem, call.upsampling, table);
+    else
+        gradient_of_pixels(problem, table);
 }
 
 // A large gradient is a fresh mapping each time. In pages of 4 KiB its page faults cost several times the

@@ -10,9 +10,6 @@
 namespace ial {
 namespace IAL_ISA {
 
-#define IAL_INLINE IAL_TARGET inline __attribute__((always_inline))
-#define IAL_SIMD _Pragma("omp simd")
-
 // exp(x) for x <= 0 within 1.5 ulp; 0 below the smallest normal number, NaN for NaN. x = n ln 2 + r, |r| <=
 // ln(2)/2, and exp(r) = 1 + r + r^2 q(r) with q the Chebyshev fit of degree 4 (float: 1.0e-8 relative) or 9
 // (double: 1.7e-17). Adding `shift` = 1.5 * 2^mantissa_bits + bias rounds to the integer n and leaves n +
@@ -224,6 +221,15 @@ struct Block {
         bad_labels = bad != 0;
     }
 
+    IAL_INLINE void look_up_labels() {
+        for (int j = 0; j < B; ++j) {
+            const I y = label[j] < 0 ? 0 : label[j];
+            logit[j] = x[y * B + j];
+            w[j] = label[j] < 0 ? 0 : problem.weight[y];
+            level[j] = label[j] < 0 ? -1 : problem.class_levels[y];
+        }
+    }
+
     // The labels, -1 where they are no class, and each pixel's weight and target logit (0 there).
     IAL_INLINE void load_target(int64_t n, int64_t p) {
         const View& labels = problem.layout.target;
@@ -238,12 +244,7 @@ struct Block {
             default:
                 load_labels(static_cast<const int64_t*>(problem.target) + first, labels.pixel);
         }
-        for (int j = 0; j < B; ++j) {
-            const I y = label[j] < 0 ? 0 : label[j];
-            logit[j] = x[y * B + j];
-            w[j] = label[j] < 0 ? 0 : problem.weight[y];
-            level[j] = label[j] < 0 ? -1 : problem.class_levels[y];
-        }
+        look_up_labels();
         if (problem.pixel_weight) {
             const View& weights = problem.layout.pixel_weight;
             const A* from = problem.pixel_weight + problem.layout.offset(weights, n, p);
@@ -328,9 +329,10 @@ struct Block {
         IAL_SIMD for (int l = 0; l < kLanes; ++l) to[l] += total[l];
     }
 
-    // rows: [levels, 3], the dL/dS, dL/dP2 and dL/dQ2 of each level
-    IAL_INLINE void store_gradient(int64_t n, int64_t p, const A* rows) {
-        alignas(64) A ds[B], dp2[B], dq2[B], scale[B], extra[B];
+    // Of a block after softmax<true>(): dL/dx_c = scale x_c + [c = y] extra. rows: [levels, 3], the dL/dS,
+    // dL/dP2 and dL/dQ2 of each level
+    IAL_INLINE void differentiate(const A* rows, A* scale, A* extra) {
+        alignas(64) A ds[B], dp2[B], dq2[B];
         for (int j = 0; j < B; ++j) {
             const A* row = rows + (level[j] < 0 ? 0 : level[j]) * 3;
             ds[j] = row[kS];
@@ -350,6 +352,11 @@ struct Block {
         if (spoilt)
             for (int j = 0; j < B; ++j)
                 for (int c = 0; label[j] < 0 && c < classes; ++c) x[c * B + j] = 0;
+    }
+
+    IAL_INLINE void store_gradient(int64_t n, int64_t p, const A* rows) {
+        alignas(64) A scale[B], extra[B];
+        differentiate(rows, scale, extra);
         const View& view = problem.layout.grad;
         T* to = problem.grad + problem.layout.offset(view, n, p);
         const bool dense = count == B && view.pixel == 1;
@@ -432,17 +439,20 @@ IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, 
     }
 }
 
-// stats[levels, kStats] of the range; sums: [levels, kStats, kLanes], a place for them on the way.
-template <typename T>
-IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
-                       typename Problem<T>::A* buffer, double* sums, double* stats, BadLabels* bad) {
-    const int64_t rows = int64_t(problem.levels) * kStats;
-    for (int64_t i = 0; i < rows * kLanes; ++i) sums[i] = 0;
-    for_blocks(problem, n, begin, end, buffer, Reduce{sums, bad});
+// stats[i] = the sum of row i of sums[rows, kLanes]
+IAL_INLINE void add_lanes(const double* sums, int64_t rows, double* stats) {
     for (int64_t i = 0; i < rows; ++i) {
         stats[i] = 0;
         for (int l = 0; l < kLanes; ++l) stats[i] += sums[i * kLanes + l];
     }
+}
+
+// stats[levels, kStats] of the range; sums: [levels, kStats, kLanes], zeros, a place for them on the way.
+template <typename T>
+IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
+                       typename Problem<T>::A* buffer, double* sums, double* stats, BadLabels* bad) {
+    for_blocks(problem, n, begin, end, buffer, Reduce{sums, bad});
+    add_lanes(sums, int64_t(problem.levels) * kStats, stats);
 }
 
 template <typename T>
@@ -453,9 +463,6 @@ IAL_TARGET void gradient(const Problem<T>& problem, int64_t n, int64_t begin, in
     _mm_sfence();  // streaming stores are ordered by nothing else
 #endif
 }
-
-#undef IAL_INLINE
-#undef IAL_SIMD
 
 }  // namespace IAL_ISA
 }  // namespace ial
