@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import cases  # noqa: F401  registers simt
 import pytest
 import simt
 import torch
@@ -145,7 +146,6 @@ def test_a_tiny_run_on_cuda(tmp_path):
 def test_the_rows_of_one_launch_and_of_two(tmp_path, monkeypatch):
     """With the CUDA kernels on the CPU in the place of those on a GPU."""
     simt.load()
-    monkeypatch.setattr(program, "kernels", lambda _: ["simt", "simt_fused"])
     monkeypatch.setitem(_ops.preference, "cpu", ("simt", "simt_fused", "reference"))
     assert program.main([*TINY, "--output", str(tmp_path)]) == 0
     (case,) = read(tmp_path)["cases"]
