@@ -29,7 +29,7 @@ class Report(Protocol):
 C, R = TypeVar("C"), TypeVar("R", bound=Report)
 
 
-def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+def make_plain_parser(program: str, description: str | None, rounds: int = 30) -> argparse.ArgumentParser:
     """The options that every program has."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
     latest = Path(__file__).parent / "results" / "latest"
@@ -37,20 +37,28 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
         "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
     )
     parser.add_argument(
-        "--device", choices=DTYPES, help="default: each that ial_cuda has kernels for on this machine"
+        "--rounds", type=at_least_2, default=rounds, metavar="R", help=f"at least 2, default {rounds}"
     )
-    parser.add_argument("--rounds", type=rounds, default=30, metavar="R", help="at least 2, default 30")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: all cores"
     )
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser
 
 
-def rounds(text: str) -> int:
+def at_least_2(text: str) -> int:
     if int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text} is less than 2, of which no quantiles can be taken")
     return int(text)
+
+
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of a program that goes over cases."""
+    parser = make_plain_parser(program, description)
+    parser.add_argument(
+        "--device", choices=DTYPES, help="default: each that ial_cuda has kernels for on this machine"
+    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    return parser
 
 
 def devices(asked: str | None) -> list[str]:

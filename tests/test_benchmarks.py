@@ -107,20 +107,20 @@ def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setitem(compare.LABELS, "cpu", [torch.int64, torch.uint8])
     shapes = ["1x19x32x64", "2x11x24x40"]
     assert program.main([*TINY, "--shape", *shapes, "--output", str(tmp_path)]) == 0
-    cases = read(tmp_path)["cases"]
-    assert [case["input"].split()[0] for case in cases] == shapes
-    for case in cases:
+    measured = read(tmp_path)["cases"]
+    assert [case["input"].split()[0] for case in measured] == shapes
+    for case in measured:
         rows = {row["name"]: row for row in case["providers"] + case["parts"]}
         for name in ("ial_cuda cpu", "ial_cuda cpu, uint8 labels", "ial_cuda cpu, in place"):
             assert rows[name]["graph_ms"] > 0
         assert rows["reference"]["graph_ms"] is None and rows["reference"]["no_graph"] is None
-    first = {row["name"]: row for row in cases[0]["providers"]}
+    first = {row["name"]: row for row in measured[0]["providers"]}
     assert first["F.cross_entropy"]["graph_ms"] is None
     assert first["F.cross_entropy"]["no_graph"].startswith("its loss errs")
 
     labels = {name: 32 * 64 * size for name, size in (("ial_cuda cpu", 8), ("ial_cuda cpu, uint8 labels", 1))}
     logits = 19 * 32 * 64 * 4
-    copy = next(row for row in cases[0]["parts"] if row["name"] == report.COPY)
+    copy = next(row for row in measured[0]["parts"] if row["name"] == report.COPY)
     assert copy["copy_percent"] == 100 and copy["copy_ratio"] == 1
     for name, size in labels.items():
         row = first[name]
