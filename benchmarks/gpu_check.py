@@ -312,7 +312,7 @@ def plan(backends: Sequence[str], output: Path) -> list[list[Stage]]:
     return [
         [tests("smoke", ["tests/test_oracle.py", "-k", f"({chosen}) and number_of_classes and 19"], 60)],
         [benchmark("loss", ["--device", "cuda", "--rounds", "100"], 170, output)],
-        [benchmark("upsample", ["--device", "cuda", "--rounds", "100"], 100, output)],
+        [benchmark("upsample", ["--device", "cuda", "--rounds", "100"], 130, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", [*workers, "-k", f"({chosen}) and not test_cuda"], 140),
@@ -330,7 +330,7 @@ def dry_plan(output: Path) -> list[list[Stage]]:
     return [
         [tests("smoke", ["tests/test_oracle.py", "-k", f"{few} and number_of_classes"], 60)],
         [benchmark("loss", [*briefly, "--shape", *shapes], 170, output)],
-        [benchmark("upsample", [*briefly, "--size", "64x128"], 100, output)],
+        [benchmark("upsample", [*briefly, "--size", "64x128"], 130, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", ["tests/test_launches.py", "-k", f"{few} and every_tile"], 140),

@@ -66,14 +66,12 @@ def test_a_wrong_gradient_has_no_speed(tmp_path, monkeypatch):
 
 
 def test_the_memory_of_the_process():
-    """A tensor of 40 MB that lives within the step, and what was freed before does not hide it."""
-    del (warm := [torch.ones(10_000_000)])[0]
+    """A tensor of 40 MB that lives within the step: the second time, too, when there is a place for it."""
     for _ in range(2):
         grown = common.peak_process_bytes(lambda x: torch.ones(10_000_000).sum() + x, torch.ones(()))
         if grown is None:
             pytest.skip("no /proc/self/clear_refs")
-        assert 40e6 <= grown < 45e6  # pages, and what the threads of sum need
-    assert warm == []
+        assert 39e6 < grown < 44e6  # each core counts its last pages late; threads that start add some
 
 
 def report_of(loss, device, dtype, size, rows) -> upsample_report.Report:
