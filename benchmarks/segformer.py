@@ -7,7 +7,7 @@ The network is MiT-B0, the library's default, randomly initialised; nothing is d
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import NamedTuple
@@ -25,8 +25,8 @@ from .common import IGNORE_INDEX, Step, describe_machine, peak_bytes, time_inter
 from .report import EXTRA, RATIO, Row, make_table, quotient
 
 CLASSES, SIZE, STEPS = 19, (512, 1024), 3
-#: By how much losses and gradients may differ, relative to their norms: some hundred eps. Either loss rounds
-#: in its own order, to an eps or a few, and every layer on the way back and every step passes that on.
+#: By how much losses and gradients may differ, relative to their norms: a hundred eps. Each loss rounds in
+#: an order of its own, to an eps or a few, and every layer on the way back and every step passes that on.
 TOLERANCES = {dtype: 100 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 
 NetworkLoss = Callable[[SegformerForSemanticSegmentation, Tensor, Tensor], Tensor]  # of images and labels
@@ -110,12 +110,13 @@ def relative(expected: Tensor, got: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def measure(trainings: Sequence[Training], size: tuple[int, int], rounds: int) -> list[Row]:
+def measure(trainings: Mapping[str, Training], size: tuple[int, int], rounds: int) -> list[Row]:
     """A training step with each loss, and each loss with its gradient alone: time and peak memory."""
     images, labels = make_batch(0, size, torch.float32)
-    logits = trainings[0].network(images).logits.detach().requires_grad_()
+    logits = trainings[OURS].network(images).logits.detach().requires_grad_()
     steps: dict[str, Step] = {}
-    for training, (name, (_, alone)) in zip(trainings, LOSSES.items(), strict=True):
+    for name, (_, alone) in LOSSES.items():
+        training = trainings[name]
         training.optimizer.zero_grad()  # what the first step frees does not count
         steps[f"step, {name}"] = lambda images, training=training: training.step(images, labels)
         steps[f"alone, {name}"] = lambda _, loss=alone: torch.autograd.grad(loss(logits, labels), logits)
@@ -137,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     console = Console()
     config = SegformerConfig(num_labels=CLASSES)
-    trainings = [Training(config, loss, torch.float32) for loss, _ in LOSSES.values()]
-    differences = train_together(trainings, SIZE, torch.float32)
+    trainings = {name: Training(config, loss, torch.float32) for name, (loss, _) in LOSSES.items()}
+    differences = train_together(list(trainings.values()), SIZE, torch.float32)
     for step, difference in enumerate(differences):
         console.print(
             f"step {step}: loss {difference.built_in:.6f}; with ours it differs by {difference.loss:.1e}, "
