@@ -281,7 +281,7 @@ struct CoarseCall {
     }
 
     // What a thread needs; CellBuffer has the parts.
-    int64_t buffer() const { return coarse.up.classes * (5 * kCells + 2 * (kCells + kCellPad)); }
+    int64_t buffer() const { return coarse.up.classes * (4 * kCells + 3 * (kCells + kCellPad)); }
 };
 
 // stats (N, g, kStats) of images that go in chunks: `reduce(i, buffer, lanes, sums, bad)` leaves the
@@ -376,21 +376,23 @@ void gradient_of_cells(const Problem<T>& problem, const Upsampling& up, const Te
     const Coarse<T>& coarse = call.coarse;
     const Chunks chunks = Chunks::of_rows(up);
     const int64_t row = up.classes * coarse.width;
-    std::vector<A> heads(chunks.count * row), tails(chunks.count * row);
+    const Tensor kept = at::empty({2 * chunks.count, row}, c10::CppTypeToScalarType<A>::value);
+    A* const heads = kept.mutable_data_ptr<A>();
+    A* const tails = heads + chunks.count * row;
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(call.buffer()), rows(3 * problem.levels), work(row);
         for (int64_t i = first; i < last; ++i) {
             load_rows(table, chunks.image(i), rows.aligned());
             IAL_DISPATCH(gradient_cells, problem, coarse, chunks.image(i), chunks.begin(i), chunks.end(i),
-                         buffer.aligned(), rows.aligned(), &heads[i * row], &tails[i * row], work.aligned());
+                         buffer.aligned(), rows.aligned(), heads + i * row, tails + i * row, work.aligned());
         }
     });
     for (int64_t i = 0; i < chunks.count; ++i) {
         const int64_t y = chunks.begin(i);
         for (int64_t c = 0; c < up.classes; ++c) {
             T* const to = problem.grad + up.grad.offset(chunks.image(i), y, 0) + c * up.grad.channel;
-            const A* const head = &heads[i * row + c * coarse.width];
-            const A* const above = y > 0 ? &tails[(i - 1) * row + c * coarse.width] : nullptr;
+            const A* const head = heads + i * row + c * coarse.width;
+            const A* const above = y > 0 ? tails + (i - 1) * row + c * coarse.width : nullptr;
             for (int64_t x = 0; x < up.x.coarse; ++x)
                 to[x * up.grad.pixel] = static_cast<T>(above ? head[x] + above[x] : head[x]);
         }

@@ -19,15 +19,17 @@ struct CellBuffer {
     A *above, *dy;  // [C, kRow]: the coarse logits above the cells, and how much larger those below are
     A *left, *dx;   // [C, B]: the logits at the left of the cells on a line of pixels; how much larger at
                     // the right
-    A *to_left, *to_right;  // [C, B]: the gradient of the line
+    A* to_both;     // [C, B]: the gradient of the line, which the logits at the left and the right share
+    A* to_right;    // [C, kRow]: what the right gets of it, after a 0 that is not a cell's
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
         dy = above + classes * kRow;
         left = dy + classes * kRow;
         dx = left + classes * B;
-        to_left = dx + classes * B;
-        to_right = to_left + classes * B;
+        to_both = dx + classes * B;
+        to_right = to_both + classes * B + kCellPad;
+        for (int64_t c = 0; c < classes; ++c) to_right[c * kRow - 1] = 0;
     }
 };
 
@@ -200,7 +202,7 @@ struct GradientCells {
 
     template <typename T>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t, int64_t, int k, const int32_t*, const A* f) const {
-        constexpr int B = Cells<T>::B;
+        constexpr int B = Cells<T>::B, kRow = Cells<T>::kRow;
         auto& block = cells.block;
         alignas(64) A scale[B], extra[B];
         block.template softmax<true>(nullptr);
@@ -208,18 +210,18 @@ struct GradientCells {
         const auto* const label = block.label;
         for (typename Problem<T>::I c = 0; c < cells.classes; ++c) {
             const A* e = cells.at.x + c * B;
-            A *to_left = cells.at.to_left + c * B, *to_right = cells.at.to_right + c * B;
+            A *to_both = cells.at.to_both + c * B, *to_right = cells.at.to_right + c * kRow;
             if (k == 0) {
                 IAL_SIMD for (int i = 0; i < B; ++i) {
-                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0)), right = f[i] * g;
-                    to_right[i] = right;
-                    to_left[i] = g - right;
+                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0));
+                    to_both[i] = g;
+                    to_right[i] = f[i] * g;
                 }
             } else {
                 IAL_SIMD for (int i = 0; i < B; ++i) {
-                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0)), right = f[i] * g;
-                    to_right[i] += right;
-                    to_left[i] += g - right;
+                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0));
+                    to_both[i] += g;
+                    to_right[i] += f[i] * g;
                 }
             }
         }
@@ -227,14 +229,17 @@ struct GradientCells {
 
     template <typename T>
     IAL_INLINE void line(Cells<T>& cells, int64_t first, A f) const {
-        constexpr int B = Cells<T>::B;
+        constexpr int B = Cells<T>::B, kRow = Cells<T>::kRow;
         for (int c = 0; c < cells.classes; ++c) {
-            const A *left = cells.at.to_left + c * B, *right = cells.at.to_right + c * B;
+            const A *both = cells.at.to_both + c * B, *right = cells.at.to_right + c * kRow;
             A *above = to.above + c * to.width + first, *below = to.below + c * to.width + first;
-            IAL_SIMD for (int i = 0; i < B; ++i) above[i] += left[i] - f * left[i];
-            IAL_SIMD for (int i = 0; i < B; ++i) above[i + 1] += right[i] - f * right[i];
-            IAL_SIMD for (int i = 0; i < B; ++i) below[i] += f * left[i];
-            IAL_SIMD for (int i = 0; i < B; ++i) below[i + 1] += f * right[i];
+            IAL_SIMD for (int i = 0; i < B; ++i) {
+                const A g = both[i] - right[i] + right[i - 1];
+                above[i] += (1 - f) * g;
+                below[i] += f * g;
+            }
+            above[B] += (1 - f) * right[B - 1];
+            below[B] += f * right[B - 1];
         }
     }
 };

@@ -117,113 +117,52 @@ def describe() -> str:
 
 
 if _C is not None:
+    # Without what torch.compile need not know: schemas, in csrc/ial_ops.cpp, have all names.
 
     @torch.library.register_fake("ial_cuda::reduce")
     def _(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pixel_weight: Tensor | None,
-        class_levels: list[int],
-        ignore_index: int,
-        gradient: str,
-        inplace: bool,
-        align_corners: bool | None = None,
+        logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *_: Any
     ) -> Tensor:
         return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
 
     @torch.library.register_fake("ial_cuda::gradient")
-    def _(
-        logits: Tensor,
-        table: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pixel_weight: Tensor | None,
-        class_levels: list[int],
-        ignore_index: int,
-        gradient: str,
-        align_corners: bool | None = None,
-    ) -> Tensor:
+    def _(logits: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(logits)
 
     @torch.library.register_fake("ial_cuda::gradient_")
-    def _(
-        logits: Tensor,
-        table: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pixel_weight: Tensor | None,
-        class_levels: list[int],
-        ignore_index: int,
-        gradient: str,
-    ) -> None:
+    @torch.library.register_fake("ial_cuda::rescale_")
+    def _(*_: Any) -> None:
         return None
 
     @torch.library.register_fake("ial_cuda::combine")
     def _(
         stats: Tensor,
-        lambdas: list[float],
-        alpha: float,
+        lambdas: Any,
+        alpha: Any,
         reduction: str,
-        factor_normalization: str,
-        factor_scope: str,
+        normalization: Any,
+        scope: str,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         images, levels, _ = stats.shape
         loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
-        return loss, stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
+        return loss, stats.new_empty((1 if scope == "batch" else images, levels - 1))
 
     @torch.library.register_fake("ial_cuda::table")
-    def _(
-        stats: Tensor,
-        grad_loss: Tensor,
-        lambdas: list[float],
-        alpha: float,
-        reduction: str,
-        factor_normalization: str,
-        factor_scope: str,
-    ) -> Tensor:
+    def _(stats: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(stats)
 
     @torch.library.register_fake("ial_cuda::fused")
     def _(
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pixel_weight: Tensor | None,
-        class_levels: list[int],
-        ignore_index: int,
-        gradient: str,
-        lambdas: list[float],
-        alpha: float,
-        reduction: str,
-        factor_normalization: str,
-        factor_scope: str,
+        logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        images, levels = logits.shape[0], max(class_levels) + 1
+        images, levels, scope = logits.shape[0], max(class_levels) + 1, rest[-1]
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         loss = logits.new_empty((), dtype=dtype)
         stats = logits.new_empty((images, levels, 5), dtype=torch.float64)
-        f = stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
+        f = stats.new_empty((1 if scope == "batch" else images, levels - 1))
         return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
 
-    @torch.library.register_fake("ial_cuda::rescale_")
-    def _(
-        grad: Tensor,
-        grad_loss: Tensor,
-        logits: Tensor,
-        table: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        pixel_weight: Tensor | None,
-        class_levels: list[int],
-        ignore_index: int,
-        gradient: str,
-    ) -> None:
-        return None
-
     @torch.library.register_fake("ial_cuda::fuses")
-    def _(
-        logits: Tensor, target: Tensor, pixel_weight: Tensor | None, levels: int, factor_scope: str
-    ) -> bool:
+    def _(*_: Any) -> bool:
         return False

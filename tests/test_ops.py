@@ -291,14 +291,14 @@ def test_inplace_needs_elements_of_their_own(backend):
 # ---- memory, threads, instruction sets ------------------------------------------------------------------
 
 
-def allocated(backend, inplace):
-    """Bytes allocated at the peak beyond what was there, of forward and backward on 1 x 19 x 512 x 1024."""
+def allocated(backend, size=(512, 1024), **options):
+    """Bytes allocated at the peak beyond what was there, of forward and backward on labels of 512 x 1024."""
     device = device_of(backend)
-    leaf = torch.randn(1, 19, 512, 1024, device=device).requires_grad_()
+    leaf = torch.randn(1, 19, *size, device=device).requires_grad_()
     logits, target = leaf * 1, make_target((1, 512, 1024), 19).to(device)
 
     def step():
-        loss = importance_aware_loss(logits, target, CITYSCAPES, backend=backend, inplace=inplace)
+        loss = importance_aware_loss(logits, target, CITYSCAPES, backend=backend, **options)
         torch.autograd.grad(loss, logits)
 
     if device == "cuda":
@@ -319,22 +319,31 @@ def allocated(backend, inplace):
 
 @pytest.mark.parametrize("backend", [*(b for b in KERNELS if b.values[0] == "cpu"), *GPU_KERNELS])
 def test_memory(backend):
-    peak, logits = allocated(backend, inplace=False)
+    peak, logits = allocated(backend)
     assert logits <= peak < logits + 2**20, "the gradient, and under 1 MiB beside it"
     peak, _ = allocated(backend, inplace=True)
     assert peak < 2**20
 
 
+@pytest.mark.parametrize("backend", [*(b for b in KERNELS if b.values[0] == "cpu"), *GPU_KERNELS])
+def test_memory_of_coarse_logits(backend):
+    peak, logits = allocated(backend, size=(128, 256), upsample="bilinear")
+    assert logits <= peak < 2 * logits, "the gradient, and less than that beside it"
+
+
 def test_memory_of_the_reference():
-    peak, logits = allocated("reference", inplace=False)
+    peak, logits = allocated("reference")
     assert peak > 2 * logits, "else the profiler has missed what it should count"
+    peak, logits = allocated("reference", size=(128, 256), upsample="bilinear")
+    assert peak > 32 * logits, "logits of the labels' size, and their gradient"
 
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_same_bits_every_time_and_for_any_number_of_threads(backend, layout):
-    logits = make_logits((2, 19, 200, 333), torch.float32).contiguous(memory_format=layout)
-    target = make_target((2, 200, 333), 19)
+    size = (50, 83) if backend in EMULATED else (200, 333)
+    logits = make_logits((2, 19, *size), torch.float32).contiguous(memory_format=layout)
+    target = make_target((2, *size), 19)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -371,7 +380,7 @@ def test_narrower_instruction_sets(backend, capability):
     chosen = "cpu and (layout or dtype_and_rank or number_of_classes or ignored_pixels or not_finite or huge)"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
     tests = subprocess.run(
-        [*command, str(here / "test_oracle.py"), str(here / "test_ops.py")],
+        [*command, *(str(here / f"test_{name}.py") for name in ("oracle", "ops", "upsample"))],
         env=environment,
         capture_output=True,
         text=True,

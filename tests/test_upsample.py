@@ -195,11 +195,26 @@ def test_huge_logits(backend, dtype):
     check_upsampled(backend, logits, make_target((2, 23, 31), 5))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("ratio", [4, 2.7])
+def test_more_than_one_block_of_rows(backend, ratio):
+    logits = make_logits((1, 5, 40, 67), torch.float32)
+    check_upsampled(backend, logits, make_target((1, *sizes(ratio, (40, 67))), 5), weight=WEIGHT)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
-def test_same_bits_each_time(backend):
-    logits, target = make_logits((2, 5, 9, 13), torch.float32), make_target((2, 36, 52), 5)
-    first, second = (run(backend, logits, target, upsample="bilinear") for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+def test_same_bits_every_time_and_for_any_number_of_threads(backend):
+    logits, target = make_logits((2, 5, 40, 37), torch.float32), make_target((2, 160, 148), 5)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(backend, logits, target, upsample="bilinear"))
+    finally:
+        torch.set_num_threads(threads)
+    for loss, grad, _ in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
