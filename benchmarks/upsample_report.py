@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -168,7 +169,7 @@ def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> N
     for curve in curves(reports):
         kinds.setdefault((curve.device, curve.dtype), []).append(curve)
     rows = max(1, len(kinds))
-    figure = Figure(figsize=(13, 4.5 * rows), layout="constrained")
+    figure = Figure(figsize=(13, 5 * rows), layout="constrained")
     figure.suptitle(f"Cross-entropy of coarse logits and its gradient on {describe_hardware(machine)}")
     panels = figure.subplots(rows, len(COSTS), squeeze=False)
     for ((device, dtype), found), row in zip(kinds.items(), panels, strict=False):
@@ -179,27 +180,31 @@ def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> N
 
 
 def draw_cost(axes: Axes, cost: str, found: Sequence[Curve]) -> None:
-    """A line for each provider, ours in colour, with the figures at its points."""
-    for curve, marker in zip(found, "osD^v<>", strict=False):
-        ours, exponent = curve.name.startswith("ial_cuda"), curve.exponent(cost)
-        values = getattr(curve, cost)
+    """A line for each provider, ours in colour, with the figures at its points: above the highest line, else
+    below."""
+    highest = max(found, key=lambda curve: getattr(curve, cost)[-1])
+    colours = itertools.cycle(("tab:green", "tab:olive", "tab:cyan", "tab:blue"))
+    for curve, marker in zip(found, itertools.cycle("osD^v<>")):
+        values, exponent = getattr(curve, cost), curve.exponent(cost)
         axes.loglog(
             curve.pixels,
             values,
             marker=marker,
-            color=None if ours else "tab:grey",
+            color=next(colours) if curve.name.startswith("ial_cuda") else "tab:grey",
             linestyle="--" if curve.name.endswith("compiled") else "-",
             label=curve.name if exponent is None else f"{curve.name}, ~ pixels$^{{{exponent:.2f}}}$",
         )
         for pixels, value in zip(curve.pixels, values, strict=True):
-            axes.annotate(f"{value:.3g}", (pixels, value), (0, 5), textcoords="offset points", ha="center")
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            offset = (0, 6 if curve is highest else -15)
+            axes.annotate(text, (pixels, value), offset, textcoords="offset points", ha="center")
     sizes = {size: pixels for curve in found for size, pixels in zip(curve.sizes, curve.pixels, strict=True)}
-    axes.set_xticks(list(sizes.values()), [f"{height}×{width}" for height, width in sizes], minor=False)
+    axes.set_xticks(list(sizes.values()), [f"{height}×{width}" for height, width in sizes])
     axes.minorticks_off()
-    axes.margins(y=0.15)
+    axes.margins(x=0.1, y=0.25)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
 
 
 def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> Path:
