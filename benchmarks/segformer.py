@@ -6,6 +6,7 @@ The network is MiT-B0, the library's default, randomly initialised; nothing is d
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,10 +26,6 @@ from .common import IGNORE_INDEX, Step, describe_machine, peak_bytes, time_inter
 from .report import EXTRA, RATIO, Row, make_table, quotient
 
 CLASSES, SIZE, STEPS = 19, (512, 1024), 3
-#: By how much losses and gradients may differ, relative to their norms: a hundred eps. Each loss rounds in
-#: an order of its own, to an eps or a few, and every layer on the way back and every step passes that on.
-TOLERANCES = {dtype: 100 * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
-
 NetworkLoss = Callable[[SegformerForSemanticSegmentation, Tensor, Tensor], Tensor]  # of images and labels
 
 
@@ -73,11 +70,23 @@ class Training:
 
 
 class Difference(NamedTuple):
-    """Of a step with our loss to one with the built-in loss, relative to that."""
+    """Of a step with our loss to one with the built-in loss, relative to the norm of that, and what it may be.
+
+    Each loss rounds in an order of its own, to an eps or a few, and every layer on the way back adds some: a
+    hundred eps. After the first step the parameters differ as well, if only in their last bits. Then some eps
+    of all ReLUs have their inputs at the other side of 0, and since their parts of the gradient are like noise,
+    it differs by the root of that.
+    """
 
     built_in: float  # the loss itself
     loss: float
     gradient: float
+    loss_tolerance: float
+    gradient_tolerance: float
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.loss <= self.loss_tolerance and self.gradient <= self.gradient_tolerance
 
 
 def make_batch(seed: int, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -92,6 +101,7 @@ def train_together(
     trainings: Sequence[Training], size: tuple[int, int], dtype: torch.dtype
 ) -> list[Difference]:
     """Trains both, the one with the built-in loss first, on the same images, with the same dropout."""
+    eps = torch.finfo(dtype).eps
     differences = []
     for step in range(STEPS):
         batch = make_batch(step, size, dtype)
@@ -101,7 +111,13 @@ def train_together(
             losses.append(training.step(*batch))
             gradients.append(training.gradient())
         differences.append(
-            Difference(losses[0].item(), *(relative(*results) for results in (losses, gradients)))
+            Difference(
+                losses[0].item(),
+                relative(*losses),
+                relative(*gradients),
+                loss_tolerance=100 * eps,
+                gradient_tolerance=100 * eps if step == 0 else math.sqrt(eps),
+            )
         )
     return differences
 
@@ -142,13 +158,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     differences = train_together(list(trainings.values()), SIZE, torch.float32)
     for step, difference in enumerate(differences):
         console.print(
-            f"step {step}: loss {difference.built_in:.6f}; with ours it differs by {difference.loss:.1e}, "
-            f"its gradient by {difference.gradient:.1e} of their norms",
+            f"step {step}: loss {difference.built_in:.6f}; with ours it differs by {difference.loss:.1e} "
+            f"(at most {difference.loss_tolerance:.1e}), the gradient by {difference.gradient:.1e} "
+            f"(at most {difference.gradient_tolerance:.1e})",
             highlight=False,
+            soft_wrap=True,
         )
-    tolerance = TOLERANCES[torch.float32]
-    if not all(max(difference.loss, difference.gradient) <= tolerance for difference in differences):
-        console.print(f"more than {tolerance:.1e}: not the same, and not timed", style="red")
+    if not all(difference.is_rounding for difference in differences):
+        console.print("not the same, and not timed", style="red")
         return 1
     rows = measure(trainings, SIZE, arguments.rounds)
     console.print(make_table(f"{SIZE[0]}x{SIZE[1]} image, MiT-B0, cpu", rows, "cpu", (RATIO, EXTRA)))
@@ -165,7 +182,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         {
             "machine": describe_machine() | {"transformers": metadata.version("transformers")},
             "rounds": arguments.rounds,
-            "tolerance": tolerance,
             "differences": [difference._asdict() for difference in differences],
             "share_percent": shares,
             "rows": [asdict(row) for row in rows],

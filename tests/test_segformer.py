@@ -21,7 +21,7 @@ SMALL = dict(
 )
 
 
-@pytest.mark.parametrize("dtype", segformer.TOLERANCES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_same_losses_and_gradients(dtype):
     config = segformer.SegformerConfig(**SMALL)
     trainings = [segformer.Training(config, loss, dtype) for loss, _ in segformer.LOSSES.values()]
@@ -30,8 +30,8 @@ def test_same_losses_and_gradients(dtype):
     assert len(differences) == 3
     for difference in differences:
         assert 0 < difference.built_in < 10
-        assert difference.loss <= segformer.TOLERANCES[dtype]
-        assert 0 < difference.gradient <= segformer.TOLERANCES[dtype]  # 0: they would be the same code
+        assert difference.is_rounding, difference
+        assert difference.gradient > 0, "as if it were the same code"
     assert not torch.equal(start, trainings[0].network.decode_head.classifier.weight), "it does train"
 
 
