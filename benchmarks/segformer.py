@@ -70,12 +70,12 @@ class Training:
 
 
 class Difference(NamedTuple):
-    """Of a step with our loss to one with the built-in loss, relative to the norm of that, and what it may be.
+    """Of a step with our loss to one with the built-in loss, relative to that, and what it may be.
 
     Each loss rounds in an order of its own, to an eps or a few, and every layer on the way back adds some: a
-    hundred eps. After the first step the parameters differ as well, if only in their last bits. Then some eps
-    of all ReLUs have their inputs at the other side of 0, and since their parts of the gradient are like noise,
-    it differs by the root of that.
+    hundred eps. After the first step the parameters differ as well, if only in their last bits. Then a share
+    of some eps of the ReLUs has its input at the other side of 0; and since what each adds to the gradient
+    is like noise, that differs by the root of it.
     """
 
     built_in: float  # the loss itself
