@@ -32,8 +32,8 @@ struct ReduceClass {
 
 // Fills by_class[C]; a barrier must follow.
 template <int Threads, typename T, typename A>
-IAL_D void load_classes(const Problem<T>& problem, int first_level, ReduceClass<A>* by_class) {
-    for (int c = threadIdx.x; c < problem.layout.classes; c += Threads)
+IAL_D void load_classes(const Operands<T>& problem, int first_level, ReduceClass<A>* by_class) {
+    for (int c = threadIdx.x; c < problem.classes; c += Threads)
         by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
 }
 
@@ -80,8 +80,8 @@ struct Run {
             const ReduceClass<A> its = by_class[tile.labels.some_class(j)];
             const A w = its.weight * tile.labels.pixel_weight(j);
             const A s = w * (logarithm(tile.sum[j]) - tile.target[j]);
-            const A pi = exponential(tile.target[j]) * reciprocal(tile.sum[j]);
-            if (tile.labels.label[j] < 0 || its.level < 0 || its.level >= levels) continue;
+            const A pi = tile.own(j) * reciprocal(tile.sum[j]);
+            if (!tile.labels.has(j) || its.level < 0 || its.level >= levels) continue;
             if (its.level != level) {
                 flush();
                 level = its.level;
@@ -108,50 +108,62 @@ struct Run {
 // -------------------------------------------------------------------------------------------------
 // reduce
 
-// Grid (images x blocks, groups of levels): what a block has shared memory for are `block_levels` levels, and
-// further groups read the logits again. partial: [images, levels, kStats, blocks].
-template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kLeastBlocks)
-    reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
-                  double* partial) {
-    using T = typename Tile::T;
-    using A = typename Tile::A;
-    extern __shared__ __align__(16) unsigned char ial_shared[];
+// What every kernel does that sums. Grid (images x blocks, groups of levels): what a block has shared memory
+// for are `block_levels` levels, and further groups read the logits again. body(image, block, add) calls
+// add(tile) for each tile of the thread's. partial: [images, levels, kStats, blocks].
+template <typename T, typename Body>
+IAL_D void sum_levels(const Operands<T>& problem, unsigned char* shared, int block_levels, double* partial,
+                      const Body& body) {
+    using A = typename Arithmetic<T>::A;
     const int first_level = blockIdx.y * block_levels;
     const int levels =
         block_levels < problem.levels - first_level ? block_levels : problem.levels - first_level;
     const int64_t image = blockIdx.x / problem.blocks;
     const int block = blockIdx.x % problem.blocks;
 
-    const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
-    const Slab<T> slab(ial_shared, problem.layout.classes);
-    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared + slabs);
+    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(shared);
     load_classes<kThreads>(problem, first_level, by_class);
-    const Columns<A, kThreads> columns{reinterpret_cast<A*>(by_class + problem.layout.classes), levels};
+    const Columns<A, kThreads> columns{reinterpret_cast<A*>(by_class + problem.classes), levels};
     columns.clear();
     __syncthreads();
 
-    Tile tile(problem);
     Run<A, kThreads> run(columns);
     bool bad_label = false;
-    const Rounds<Tile::V, kThreads> rounds(problem.layout, problem.blocks, block);
-    const View& view = problem.layout.logits;
-    for (int64_t round = 0; round < rounds.count; ++round) {
-        const int64_t pixel = rounds.pixel(round);
-        const bool staged = Tile::V == 1 && problem.staged;
-        if (staged) slab.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
-        if (pixel >= problem.layout.pixels) continue;
-        tile.read(image, pixel,
-                  staged ? slab.own() : problem.logits + problem.layout.offset(view, image, pixel),
-                  view.channel);
+    body(image, block, [&](const auto& tile) {
         bad_label |= tile.labels.bad;
         run.add(tile, by_class);
-    }
+    });
     run.flush();
     if (bad_label && first_level == 0) run.spoil();
     __syncthreads();
     columns.total(partial + (image * problem.levels + first_level) * kStats * problem.blocks + block,
                   problem.blocks);
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
+                  double* partial) {
+    using T = typename Tile::T;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const size_t slabs = problem.staged ? slab_bytes<T>(problem.classes) : 0;
+    const Slab<T> slab(ial_shared, problem.classes);
+    sum_levels(
+        problem, ial_shared + slabs, block_levels, partial, [&](int64_t image, int block, const auto& add) {
+            Tile tile(problem);
+            const Rounds<Tile::V, kThreads> rounds(problem.layout, problem.blocks, block);
+            const View& view = problem.layout.logits;
+            for (int64_t round = 0; round < rounds.count; ++round) {
+                const int64_t pixel = rounds.pixel(round);
+                const bool staged = Tile::V == 1 && problem.staged;
+                if (staged) slab.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
+                if (pixel >= problem.layout.pixels) continue;
+                tile.read(image, pixel,
+                          staged ? slab.own() : problem.logits + problem.layout.offset(view, image, pixel),
+                          view.channel);
+                add(tile);
+            }
+        });
 }
 
 // What `blocks` blocks left of a sum, added by the lanes of a warp; past L1, which may hold what was there
@@ -179,12 +191,26 @@ struct alignas(16) GradientClass {
 
 // Fills by_class[C] from the rows of an image, [levels, kStats], times `scale`; a barrier must follow.
 template <int Threads, typename T, typename A>
-IAL_D void load_classes(const Problem<T>& problem, const double* rows, double scale,
+IAL_D void load_classes(const Operands<T>& problem, const double* rows, double scale,
                         GradientClass<A>* by_class) {
-    for (int c = threadIdx.x; c < problem.layout.classes; c += Threads) {
+    for (int c = threadIdx.x; c < problem.classes; c += Threads) {
         const double* const row = rows + problem.class_levels[c] * kStats;
         by_class[c] = {A(scale * row[kS]), A(scale * row[kP2]), A(scale * row[kQ2]), problem.weight_of(c)};
     }
+}
+
+// Of pixel j of a tile, whose `scale` is that of e^(x_c - max); 0 where it has no class.
+template <typename Tile>
+IAL_D PixelGradient<typename Tile::A> differentiate(const Tile& tile, int j,
+                                                    const GradientClass<typename Tile::A>* by_class,
+                                                    bool exact) {
+    using A = typename Tile::A;
+    const GradientClass<A> its = by_class[tile.labels.some_class(j)];
+    const A inverse = reciprocal(tile.sum[j]);
+    PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.labels.pixel_weight(j),
+                           tile.own(j) * inverse, exact ? A(1) : A(0));
+    pixel.scale = tile.labels.has(j) ? pixel.scale * inverse : A(0);
+    return pixel;
 }
 
 // The gradient of a tile, to its pixels' class 0 at `to` and the others `channel` apart.
@@ -195,12 +221,9 @@ IAL_D void differentiate(Tile& tile, const GradientClass<typename Tile::A>* by_c
     A scale[Tile::V], own[Tile::V];
 #pragma unroll
     for (int j = 0; j < Tile::V; ++j) {
-        const GradientClass<A> its = by_class[tile.labels.some_class(j)];
-        const A inverse = reciprocal(tile.sum[j]), e = exponential(tile.target[j]);
-        const PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.labels.pixel_weight(j),
-                                     e * inverse, exact ? A(1) : A(0));
-        scale[j] = tile.labels.label[j] < 0 ? A(0) : pixel.scale * inverse;
-        own[j] = e * scale[j] + pixel.extra;
+        const PixelGradient<A> pixel = differentiate(tile, j, by_class, exact);
+        scale[j] = pixel.scale;
+        own[j] = tile.own(j) * pixel.scale + pixel.extra;
     }
     tile.store_gradient(to, channel, scale, own);
 }
@@ -221,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, kLeastBlocks)
     const A incoming = grad_loss ? *grad_loss : A(1);
     if (grad_loss && incoming == 1) return;
 
-    const size_t slabs = problem.staged ? slab_bytes<T>(problem.layout.classes) : 0;
-    const Slab<T> slab(ial_shared, problem.layout.classes);
+    const size_t slabs = problem.staged ? slab_bytes<T>(problem.classes) : 0;
+    const Slab<T> slab(ial_shared, problem.classes);
     auto* const by_class = reinterpret_cast<GradientClass<A>*>(ial_shared + slabs);
     load_classes<kThreads>(problem, table + image * problem.levels * kStats, incoming, by_class);
     __syncthreads();
@@ -484,8 +507,6 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kThreads / kWarp; ++i) total += of_warp[i];
     weight[blockIdx.x] = total;
 }
-
-#undef IAL_D
 
 }  // namespace gpu
 }  // namespace ial

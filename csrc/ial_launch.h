@@ -14,8 +14,8 @@
 
 #include <algorithm>
 
-#include "ial_kernels.cuh"
 #include "ial_ops.h"
+#include "ial_upsample.cuh"
 
 namespace ial {
 namespace gpu {
@@ -49,8 +49,6 @@ inline bool is_channels_last(const Layout& layout, const View& view) {
     return layout.outer_rank == 0 && view.channel == 1 && view.pixel == layout.classes;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline bool aligned(const void* address, size_t bytes) {
     return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
@@ -65,32 +63,56 @@ inline bool in_vectors(const Layout& layout, const View& view, int64_t lanes) {
 
 // The tensors of a call behind plain pointers, for logits of type T of the kernels.
 template <typename T>
+struct Arguments {
+    using A = typename Arithmetic<T>::A;
+
+    OptionalTensor weight, pixel_weight;
+    Inputs inputs;  // with these weights
+
+    explicit Arguments(const Inputs& given)
+        : inputs{given.logits,       given.target,       weight, pixel_weight, given.class_levels,
+                 given.ignore_index, given.align_corners} {
+        constexpr at::ScalarType arithmetic = c10::CppTypeToScalarType<A>::value;
+        if (given.weight) weight = given.weight->to(arithmetic).contiguous();
+        if (given.pixel_weight) pixel_weight = given.pixel_weight->to(arithmetic);
+    }
+
+    void fill(Operands<T>& operands) const {
+        operands.logits = static_cast<const T*>(inputs.logits.const_data_ptr());
+        operands.target = inputs.target.const_data_ptr();
+        operands.weight = weight ? weight->template const_data_ptr<A>() : nullptr;
+        operands.pixel_weight = pixel_weight ? pixel_weight->template const_data_ptr<A>() : nullptr;
+        operands.ignore_index = inputs.ignore_index;
+        operands.label = inputs.label();
+        operands.classes = static_cast<int>(inputs.logits.size(1));
+        operands.levels = inputs.levels();
+        std::copy(inputs.class_levels.begin(), inputs.class_levels.end(), operands.class_levels);
+    }
+};
+
+// How many blocks of kThreads each image gets that can keep so many threads busy: together they fill the
+// device once, and none is idle.
+template <typename Launcher, typename Kernel>
+int choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared, int64_t images, int64_t threads) {
+    const int64_t resident = int64_t(launcher.multiprocessors()) * launcher.resident(kernel, shared);
+    return static_cast<int>(
+        std::clamp<int64_t>(divide_up(resident, images), 1, divide_up(threads, kThreads)));
+}
+
+// A call for logits of the target's size.
+template <typename T>
 struct Call {
     using A = typename Arithmetic<T>::A;
     static constexpr int kLanes = 16 / sizeof(T);
 
-    OptionalTensor weight, pixel_weight;
+    Arguments<T> arguments;
     Problem<T> problem{};
     bool vectors;
 
-    Call(const Inputs& inputs, const Tensor& grad) {
-        constexpr at::ScalarType arithmetic = c10::CppTypeToScalarType<A>::value;
-        if (inputs.weight) weight = inputs.weight->to(arithmetic).contiguous();
-        if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
-
-        const Inputs converted{inputs.logits, inputs.target,       weight,
-                               pixel_weight,  inputs.class_levels, inputs.ignore_index};
-        const Layout layout = converted.layout(grad);
+    Call(const Inputs& inputs, const Tensor& grad) : arguments(inputs) {
+        arguments.fill(problem);
+        const Layout layout = arguments.inputs.layout(grad);
         problem.layout = layout;
-        problem.logits = static_cast<const T*>(inputs.logits.const_data_ptr());
-        problem.target = inputs.target.const_data_ptr();
-        problem.weight = weight ? weight->template const_data_ptr<A>() : nullptr;
-        problem.pixel_weight = pixel_weight ? pixel_weight->template const_data_ptr<A>() : nullptr;
-        problem.ignore_index = inputs.ignore_index;
-        problem.label = inputs.label();
-        problem.levels = inputs.levels();
-        std::copy(inputs.class_levels.begin(), inputs.class_levels.end(), problem.class_levels);
-
         // of double a vector would hold two pixels: not worth kernels of its own
         vectors = kLanes > 2 && in_vectors(layout, layout.logits, kLanes) &&
                   in_vectors(layout, layout.grad, kLanes) && aligned(problem.logits, 16) &&
@@ -104,6 +126,12 @@ struct Call {
     }
 
     size_t slabs() const { return problem.staged ? slab_bytes<T>(problem.layout.classes) : 0; }
+
+    // Of an image, with a tile each.
+    template <typename Tile>
+    int64_t threads() const {
+        return divide_up(problem.layout.pixels, Tile::V);
+    }
 
     // Runs `launch` with the Tile that fits the number of classes and the layout: exactly for 11 and 19, the
     // common ones.
@@ -129,16 +157,28 @@ struct Call {
                 launch.template run<Tile<T, kLanes / 2, kMostClasses>>();
         }
     }
-
-    // How many blocks an image gets: together they fill the device once, and none is idle.
-    template <typename Tile, typename Launcher, typename Kernel>
-    void choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared) {
-        const int64_t images = problem.layout.batch, span = int64_t(kThreads) * Tile::V;
-        const int64_t resident = int64_t(launcher.multiprocessors()) * launcher.resident(kernel, shared);
-        problem.blocks = static_cast<int>(
-            std::clamp<int64_t>(divide_up(resident, images), 1, divide_up(problem.layout.pixels, span)));
-    }
 };
+
+// reduce_kernel, or another of its kind, and what adds up the blocks' sums. `slabs`: bytes of shared memory
+// that it takes besides.
+template <typename Launcher, typename Problem>
+void launch_reduce(const Launcher& launcher, void (*kernel)(Problem, int, double*), Problem& problem,
+                   size_t slabs, int64_t threads, const Tensor& stats) {
+    using A = typename Problem::A;
+    const size_t table = slabs + problem.classes * sizeof(ReduceClass<A>);
+    const size_t level = Columns<A, kThreads>::bytes(1);
+    const int block_levels = std::min<int>(problem.levels, (kSharedBytes - table) / level);
+    const int groups = divide_up(problem.levels, block_levels);
+    const size_t shared = table + block_levels * level;
+    const int64_t images = stats.size(0), sums = stats.numel();
+    problem.blocks = choose_blocks(launcher, kernel, shared, images, threads);
+
+    const Tensor partial = at::empty({sums * problem.blocks}, stats.options());
+    double* const rows = partial.template mutable_data_ptr<double>();
+    launcher(kernel, dim3(images * problem.blocks, groups), kThreads, shared, problem, block_levels, rows);
+    launcher(sum_kernel, dim3(sums), kWarp, 0, rows, problem.blocks,
+             stats.template mutable_data_ptr<double>());
+}
 
 template <typename T, typename Launcher>
 struct Reduce {
@@ -148,24 +188,8 @@ struct Reduce {
 
     template <typename Tile>
     void run() const {
-        using A = typename Tile::A;
-        Problem<T>& problem = call.problem;
-        const int64_t classes = problem.layout.classes;
-        const size_t table = call.slabs() + classes * sizeof(ReduceClass<A>);
-        const size_t level = Columns<A, kThreads>::bytes(1);
-        const int block_levels = std::min<int>(problem.levels, (kSharedBytes - table) / level);
-        const int groups = divide_up(problem.levels, block_levels);
-        const size_t shared = table + block_levels * level;
-        const auto kernel = reduce_kernel<Tile>;
-        call.template choose_blocks<Tile>(launcher, kernel, shared);
-
-        const int64_t sums = stats.numel();
-        const Tensor partial = at::empty({sums * problem.blocks}, stats.options());
-        double* const rows = partial.template mutable_data_ptr<double>();
-        launcher(kernel, dim3(problem.layout.batch * problem.blocks, groups), kThreads, shared, problem,
-                 block_levels, rows);
-        launcher(sum_kernel, dim3(sums), kWarp, 0, rows, problem.blocks,
-                 stats.template mutable_data_ptr<double>());
+        launch_reduce(launcher, reduce_kernel<Tile>, call.problem, call.slabs(),
+                      call.template threads<Tile>(), stats);
     }
 };
 
@@ -185,9 +209,84 @@ struct Gradient {
         Problem<T>& problem = call.problem;
         const size_t shared = call.slabs() + problem.layout.classes * sizeof(GradientClass<A>);
         const auto kernel = gradient_kernel<Tile>;
-        call.template choose_blocks<Tile>(launcher, kernel, shared);
+        problem.blocks =
+            choose_blocks(launcher, kernel, shared, problem.layout.batch, call.template threads<Tile>());
         launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem,
                  table.const_data_ptr<double>(), grad_loss, exact, static_cast<T*>(grad.mutable_data_ptr()));
+    }
+};
+
+// A call for coarse logits.
+template <typename T>
+struct UpsampledCall {
+    using A = typename Arithmetic<T>::A;
+
+    Arguments<T> arguments;
+    UpsampledProblem<T> problem;
+
+    UpsampledCall(const Inputs& inputs, const Tensor& grad)
+        : arguments(inputs), problem{{}, arguments.inputs.upsampling(grad)} {
+        arguments.fill(problem);
+    }
+
+    // Runs `launch` with the Chunk that fits the cells. 4 x 4 pixels of double would not fit the registers.
+    template <typename Launch>
+    void with_chunk(const Launch& launch) {
+        if constexpr (!std::is_same_v<A, double>)
+            if (std::max(most_pixels(problem.upsampling.y), most_pixels(problem.upsampling.x)) > 2)
+                return run<Chunk<T, 4>>(launch);
+        run<Chunk<T, 2>>(launch);
+    }
+
+ private:
+    template <typename Chunk, typename Launch>
+    void run(const Launch& launch) {
+        problem.parts_y = divide_up(most_pixels(problem.upsampling.y), Chunk::S);
+        problem.parts_x = divide_up(most_pixels(problem.upsampling.x), Chunk::S);
+        launch.template run<Chunk>();
+    }
+};
+
+template <typename T, typename Launcher>
+struct ReduceUpsampled {
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const Tensor& stats;
+
+    template <typename Chunk>
+    void run() const {
+        UpsampledProblem<T>& problem = call.problem;
+        const int64_t chunks = (problem.upsampling.y.coarse + 1) * problem.parts_y *
+                               (problem.upsampling.x.coarse + 1) * problem.parts_x;
+        launch_reduce(launcher, reduce_upsampled_kernel<Chunk>, problem, 0, chunks, stats);
+    }
+};
+
+template <typename T, typename Launcher>
+struct GradientUpsampled {
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const Tensor& table;
+    bool exact;
+    const Tensor& grad;
+
+    template <typename Chunk>
+    void run() const {
+        using A = typename Chunk::A;
+        constexpr int64_t kMostLanes = 8;  // leaves a row of a tile four cells
+        const UpsampledProblem<T>& problem = call.problem;
+        const size_t besides =
+            problem.classes * sizeof(GradientClass<A>) + Chunk::V * kTileThreads * sizeof(A);
+        const int most = (kSharedBytes - besides) / CornerSums<A>::bytes(1);
+        Tiles tiles{};
+        tiles.turn = divide_up(problem.classes, divide_up(problem.classes, most));
+        tiles.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMostLanes));
+        tiles.rows = divide_up(problem.upsampling.y.coarse, kTileRows - 1);
+        tiles.columns = divide_up(problem.upsampling.x.coarse, tiles.cells() - 1);
+        launcher(gradient_upsampled_kernel<Chunk>,
+                 dim3(problem.upsampling.batch * tiles.rows * tiles.columns), kTileThreads,
+                 besides + CornerSums<A>::bytes(tiles.turn), problem, tiles, table.const_data_ptr<double>(),
+                 exact, static_cast<T*>(grad.mutable_data_ptr()));
     }
 };
 
@@ -316,6 +415,10 @@ struct Kernels {
 
 template <typename T, typename Launcher>
 void Kernels<T, Launcher>::reduce(const Launcher& launcher, const Inputs& inputs, const Tensor& stats) {
+    if (inputs.align_corners) {
+        UpsampledCall<T> call(inputs, inputs.logits);
+        return call.with_chunk(ReduceUpsampled<T, Launcher>{launcher, call, stats});
+    }
     Call<T> call(inputs, inputs.logits);
     call.with_tile(Reduce<T, Launcher>{launcher, call, stats});
 }
@@ -323,6 +426,10 @@ void Kernels<T, Launcher>::reduce(const Launcher& launcher, const Inputs& inputs
 template <typename T, typename Launcher>
 void Kernels<T, Launcher>::gradient(const Launcher& launcher, const Inputs& inputs, const Tensor& table,
                                     const OptionalTensor& grad_loss, bool exact, const Tensor& grad) {
+    if (inputs.align_corners) {
+        UpsampledCall<T> call(inputs, grad);
+        return call.with_chunk(GradientUpsampled<T, Launcher>{launcher, call, table, exact, grad});
+    }
     Tensor incoming;
     if (grad_loss) incoming = grad_loss->to(c10::CppTypeToScalarType<A>::value).contiguous();
     Call<T> call(inputs, grad);

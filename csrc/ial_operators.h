@@ -36,7 +36,6 @@ struct Operators {
                          const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
                          int64_t ignore_index, std::string_view, bool, std::optional<bool> align_corners) {
         const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
-        TORCH_CHECK_NOT_IMPLEMENTED(!align_corners, "upsampling on CUDA");
         inputs.check();
         check_limits(logits.size(1), inputs.levels());
         const Launcher launcher(logits);
@@ -70,7 +69,6 @@ struct Operators {
                            const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                            at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
                            std::optional<bool> align_corners) {
-        TORCH_CHECK_NOT_IMPLEMENTED(!align_corners, "upsampling on CUDA");
         Tensor grad = at::empty_like(logits);
         gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners},
                       table, {}, gradient, grad);

@@ -57,17 +57,30 @@ IAL_D void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 IAL_D float larger(float a, float b) { return fmaxf(a, b); }
 IAL_D double larger(double a, double b) { return fmax(a, b); }
 
+// Logits in the unit in which a power is the machine's, for as many powers of one as there are: octaves for
+// float. e^x = power(to_unit(x)).
+IAL_D float to_unit(float x) { return x * 1.44269504f; }
+IAL_D double to_unit(double x) { return x; }
+IAL_D float from_unit(float x) { return x * 0.693147181f; }
+IAL_D double from_unit(double x) { return x; }
+IAL_D float power(float x) { return ex2_approx_ftz(x); }
+IAL_D double power(double x) { return exp(x); }
+
 // For x <= 0. The rounding of the product is an error of |x| half ulp, but then e^x is small beside the 1
 // that the softmax of a pixel always has. expf would cost four times the instructions, and more than the
 // memory.
-IAL_D float exponential(float x) { return ex2_approx_ftz(x * 1.44269504f); }
-IAL_D double exponential(double x) { return exp(x); }
+template <typename A>
+IAL_D A exponential(A x) {
+    return power(to_unit(x));
+}
 // The step of Newton's makes it exact for 1, the softmax's sum where a network is sure.
 IAL_D float reciprocal(float x) {
     const float r = rcp_approx_ftz(x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
 }
 IAL_D double reciprocal(double x) { return 1 / x; }
+IAL_D float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+IAL_D double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 IAL_D float logarithm(float x) { return logf(x); }
 IAL_D double logarithm(double x) { return log(x); }
 
@@ -216,25 +229,37 @@ IAL_D double warp_sum(double value) {
 // -------------------------------------------------------------------------------------------------
 // Tiles
 
+// What a kernel is given, wherever the pixels lie.
 template <typename T>
-struct Problem {
+struct Operands {
     using A = typename Arithmetic<T>::A;
 
-    Layout layout;
     const T* logits;
     const void* target;
     const A* weight;        // [C], or null for ones
     const A* pixel_weight;  // or null for ones
     int64_t ignore_index;
     Label label;
-    bool dense_labels;  // a tile's labels are one aligned vector
-    int levels;
-    int blocks;   // of an image
-    bool staged;  // channels lie side by side, and pixels too: see Slab
+    int classes, levels;
+    int blocks;  // of an image
     uint8_t class_levels[kMaxClasses];
 
     IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
 };
+
+template <typename T>
+struct Problem : Operands<T> {
+    Layout layout;
+    bool dense_labels;  // a tile's labels are one aligned vector
+    bool staged;        // channels lie side by side, and pixels too: see Slab
+};
+
+// The class that y is, -1 where it is none. Sets `bad` where it is not ignore_index either.
+IAL_D int class_of(int64_t y, int64_t classes, int64_t ignore, bool* bad) {
+    const bool is_class = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes) && y != ignore;
+    *bad |= !is_class && y != ignore;
+    return is_class ? static_cast<int>(y) : -1;
+}
 
 // label[j]: the class of pixel j, -1 where it has none. Returns whether a label is neither a class nor
 // ignore_index.
@@ -247,12 +272,7 @@ IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, 
         for (int j = 0; j < V; ++j) pack.lane[j] = from[j * stride];
     }
     bool bad = false;
-    for (int j = 0; j < V; ++j) {
-        const int64_t y = pack.lane[j];
-        const bool is_class = y >= 0 && y < classes && y != ignore;
-        label[j] = is_class ? static_cast<int>(y) : -1;
-        bad |= !is_class && y != ignore;
-    }
+    for (int j = 0; j < V; ++j) label[j] = class_of(pack.lane[j], classes, ignore, &bad);
     return bad;
 }
 
@@ -289,6 +309,8 @@ struct Labels {
                      : nullptr;
     }
 
+    IAL_D bool has(int j) const { return label[j] >= 0; }
+
     // The class of pixel j, or any where it has none.
     IAL_D int some_class(int j) const { return label[j] < 0 ? 0 : label[j]; }
 
@@ -316,8 +338,7 @@ struct Tile {
     A max[V], sum[V];  // max_c x_c, sum_c exp(x_c - max)
     A target[V];       // x_y - max
 
-    IAL_D explicit Tile(const Problem<T>& problem)
-        : problem(problem), classes(static_cast<int>(problem.layout.classes)) {}
+    IAL_D explicit Tile(const Problem<T>& problem) : problem(problem), classes(problem.classes) {}
 
     // The pixels from `pixel` of an image, whose logits lie at `from`. These come first of all loads: the
     // others arrive while they are awaited.
@@ -331,6 +352,9 @@ struct Tile {
         softmax();
         for (int j = 0; j < V; ++j) target[j] = widen(own[j]) - max[j];
     }
+
+    // e^(x_y - max)
+    IAL_D A own(int j) const { return exponential(target[j]); }
 
     // Whether x holds all classes, and not only those whose turn was last.
     IAL_D bool whole() const { return !kTakesTurns || classes <= B; }

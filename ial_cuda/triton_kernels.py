@@ -135,8 +135,10 @@ def _level_of(label, LEVELS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _load_chunk(ptrs, channel, inside, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
-    """Logits of the classes [first, first + COUNT), as many tensors."""
+def _load_chunk(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
+    """Logits of the classes [first, first + COUNT), as many tensors. They lie at the pointers, a channel's
+    stride apart."""
+    ptrs, channel, inside = logits
     x = ()
     for i in tl.static_range(COUNT):
         at = ptrs + channel * (first + i)
@@ -145,8 +147,7 @@ def _load_chunk(ptrs, channel, inside, first, COUNT: tl.constexpr, A: tl.constex
 
 
 @triton.jit
-def _softmax_chunk(ptrs, channel, inside, label, first, COUNT: tl.constexpr, max, sum, own):
-    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype, "")
+def _softmax_chunk(x, COUNT: tl.constexpr, label, first, max, sum, own):
     seen = max
     for i in tl.static_range(COUNT):
         max = tl.maximum(max, x[i])
@@ -160,16 +161,18 @@ def _softmax_chunk(ptrs, channel, inside, label, first, COUNT: tl.constexpr, max
 
 
 @triton.jit
-def _softmax(ptrs, channel, inside, label, C: tl.constexpr, A: tl.constexpr):
-    """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel."""
+def _softmax(LOAD: tl.constexpr, CHUNK: tl.constexpr, logits, label, C: tl.constexpr, A: tl.constexpr):
+    """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel, of logits that LOAD reads as `_load_chunk`."""
     max = tl.full(label.shape, float("-inf"), A)
     sum = tl.zeros(label.shape, A)
     own = tl.zeros(label.shape, A)
-    WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
-    for first in range(0, WHOLE, _CHUNK):
-        max, sum, own = _softmax_chunk(ptrs, channel, inside, label, first, _CHUNK, max, sum, own)
+    WHOLE: tl.constexpr = C // CHUNK * CHUNK
+    for first in range(0, WHOLE, CHUNK):
+        x = LOAD(logits, first, CHUNK, A, "")
+        max, sum, own = _softmax_chunk(x, CHUNK, label, first, max, sum, own)
     if WHOLE < C:
-        max, sum, own = _softmax_chunk(ptrs, channel, inside, label, WHOLE, C - WHOLE, max, sum, own)
+        x = LOAD(logits, WHOLE, C - WHOLE, A, "")
+        max, sum, own = _softmax_chunk(x, C - WHOLE, label, WHOLE, max, sum, own)
     return max, sum, own
 
 
@@ -183,6 +186,48 @@ def _inverse(x):
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _no_sums(GROUP: tl.constexpr, THREADS: tl.constexpr, A: tl.constexpr):
+    """The statistics of GROUP levels before any pixel, those of each thread."""
+    sums = ()
+    for _ in tl.static_range(GROUP * _STATS):
+        sums += (tl.zeros([THREADS], A),)
+    return sums
+
+
+@triton.jit
+def _of_threads(x):
+    """Sums over the pixels of each thread: LANES of a tile, ROWS and COLUMNS of a tile of cells."""
+    if len(x.shape) == 2:
+        return tl.sum(x, axis=1)
+    else:
+        return tl.sum(tl.sum(x, axis=0), axis=0)
+
+
+@triton.jit
+def _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP: tl.constexpr):
+    """A bad label makes its image's S_0 NaN: no gradient needs it."""
+    pi = tl.exp(own - max) * _inverse(sum)
+    s = tl.where(bad, float("nan"), w * (tl.log(sum) - (own - max)))
+    terms = (s, pi * pi, (1 - pi) * (1 - pi), valid.to(w.dtype), w)
+    added = ()
+    for k in tl.static_range(GROUP):
+        here = valid & (level - first_level == k)
+        for i in tl.static_range(_STATS):
+            counts = here | (bad & (first_level + k == 0)) if i == _S else here
+            added += (sums[k * _STATS + i] + _of_threads(tl.where(counts, terms[i], 0)),)
+    return added
+
+
+@triton.jit
+def _store_sums(sums, partial_ptr, n, block, blocks, first_level, G: tl.constexpr, GROUP: tl.constexpr):
+    for k in tl.static_range(GROUP):
+        for i in tl.static_range(_STATS):
+            row = (n * G + first_level + k) * _STATS + i
+            total = tl.sum(sums[k * _STATS + i], axis=0).to(tl.float64)
+            tl.store(partial_ptr + row * blocks + block, total, mask=first_level + k < G)
 
 
 @triton.autotune([REDUCE_CONFIG], key=[])
@@ -216,38 +261,22 @@ def reduce_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,  # the lanes of a thread lie side by side
 ):
-    """Grid (N blocks, groups of levels). A bad label makes its image's S_0 NaN: no gradient needs it."""
+    """Grid (N blocks, groups of levels)."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first_level = tl.program_id(1) * GROUP
     n = n.to(tl.int64)
-    sums = ()
-    for _ in tl.static_range(GROUP * _STATS):
-        sums += (tl.zeros([THREADS], A),)
+    sums = _no_sums(GROUP, THREADS, A)
     for tile in range(block, tl.cdiv(P, THREADS * LANES), blocks):
         p, inside = _tile(tile, P, THREADS, LANES, VECTOR)
         label, valid, bad = _classify(target_ptr, n * P + p, inside, ignore_index, C)
         ptrs = logits_ptr + n * batch
         ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
-        max, sum, own = _softmax(ptrs, _wide(channel), inside, label, C, A)
+        max, sum, own = _softmax(_load_chunk, _CHUNK, (ptrs, _wide(channel), inside), label, C, A)
         w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
-        pi = tl.exp(own - max) * _inverse(sum)
-        s = tl.where(bad, float("nan"), w * (tl.log(sum) - (own - max)))
-        terms = (s, pi * pi, (1 - pi) * (1 - pi), valid.to(A), w)
-
-        level = _level_of(label, LEVELS, BITS) - first_level
-        added = ()
-        for k in tl.static_range(GROUP):
-            here = valid & (level == k)
-            for i in tl.static_range(_STATS):
-                counts = here | (bad & (first_level + k == 0)) if i == _S else here
-                added += (sums[k * _STATS + i] + tl.sum(tl.where(counts, terms[i], 0), axis=1),)
-        sums = added
-    for k in tl.static_range(GROUP):
-        for i in tl.static_range(_STATS):
-            row = (n * G + first_level + k) * _STATS + i
-            total = tl.sum(sums[k * _STATS + i], axis=0).to(tl.float64)
-            tl.store(partial_ptr + row * blocks + block, total, mask=first_level + k < G)
+        level = _level_of(label, LEVELS, BITS)
+        sums = _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP)
+    _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
 @triton.jit
@@ -266,15 +295,34 @@ def sum_kernel(partial_ptr, stats_ptr, rows, blocks, ROWS: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _gradient_chunk(
-    ptrs, channel, to, to_channel, inside, label, valid, max, scale, extra, first, COUNT: tl.constexpr
-):
+def _pixel_gradient(row_ptr, max, sum, own, w, EXACT: tl.constexpr):
+    """exp(x_c - max) times the first, and for c = y plus the second, is dL/dx_c of a pixel whose level's row
+    of the table is at row_ptr. See PixelGradient of ial_math.h."""
+    A: tl.constexpr = w.dtype
+    ce = w * tl.load(row_ptr + _S).to(A)
+    inverse = _inverse(sum)
+    pi = tl.exp(own - max) * inverse
+    reach = 2 * pi * (pi * tl.load(row_ptr + _P2).to(A) - (1 - pi) * tl.load(row_ptr + _Q2).to(A))
+    if EXACT:
+        scale, extra = ce - reach, reach - ce
+    else:
+        scale, extra = ce, reach * (1 - pi) - ce
+    return scale * inverse, extra
+
+
+@triton.jit
+def _class_gradient(x, c, label, valid, max, scale, extra):
+    """dL/dx_c. A pixel without a class has gradient 0 whatever its logits are."""
+    return tl.where(valid, tl.exp(x - max) * scale + tl.where(label == c, extra, 0), 0)
+
+
+@triton.jit
+def _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, first, COUNT: tl.constexpr):
     # Said to be the last use, else the compiler would keep what it has loaded for the softmax, and spill.
-    x = _load_chunk(ptrs, channel, inside, first, COUNT, max.dtype, "evict_first")
+    x = _load_chunk(logits, first, COUNT, max.dtype, "evict_first")
+    inside = logits[2]
     for i in tl.static_range(COUNT):
-        value = tl.exp(x[i] - max) * scale + tl.where(label == first + i, extra, 0)
-        # A pixel without a class has gradient 0 whatever its logits are.
-        value = tl.where(valid, value, 0).to(to.dtype.element_ty)
+        value = _class_gradient(x[i], first + i, label, valid, max, scale, extra).to(to.dtype.element_ty)
         # Past what the caches keep: nobody reads it again soon.
         tl.store(to + to_channel * (first + i), value, mask=inside, cache_modifier=".cs")
 
@@ -316,7 +364,7 @@ def gradient_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Grid (N tiles), backwards: the L2 cache has what reduce read last. See PixelGradient of ial_math.h."""
+    """Grid (N tiles), backwards: the L2 cache has what reduce read last."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(P, THREADS * LANES)
@@ -325,33 +373,21 @@ def gradient_kernel(
     label, valid, _ = _classify(target_ptr, n * P + p, inside, ignore_index, C)
     ptrs = logits_ptr + n * batch
     ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
-    max, sum, own = _softmax(ptrs, _wide(channel), inside, label, C, A)
-
+    logits = (ptrs, _wide(channel), inside)
+    max, sum, own = _softmax(_load_chunk, _CHUNK, logits, label, C, A)
     w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
-    row = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
-    ce = w * tl.load(row + _S).to(A)
-    inverse = _inverse(sum)
-    pi = tl.exp(own - max) * inverse
-    reach = 2 * pi * (pi * tl.load(row + _P2).to(A) - (1 - pi) * tl.load(row + _Q2).to(A))
-    if EXACT:
-        scale, extra = ce - reach, reach - ce
-    else:
-        scale, extra = ce, reach * (1 - pi) - ce
-    scale *= inverse
+    row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
+    scale, extra = _pixel_gradient(row_ptr, max, sum, own, w, EXACT)
 
     to = grad_ptr + n * grad_batch
     to += _offset(p, P, DIMS, size0, size1, size2, grad_stride0, grad_stride1, grad_stride2, grad_stride3)
-    from_channel, to_channel = _wide(channel), _wide(grad_channel)
+    to_channel = _wide(grad_channel)
     # Backwards too, for the sake of the L1 cache.
     WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
     if WHOLE < C:
-        _gradient_chunk(
-            ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, WHOLE, C - WHOLE
-        )
+        _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, WHOLE, C - WHOLE)
     for done in range(_CHUNK, WHOLE + _CHUNK, _CHUNK):
-        _gradient_chunk(
-            ptrs, from_channel, to, to_channel, inside, label, valid, max, scale, extra, WHOLE - done, _CHUNK
-        )
+        _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, WHOLE - done, _CHUNK)
 
 
 # ---- combine and table: one program ---------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from . import triton_kernels as kernels
+from . import triton_upsample as upsample
 
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -50,6 +51,7 @@ class _Inputs(NamedTuple):
     pixel_weight: Tensor | None
     class_levels: list[int]
     ignore_index: int
+    align_corners: bool | None = None
 
     @property
     def levels(self) -> int:
@@ -71,6 +73,8 @@ class _Inputs(NamedTuple):
         for level in self.class_levels:
             if not 0 <= level < count:
                 raise ValueError(f"class_levels has level {level}, expected 0 to {count - 1}")
+        if self.align_corners is not None:
+            self._check_upsampling()
         self._check_pixels("target", self.target)
         if self.target.dtype not in _TARGET_DTYPES:
             raise TypeError(f"target has dtype {_dtype(self.target)}, expected int64, int32 or uint8")
@@ -85,8 +89,22 @@ class _Inputs(NamedTuple):
             self._check_pixels("pixel_weight", self.pixel_weight)
             self._check_floating("pixel_weight", self.pixel_weight)
 
+    def _check_upsampling(self) -> None:
+        logits, target = self.logits, self.target
+        if (
+            logits.dim() != 4
+            or target.dim() != 3
+            or target.shape[0] != logits.shape[0]
+            or 0 in logits.shape[2:] + target.shape[1:]
+        ):
+            raise ValueError(
+                f"logits has shape {_shape(logits)} and target {_shape(target)}, expected (N, C, h, w) and "
+                "(N, H, W), none of h, w, H and W 0, to upsample"
+            )
+
     def _check_pixels(self, name: str, tensor: Tensor) -> None:
-        if tensor.shape != self.logits.shape[:1] + self.logits.shape[2:]:
+        coarse = self.align_corners is None
+        if tensor.shape != (self.logits.shape[:1] + self.logits.shape[2:] if coarse else self.target.shape):
             raise ValueError(
                 f"{name} has shape {_shape(tensor)}, expected (N, *spatial) of logits {_shape(self.logits)}"
             )
@@ -205,6 +223,66 @@ def _pixels(logits: Tensor) -> int:
     return math.prod(logits.shape[2:])
 
 
+class _Axis(NamedTuple):
+    """Axis of csrc/ial_bilinear.h: pixel d is at (step d + origin) / unit on a line of coarse logits."""
+
+    coarse: int
+    fine: int
+    step: int
+    origin: int
+    unit: int
+
+    @property
+    def span(self) -> int:
+        """The most pixels of a cell."""
+        return triton.cdiv(self.unit, self.step)
+
+
+def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
+    if align_corners and coarse > 1:  # with one logit any position will do, but no step of 0
+        return _Axis(coarse, fine, coarse - 1, 0, max(fine - 1, 1))
+    return _Axis(coarse, fine, 2 * coarse, coarse - fine, 2 * fine)
+
+
+class _Upsampling(NamedTuple):
+    """How kernels walk along the pixels of cells."""
+
+    arguments: tuple[int, ...]  # from `batch` to `x_rounds`
+    constants: dict[str, Any]
+    cells: int  # of an image
+    rounds: int
+
+
+def _upsampling(inputs: _Inputs) -> _Upsampling:
+    logits, weight, size = inputs.logits, inputs.weight, inputs.target.shape[1:]
+    y, x = (
+        _axis(coarse, fine, bool(inputs.align_corners))
+        for coarse, fine in zip(logits.shape[2:], size, strict=True)
+    )
+    cells = (y.coarse + 1) * (x.coarse + 1)
+    rows, columns = (
+        min(triton.next_power_of_2(int(axis.span)), most)
+        for axis, most in zip((y, x), upsample.MOST_PIXELS[logits.dtype == torch.float64], strict=True)
+    )
+    x_rounds = triton.cdiv(x.span, columns)
+    rounds = triton.cdiv(y.span, rows) * x_rounds
+    reach = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
+    return _Upsampling(
+        arguments=(
+            *logits.stride(),
+            0 if weight is None else weight.stride(0),
+            inputs.ignore_index,
+            *y,
+            *x,
+            rounds,
+            x_rounds,
+        ),
+        constants={"ROWS": rows, "COLUMNS": columns, "WIDE": max(reach, 2 * cells) >= 2**31},
+        cells=cells,
+        rounds=rounds,
+    )
+
+
 def _hierarchy(inputs: _Inputs) -> dict[str, Any]:
     """The constants by which a kernel knows its classes."""
     return {
@@ -246,43 +324,14 @@ def reduce(
     inplace: bool,
     align_corners: bool | None = None,
 ) -> Tensor:
-    inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index)
+    inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners)
     inputs.check()
     _check_choices(gradient=gradient)
     images, levels = logits.shape[0], inputs.levels
     if logits.numel() == 0:
         return logits.new_zeros((images, levels, _STATS), dtype=torch.float64)
-
-    walk = _walk(logits)
-    pixels = _pixels(logits)
-    tiles = triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes)
-    blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(logits), images))
-    groups = triton.cdiv(levels, kernels.MOST_LEVELS)
-    stats = logits.new_empty((images, levels, _STATS), dtype=torch.float64)
-    partial = stats.new_empty((images, levels, _STATS, blocks))
-    _launch(
-        kernels.reduce_kernel,
-        logits,
-        (images * blocks, groups),
-        logits,
-        target.contiguous(),
-        weight,
-        _dense(pixel_weight),
-        partial,
-        pixels,
-        blocks,
-        logits.stride(0),
-        logits.stride(1),
-        0 if weight is None else weight.stride(0),
-        ignore_index,
-        *walk.sizes,
-        *walk.strides[0],
-        **_hierarchy(inputs),
-        GROUP=triton.cdiv(levels, groups),
-        DIMS=walk.dims,
-        LANES=walk.lanes,
-        VECTOR=walk.vector,
-    )
+    partial = _partial_sums(inputs) if align_corners is None else _upsampled_partial_sums(inputs)
+    stats = partial.new_empty((images, levels, _STATS))
     rows = stats.numel()
     grid = (triton.cdiv(rows, kernels.SUM_ROWS),)
     _launch(
@@ -292,11 +341,75 @@ def reduce(
         partial,
         stats,
         rows,
-        blocks,
+        partial.shape[-1],
         ROWS=kernels.SUM_ROWS,
         WIDTH=kernels.SUM_WIDTH,
     )
     return stats
+
+
+def _partial_sums(inputs: _Inputs) -> Tensor:
+    logits, weight = inputs.logits, inputs.weight
+    walk = _walk(logits)
+    pixels = _pixels(logits)
+    partial = _partial(inputs, triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes))
+    images, *_, blocks = partial.shape
+    groups = triton.cdiv(inputs.levels, kernels.MOST_LEVELS)
+    _launch(
+        kernels.reduce_kernel,
+        logits,
+        (images * blocks, groups),
+        logits,
+        inputs.target.contiguous(),
+        weight,
+        _dense(inputs.pixel_weight),
+        partial,
+        pixels,
+        blocks,
+        logits.stride(0),
+        logits.stride(1),
+        0 if weight is None else weight.stride(0),
+        inputs.ignore_index,
+        *walk.sizes,
+        *walk.strides[0],
+        **_hierarchy(inputs),
+        GROUP=triton.cdiv(inputs.levels, groups),
+        DIMS=walk.dims,
+        LANES=walk.lanes,
+        VECTOR=walk.vector,
+    )
+    return partial
+
+
+def _upsampled_partial_sums(inputs: _Inputs) -> Tensor:
+    logits, walk = inputs.logits, _upsampling(inputs)
+    threads = upsample.REDUCE_CONFIG.kwargs["THREADS"]
+    partial = _partial(inputs, triton.cdiv(walk.cells, threads) * walk.rounds)
+    images, *_, blocks = partial.shape
+    groups = triton.cdiv(inputs.levels, kernels.MOST_LEVELS)
+    _launch(
+        upsample.upsampled_reduce_kernel,
+        logits,
+        (images * blocks, groups),
+        logits,
+        inputs.target.contiguous(),
+        inputs.weight,
+        _dense(inputs.pixel_weight),
+        partial,
+        blocks,
+        *walk.arguments,
+        **_hierarchy(inputs),
+        GROUP=triton.cdiv(inputs.levels, groups),
+        **walk.constants,
+    )
+    return partial
+
+
+def _partial(inputs: _Inputs, tiles: int) -> Tensor:
+    """Room for the sums of each program, (N, g, 5, programs of an image)."""
+    images = inputs.logits.shape[0]
+    blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(inputs.logits), images))
+    return inputs.logits.new_empty((images, inputs.levels, _STATS, blocks), dtype=torch.float64)
 
 
 def _multiprocessors(logits: Tensor) -> int:
@@ -307,9 +420,11 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
     inputs.check()
     inputs.check_table(table)
     _check_choices(gradient=gradient)
-    logits, weight = inputs.logits, inputs.weight
-    if logits.numel() == 0:
+    if inputs.logits.numel() == 0:
         return
+    if inputs.align_corners is not None:
+        return _upsampled_gradient_into(inputs, table, gradient, grad)
+    logits, weight = inputs.logits, inputs.weight
     walk = _walk(logits, grad)
     images, pixels = logits.shape[0], _pixels(logits)
 
@@ -344,6 +459,34 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
     )
 
 
+def _upsampled_gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) -> None:
+    logits, walk = inputs.logits, _upsampling(inputs)
+    images = logits.shape[0]
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    halves = logits.new_empty((2, *logits.shape), dtype=dtype)
+
+    def grid(constants: dict[str, Any]) -> tuple[int]:
+        return (images * triton.cdiv(walk.cells - 1, constants["THREADS"] - 1),)
+
+    _launch(
+        upsample.upsampled_gradient_kernel,
+        logits,
+        grid,
+        logits,
+        table,
+        inputs.target.contiguous(),
+        inputs.weight,
+        _dense(inputs.pixel_weight),
+        halves,
+        images,
+        *walk.arguments,
+        **_hierarchy(inputs),
+        EXACT=gradient == "exact",
+        **walk.constants,
+    )
+    torch.add(halves[0], halves[1], out=grad)
+
+
 @triton_op("ial_triton::gradient", mutates_args=())
 def gradient(
     logits: Tensor,
@@ -357,9 +500,8 @@ def gradient(
     align_corners: bool | None = None,
 ) -> Tensor:
     grad = torch.empty_like(logits)
-    _gradient_into(
-        _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index), table, gradient, grad
-    )
+    inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners)
+    _gradient_into(inputs, table, gradient, grad)
     return grad
 
 
@@ -465,7 +607,7 @@ def table(
 
 
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace = inputs
+    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace, ctx.align_corners = inputs
     ctx.save_for_backward(*tensors)
 
 
@@ -477,8 +619,8 @@ def _backward_of_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ..
             gradient_(*arguments)
         grad = logits.detach()
     else:
-        grad = gradient(*arguments)
-    return grad, *[None] * 7
+        grad = gradient(*arguments, ctx.align_corners)
+    return grad, *[None] * 8
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -32,11 +32,14 @@ FLAT = (64, 64)
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def launches(logits: torch.Tensor) -> list[Launch]:
-    """What a step of the loss launches, with four levels, class weights and pixel weights."""
-    classes, spatial = logits.shape[1], logits.shape[2:]
+def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
+    """What a step of the loss launches, with four levels, class weights and pixel weights; with a ratio, that
+    of coarse logits."""
+    classes = logits.shape[1]
+    spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
+    align_corners = None if ratio is None else False
     levels = [c % 4 for c in range(classes)]
-    pixels = logits.shape[:1] + spatial
+    pixels = (logits.shape[0], *spatial)
     target, weights = torch.empty(pixels, dtype=torch.uint8), (torch.empty(classes), torch.empty(pixels))
     rest = (target, *weights, levels, 255, "exact")
     options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
@@ -44,10 +47,10 @@ def launches(logits: torch.Tensor) -> list[Launch]:
     triton_ops._launch = lambda kernel, like, grid, *arguments, **constants: seen.append(
         (kernel, arguments, constants)
     )
-    stats = triton_ops.reduce(logits, *rest, False)
+    stats = triton_ops.reduce(logits, *rest, False, align_corners)
     loss, _ = triton_ops.combine(stats, *options, torch.float32)
     table = triton_ops.table(stats, loss, *options)
-    triton_ops.gradient(logits, table, *rest)
+    triton_ops.gradient(logits, table, *rest, align_corners)
     return seen
 
 
@@ -111,6 +114,12 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
     yield "C=150", launches(torch.empty((2, 150, *FLAT), dtype=bfloat16)), hopper
     cropped = torch.empty((2, 19, 7, 6, 5, 80), dtype=bfloat16)[:, :, 1:5, 1:5, 1:5, 8:72]
     yield "four dimensions", launches(cropped), hopper
+    for dtype in (bfloat16, torch.float32, torch.float16, torch.float64):
+        yield f"{dtype} upsampled 4", launches(torch.empty((2, 19, *FLAT), dtype=dtype), 4), NVIDIA
+    yield "upsampled 4", launches(torch.empty((2, 19, *FLAT), dtype=bfloat16), 4), AMD
+    for ratio in (1, 2, 8):
+        yield f"upsampled {ratio}", launches(torch.empty((2, 19, *FLAT), dtype=bfloat16), ratio), hopper
+    yield "C=150 upsampled", launches(torch.empty((2, 150, *FLAT), dtype=bfloat16), 4), hopper
 
 
 def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
@@ -120,7 +129,7 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
         for launch in seen:
             for target, gpu in targets.items():
                 for name, source, options in sources(launch, gpu):
-                    if name.startswith(("reduce", "gradient")):
+                    if "reduce" in name or "gradient" in name:
                         tuned = name.endswith((" 64", " 256"))
                         if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):
                             continue

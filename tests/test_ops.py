@@ -328,7 +328,8 @@ def test_memory(backend):
 @pytest.mark.parametrize("backend", [*(b for b in KERNELS if b.values[0] == "cpu"), *GPU_KERNELS])
 def test_memory_of_coarse_logits(backend):
     peak, logits = allocated(backend, size=(128, 256), upsample="bilinear")
-    assert logits <= peak < 2 * logits, "the gradient, and less than that beside it"
+    most = 4 if backend == "triton" else 2  # there it is two halves first, both float32
+    assert logits <= peak < most * logits, "the gradient, and less than that beside it"
 
 
 def test_memory_of_the_reference():

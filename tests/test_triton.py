@@ -48,6 +48,8 @@ def test_every_kernel_compiles_without_spills(compiled, target):
         "combine_kernel",
         "table_kernel",
         "gradient_kernel",
+        "upsampled_reduce_kernel",
+        "upsampled_gradient_kernel",
     }
     if target != "gfx942":  # compiled only: nobody has looked at what AMD's registers would want
         assert {name: code["spills"] for name, code in mine.items() if code["spills"]} == {}
