@@ -1,7 +1,8 @@
 """A real client: a SegFormer of the transformers library, trained with its built-in loss, which upsamples the
 logits first, and with ours. First whether losses and gradients are the same, then a step's time and memory.
 
-The network is MiT-B0, the library's default, randomly initialised; nothing is downloaded.
+The network is MiT-B0, the library's default, randomly initialised; nothing is downloaded. Classes and sizes
+are those of two data sets that it is trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,19 @@ from .command import make_plain_parser
 from .common import IGNORE_INDEX, Step, describe_machine, peak_bytes, time_interleaved, write_json
 from .report import EXTRA, RATIO, Row, make_table, quotient
 
-CLASSES, SIZE, STEPS = 19, (512, 1024), 3
+STEPS = 3
+
+
+class Setting(NamedTuple):
+    """What a network is trained on."""
+
+    classes: int
+    size: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+
+SETTINGS = {"ADE20K": Setting(150, (512, 512)), "Cityscapes": Setting(19, (512, 1024))}
+
 NetworkLoss = Callable[[SegformerForSemanticSegmentation, Tensor, Tensor], Tensor]  # of images and labels
 
 
@@ -51,9 +64,10 @@ LOSSES = {BUILT_IN: (built_in, built_in_alone), OURS: (ours, upsampled_cross_ent
 class Training:
     """A network in training with a loss; from the same seed the same one."""
 
-    def __init__(self, config: SegformerConfig, loss: NetworkLoss, dtype: torch.dtype) -> None:
+    def __init__(self, loss: NetworkLoss, setting: Setting, **config: Any) -> None:
         torch.manual_seed(0)
-        self.network = SegformerForSemanticSegmentation(config).to(dtype).train()
+        config = SegformerConfig(num_labels=setting.classes, **config)
+        self.network = SegformerForSemanticSegmentation(config).to(setting.dtype).train()
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)
         self.loss = loss
 
@@ -89,22 +103,21 @@ class Difference(NamedTuple):
         return self.loss <= self.loss_tolerance and self.gradient <= self.gradient_tolerance
 
 
-def make_batch(seed: int, size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Noise for an image and for its labels, of which one in twenty is void."""
+def make_batch(seed: int, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Noise for an image and for its labels, void among them."""
+    classes, size, dtype = setting
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(1, 3, *size, generator=generator, dtype=dtype)
-    labels = torch.randint(CLASSES + 1, (1, *size), generator=generator)
-    return images, labels.where(labels < CLASSES, IGNORE_INDEX)
+    labels = torch.randint(classes + 1, (1, *size), generator=generator)
+    return images, labels.where(labels < classes, IGNORE_INDEX)
 
 
-def train_together(
-    trainings: Sequence[Training], size: tuple[int, int], dtype: torch.dtype
-) -> list[Difference]:
+def train_together(trainings: Sequence[Training], setting: Setting) -> list[Difference]:
     """Trains both, the one with the built-in loss first, on the same images, with the same dropout."""
-    eps = torch.finfo(dtype).eps
+    eps = torch.finfo(setting.dtype).eps
     differences = []
     for step in range(STEPS):
-        batch = make_batch(step, size, dtype)
+        batch = make_batch(step, setting)
         losses, gradients = [], []
         for training in trainings:
             torch.manual_seed(step)
@@ -126,9 +139,9 @@ def relative(expected: Tensor, got: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def measure(trainings: Mapping[str, Training], size: tuple[int, int], rounds: int) -> list[Row]:
+def measure(trainings: Mapping[str, Training], setting: Setting, rounds: int) -> list[Row]:
     """A training step with each loss, and each loss with its gradient alone: time and peak memory."""
-    images, labels = make_batch(0, size, torch.float32)
+    images, labels = make_batch(0, setting)
     logits = trainings[OURS].network(images).logits.detach().requires_grad_()
     steps: dict[str, Step] = {}
     for name, (_, alone) in LOSSES.items():
@@ -149,44 +162,50 @@ def measure(trainings: Mapping[str, Training], size: tuple[int, int], rounds: in
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_plain_parser("segformer", __doc__, rounds=10).parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    config = SegformerConfig(num_labels=CLASSES)
-    trainings = {name: Training(config, loss, torch.float32) for name, (loss, _) in LOSSES.items()}
-    differences = train_together(list(trainings.values()), SIZE, torch.float32)
+def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[str, Any] | None:
+    """What is measured in a setting; None where training is not the same."""
+    trainings = {loss: Training(of_network, setting) for loss, (of_network, _) in LOSSES.items()}
+    differences = train_together(list(trainings.values()), setting)
     for step, difference in enumerate(differences):
         console.print(
-            f"step {step}: loss {difference.built_in:.6f}; with ours it differs by {difference.loss:.1e} "
-            f"(at most {difference.loss_tolerance:.1e}), the gradient by {difference.gradient:.1e} "
-            f"(at most {difference.gradient_tolerance:.1e})",
+            f"{name}, step {step}: loss {difference.built_in:.6f}; with ours it differs by "
+            f"{difference.loss:.1e} (at most {difference.loss_tolerance:.1e}), the gradient by "
+            f"{difference.gradient:.1e} (at most {difference.gradient_tolerance:.1e})",
             highlight=False,
             soft_wrap=True,
         )
     if not all(difference.is_rounding for difference in differences):
         console.print("not the same, and not timed", style="red")
-        return 1
-    rows = measure(trainings, SIZE, arguments.rounds)
-    console.print(make_table(f"{SIZE[0]}x{SIZE[1]} image, MiT-B0, cpu", rows, "cpu", (RATIO, EXTRA)))
-    by_name = {row.name: row for row in rows}
-    shares = {
-        name: round(100 * by_name[f"alone, {name}"].median_ms / by_name[f"step, {name}"].median_ms, 1)
-        for name in LOSSES
+        return None
+    rows = measure(trainings, setting, rounds)
+    height, width = setting.size
+    title = f"{name}: MiT-B0, {setting.classes} classes, one {height}x{width} image, on the CPU"
+    console.print(make_table(title, rows, "cpu", (RATIO, EXTRA)))
+    medians = {row.name: row.median_ms for row in rows}
+    shares = {loss: round(100 * medians[f"alone, {loss}"] / medians[f"step, {loss}"], 1) for loss in LOSSES}
+    for loss, share in shares.items():
+        console.print(f"{loss}: {share} % of its step", highlight=False)
+    return {
+        "name": name,
+        "classes": setting.classes,
+        "size": setting.size,
+        "differences": [difference._asdict() for difference in differences],
+        "share_percent": shares,
+        "rows": [asdict(row) for row in rows],
     }
-    for name, share in shares.items():
-        console.print(f"{name}: {share} % of its step", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = make_plain_parser("segformer", __doc__, rounds=10).parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    console = Console()
+    reports = [report(*setting, arguments.rounds, console) for setting in SETTINGS.items()]
+    if None in reports:
+        return 1
     arguments.output.mkdir(parents=True, exist_ok=True)
-    write_json(
-        arguments.output / "segformer.json",
-        {
-            "machine": describe_machine() | {"transformers": metadata.version("transformers")},
-            "rounds": arguments.rounds,
-            "differences": [difference._asdict() for difference in differences],
-            "share_percent": shares,
-            "rows": [asdict(row) for row in rows],
-        },
-    )
+    machine = describe_machine() | {"transformers": metadata.version("transformers")}
+    summary = {"machine": machine, "rounds": arguments.rounds, "settings": reports}
+    write_json(arguments.output / "segformer.json", summary)
     return 0
 
 
