@@ -40,8 +40,9 @@ help: ## print this
 test: lint ## check style, then run the tests
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
-bench: $(STAMP) ## time the loss on this machine
+bench: $(STAMP) ## time the loss of fine and of coarse logits on this machine
 	$(PY) -m benchmarks.loss
+	$(PY) -m benchmarks.upsample --rounds 10
 
 # Installs nothing, so that it works where nothing can be: $(PYTHON) is taken as it is.
 gpu-check: ## build for the GPU that is here, test, sanitize and time on it, in nine minutes; without one, a dry run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import functools
 import json
 import os
@@ -52,25 +53,27 @@ class Inputs:
     training too they come from the layer before, with their end still in the caches.
 
     Args:
-        shape: (N, C, H, W), with the C of one of `HIERARCHIES`.
+        shape: (N, C, h, w) of the logits, with the C of one of `HIERARCHIES`.
         dtype: of logits and weights.
         device: of all tensors.
+        ratio: how many times larger the label maps are in each direction.
 
     Attributes:
-        targets: the label maps (N, H, W), by dtype: int64 and uint8.
+        targets: the label maps (N, H, W) = (N, ratio h, ratio w), by dtype: int64 and uint8.
         written: the leaf that `logits` is a view of.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str) -> None:
-        classes = shape[1]
-        labels, self.labels = _label_maps(*shape)
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str, ratio: int = 1) -> None:
+        batch, classes, height, width = shape
+        labels, self.labels = _label_maps(batch, classes, ratio * height, ratio * width)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes that are in no image
             weight = median_frequency_weights(labels, classes)
         labels = labels.to(device)
         self.targets = {torch.int64: labels, torch.uint8: labels.to(torch.uint8)}
         self.weight = weight.to(device, dtype)
-        self.source = _trained_like(labels, classes).to(dtype)
+        middle = slice(ratio // 2, None, ratio)
+        self.source = _trained_like(labels[:, middle, middle], classes).to(dtype)
         self.written = torch.empty_like(self.source).requires_grad_()
 
     def logits(self) -> Tensor:
@@ -256,6 +259,25 @@ def peak_bytes(step: Step, logits: Tensor) -> int:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
     return peak
+
+
+def peak_process_bytes(step: Step, logits: Tensor) -> int | None:
+    """The most that the step adds to the process's resident memory; None where Linux does not tell.
+
+    That has all that `peak_bytes` sees on the CPU and whatever is no tensor, in pages, huge ones included.
+    """
+    clear = Path("/proc/self/clear_refs")
+    if logits.is_cuda or not clear.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps for itself would be used first
+    clear.write_text("5")  # VmHWM, the most ever, is what there is now
+    before = _resident("VmRSS")
+    step(logits)
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    return 1024 * int(re.search(rf"^{what}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1])
 
 
 def describe_machine() -> dict[str, Any]:

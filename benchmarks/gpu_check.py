@@ -33,7 +33,12 @@ TOOL_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 LOG_BYTES, TAIL_LINES = 1 << 20, 30
 #: With -v the log of a run that is ended tells what failed and where it was.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-PRODUCTS = ("loss.json", "loss.csv", "loss.png", "summary.json", "log.txt")
+BENCHMARKS = ("loss", "upsample")
+PRODUCTS = (
+    *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png")),
+    "summary.json",
+    "log.txt",
+)
 
 PROBE = """
 import torch
@@ -195,8 +200,8 @@ class Check:
         return any(outcome.result in ("failed", "timed out") for outcome in self.outcomes)
 
     def summary(self) -> dict[str, Any]:
-        benchmark = self.output / "loss.json"
-        cases = json.loads(benchmark.read_text())["cases"] if benchmark.exists() else []
+        files = [self.output / f"{name}.json" for name in BENCHMARKS]
+        cases = [case for file in files if file.exists() for case in json.loads(file.read_text())["cases"]]
         return {
             "dry_run": self.dry_run,
             "failed": self.failed,
@@ -301,12 +306,13 @@ def sanitized(tool: str | None, chosen: str) -> Stage:
 
 
 def plan(backends: Sequence[str], output: Path) -> list[list[Stage]]:
-    """What a GPU is asked. Stages of a group run side by side; the benchmark wants the machine for itself."""
+    """What a GPU is asked. Stages of a group run side by side; a benchmark wants the machine for itself."""
     chosen = " or ".join(backends)
     workers = ["-n", str(max(2, (os.cpu_count() or 2) // 2))] if importlib.util.find_spec("xdist") else []
     return [
         [tests("smoke", ["tests/test_oracle.py", "-k", f"({chosen}) and number_of_classes and 19"], 60)],
-        [benchmark(["--device", "cuda", "--rounds", "100"], output)],
+        [benchmark("loss", ["--device", "cuda", "--rounds", "100"], 170, output)],
+        [benchmark("upsample", ["--device", "cuda", "--rounds", "100"], 130, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", [*workers, "-k", f"({chosen}) and not test_cuda"], 140),
@@ -320,9 +326,11 @@ def dry_plan(output: Path) -> list[list[Stage]]:
     """The same stages with what a CPU can do in seconds."""
     few = "simt and 19 and float32"
     shapes = ["1x19x32x64", "2x11x24x40"]
+    briefly = ["--device", "cpu", "--rounds", "2", "--no-compile"]
     return [
         [tests("smoke", ["tests/test_oracle.py", "-k", f"{few} and number_of_classes"], 60)],
-        [benchmark(["--device", "cpu", "--shape", *shapes, "--rounds", "2", "--no-compile"], output)],
+        [benchmark("loss", [*briefly, "--shape", *shapes], 170, output)],
+        [benchmark("upsample", [*briefly, "--size", "64x128"], 130, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", ["tests/test_launches.py", "-k", f"{few} and every_tile"], 140),
@@ -332,11 +340,11 @@ def dry_plan(output: Path) -> list[list[Stage]]:
     ]
 
 
-def benchmark(arguments: Sequence[str], output: Path) -> Stage:
+def benchmark(name: str, arguments: Sequence[str], seconds: float, output: Path) -> Stage:
     return Stage(
-        "benchmark",
-        [sys.executable, "-m", "benchmarks.loss", *arguments, "--output", str(output)],
-        170,
+        f"benchmark of {name}",
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--output", str(output)],
+        seconds,
         env={"COLUMNS": "160"},
         modules=["torch", "matplotlib", "rich", "PIL"],
     )

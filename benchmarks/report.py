@@ -47,7 +47,8 @@ class Row:
     gb_per_s: float | None = None  # 2 reads, 1 write of the logits, 2 of the labels; parts: their own
     copy_percent: float | None = None  # of the speed of the copy
     copy_ratio: float | None = None  # to the time of the copy, 1 read and 1 write of the logits
-    extra_mib: float | None = None  # held at once, beside logits, target and gradient
+    extra_mib: float | None = None  # held at once, beside logits, target and, with fine logits, gradient
+    process_mib: float | None = None  # the same by the growth of the process
     refused: str | None = None  # what is wrong with the result, which therefore has no time
     skipped: str | None = None  # why there is no result
     no_graph: str | None = None  # why there is no graph
@@ -149,14 +150,16 @@ def quotient(a: float | None, b: float | None) -> float | None:
     return round(a / b, 3) if a is not None and b else None
 
 
-#: The columns of every table, and those that a GPU has besides: heading, value, digits.
-COLUMNS = (("/ ours", "ratio", 2), ("GB/s", "gb_per_s", 1), ("extra MiB", "extra_mib", 1))
-GPU_COLUMNS = (("graph ms", "graph_ms", 3), ("% of copy", "copy_percent", 1), ("/ copy", "copy_ratio", 2))
+#: A column of a table: heading, value, digits.
+Column = tuple[str, str, int]
+RATIO, EXTRA, GRAPH = ("/ ours", "ratio", 2), ("extra MiB", "extra_mib", 1), ("graph ms", "graph_ms", 3)
+#: The columns of every table of the loss, and those that a GPU has besides.
+COLUMNS = (RATIO, ("GB/s", "gb_per_s", 1), EXTRA)
+GPU_COLUMNS = (GRAPH, ("% of copy", "copy_percent", 1), ("/ copy", "copy_ratio", 2))
 
 
-def make_table(title: str, rows: Sequence[Row], device: str) -> Table:
+def make_table(title: str, rows: Sequence[Row], device: str, columns: Sequence[Column]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = COLUMNS + GPU_COLUMNS if device == "cuda" else COLUMNS
     table.add_column(no_wrap=True)
     for heading in ("median ms", "10–90 %", *(heading for heading, _, _ in columns)):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -198,30 +201,41 @@ def number(value: float | None, digits: int) -> str:
 
 def show(report: Report, console: Console) -> None:
     case = report.case
+    columns = COLUMNS + GPU_COLUMNS if case.device == "cuda" else COLUMNS
     title = f"Loss and gradient, {case}, {report.labels} labels"
-    console.print(make_table(title, report.providers, case.device))
-    for row in report.providers:
-        if row.refused:
-            console.print(f"{row.name} is wrong: {row.refused}", style="red", soft_wrap=True)
-        if row.skipped:
-            console.print(f"{row.name}: {row.skipped}", soft_wrap=True)
-        if row.no_graph:
-            console.print(f"{row.name}: no graph: {row.no_graph}", soft_wrap=True)
-    console.print(make_table("Where the time goes", report.parts, case.device))
+    console.print(make_table(title, report.providers, case.device, columns))
+    show_reasons(report.providers, console)
+    console.print(make_table("Where the time goes", report.parts, case.device, columns))
     for name, ratio in report.ratios.items():
         console.print(f"{name:<50} {ratio:8.2f}", highlight=False)
     if goals(report):
         console.print(make_goal_table(goals(report)))
 
 
+def show_reasons(rows: Sequence[Row], console: Console) -> None:
+    """Why a row lacks what others have."""
+    for row in rows:
+        if row.refused:
+            console.print(f"{row.name} is wrong: {row.refused}", style="red", soft_wrap=True)
+        if row.skipped:
+            console.print(f"{row.name}: {row.skipped}", soft_wrap=True)
+        if row.no_graph:
+            console.print(f"{row.name}: no graph: {row.no_graph}", soft_wrap=True)
+
+
+def describe_hardware(machine: Mapping[str, Any]) -> str:
+    """For a picture's title."""
+    hardware = f"{machine['cpu']} ({machine['threads']} threads)"
+    if "gpu" in machine:
+        hardware += f" and {machine['gpu']}"
+    return f"{hardware}, torch {machine['torch']}"
+
+
 def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> None:
     """A row of panels a case: the providers, and where the time of ours goes."""
     heights = [max(3.6, 0.36 * max(len(report.providers), len(report.parts))) for report in reports]
     figure = Figure(figsize=(13, sum(heights)), layout="constrained")
-    hardware = f"{machine['cpu']} ({machine['threads']} threads)"
-    if "gpu" in machine:
-        hardware += f" and {machine['gpu']}"
-    figure.suptitle(f"Loss and gradient on {hardware}, torch {machine['torch']}")
+    figure.suptitle(f"Loss and gradient on {describe_hardware(machine)}")
     panels = figure.subplots(len(reports), 2, squeeze=False, width_ratios=(3, 2), height_ratios=heights)
     for report, (left, right) in zip(reports, panels, strict=True):
         draw_bars(left, str(report.case), report.providers)
@@ -245,7 +259,8 @@ def draw_bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
     axes.set(title=title, xlabel="median ms; whiskers: 10 % and 90 %; ×: to ours")
 
 
-def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> None:
+def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> Path:
+    """The files of all reports; returns the picture's."""
     summary = {"machine": machine, "rounds": rounds, "cases": [report.as_json() for report in reports]}
     write_json(output / "loss.json", summary)
     write_csv(
@@ -257,4 +272,6 @@ def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, ou
             for row in rows
         ],
     )
-    draw(reports, machine, output / "loss.png")
+    picture = output / "loss.png"
+    draw(reports, machine, picture)
+    return picture

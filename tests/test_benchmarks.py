@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import types
 from pathlib import Path
 
+import cases  # noqa: F401  registers simt
 import pytest
 import simt
 import torch
@@ -18,9 +20,9 @@ import torch
 from ial_cuda import _ops
 
 program = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench], and python -m pytest")
-from benchmarks import common, report  # noqa: E402  (which need the same)
+from benchmarks import common, compare, report  # noqa: E402  (which need the same)
 
-Result, why_refused = program.Result, program.why_refused
+Result, why_refused = common.Result, common.why_refused
 
 pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
 
@@ -95,31 +97,31 @@ def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
         return lambda _: step(logits)
 
     steps = {}
-    make_step = program.provider_step
+    make_step = compare.provider_step
 
     def remember(provider, inputs):
         steps[provider.name] = make_step(provider, inputs)
         return steps[provider.name]
 
-    monkeypatch.setattr(program, "provider_step", remember)
-    monkeypatch.setitem(program.CAPTURE, "cpu", fake)
-    monkeypatch.setitem(program.LABELS, "cpu", [torch.int64, torch.uint8])
+    monkeypatch.setattr(compare, "provider_step", remember)
+    monkeypatch.setitem(common.CAPTURE, "cpu", fake)
+    monkeypatch.setitem(compare.LABELS, "cpu", [torch.int64, torch.uint8])
     shapes = ["1x19x32x64", "2x11x24x40"]
     assert program.main([*TINY, "--shape", *shapes, "--output", str(tmp_path)]) == 0
-    cases = read(tmp_path)["cases"]
-    assert [case["input"].split()[0] for case in cases] == shapes
-    for case in cases:
+    measured = read(tmp_path)["cases"]
+    assert [case["input"].split()[0] for case in measured] == shapes
+    for case in measured:
         rows = {row["name"]: row for row in case["providers"] + case["parts"]}
         for name in ("ial_cuda cpu", "ial_cuda cpu, uint8 labels", "ial_cuda cpu, in place"):
             assert rows[name]["graph_ms"] > 0
         assert rows["reference"]["graph_ms"] is None and rows["reference"]["no_graph"] is None
-    first = {row["name"]: row for row in cases[0]["providers"]}
+    first = {row["name"]: row for row in measured[0]["providers"]}
     assert first["F.cross_entropy"]["graph_ms"] is None
     assert first["F.cross_entropy"]["no_graph"].startswith("its loss errs")
 
     labels = {name: 32 * 64 * size for name, size in (("ial_cuda cpu", 8), ("ial_cuda cpu, uint8 labels", 1))}
     logits = 19 * 32 * 64 * 4
-    copy = next(row for row in cases[0]["parts"] if row["name"] == report.COPY)
+    copy = next(row for row in measured[0]["parts"] if row["name"] == report.COPY)
     assert copy["copy_percent"] == 100 and copy["copy_ratio"] == 1
     for name, size in labels.items():
         row = first[name]
@@ -145,7 +147,6 @@ def test_a_tiny_run_on_cuda(tmp_path):
 def test_the_rows_of_one_launch_and_of_two(tmp_path, monkeypatch):
     """With the CUDA kernels on the CPU in the place of those on a GPU."""
     simt.load()
-    monkeypatch.setattr(program, "kernels", lambda _: ["simt", "simt_fused"])
     monkeypatch.setitem(_ops.preference, "cpu", ("simt", "simt_fused", "reference"))
     assert program.main([*TINY, "--output", str(tmp_path)]) == 0
     (case,) = read(tmp_path)["cases"]
@@ -175,19 +176,19 @@ def test_a_provider_that_raises_is_wrong():
     def fails(*_):
         raise ValueError("no such thing")
 
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    provider = program.Provider("ial_cuda new", fails, program.reference_loss)
-    row = program.examine(provider, inputs, *program.judge(program.reference_loss, inputs))
-    assert row == program.Row(provider.name, refused="raises ValueError: no such thing")
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    provider = compare.Provider("ial_cuda new", fails, program.reference_loss)
+    row = compare.examine(provider, inputs, *compare.judge(program.reference_loss, inputs))
+    assert row == report.Row(provider.name, refused="raises ValueError: no such thing")
 
 
 def test_a_capture_that_fails_is_told(monkeypatch):
     def fails(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setitem(program.CAPTURE, "cpu", fails)
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    graphs, reasons = program.capture({"a": None, "b": None}, inputs, "cpu")
+    monkeypatch.setitem(common.CAPTURE, "cpu", fails)
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    graphs, reasons = compare.capture({"a": None, "b": None}, inputs, "cpu")
     assert graphs == {}
     assert reasons == dict.fromkeys("ab", "operation not permitted when stream is capturing")
 
@@ -350,33 +351,54 @@ def test_a_compiler_that_fails_is_a_reason_to_skip():
     def fails(*_):
         raise RuntimeError("InvalidCxxCompiler: no compiler in /a/folder\nand more")
 
-    inputs = program.Inputs((1, 19, 4, 8), torch.float32, "cpu")
-    provider = program.Provider("reference, compiled", fails, program.reference_loss, compiled=True)
-    row = program.examine(provider, inputs, *program.judge(program.reference_loss, inputs))
-    assert row == program.Row(
+    inputs = common.Inputs((1, 19, 4, 8), torch.float32, "cpu")
+    provider = compare.Provider("reference, compiled", fails, program.reference_loss, compiled=True)
+    row = compare.examine(provider, inputs, *compare.judge(program.reference_loss, inputs))
+    assert row == report.Row(
         provider.name, skipped="torch.compile fails: InvalidCxxCompiler: no compiler in …"
     )
 
 
-def test_figures_of_the_readme_are_those_of_the_results():
-    """Every row of README's table, against the two files that it names."""
-    results = [
-        json.loads((ROOT / "benchmarks" / "results" / folder / "loss.json").read_text())["cases"][0]
-        for folder in ("cpu-amd-epyc", "cpu-amd-epyc-huge-pages-for-all")
-    ]
-    measured = [{row["name"]: row for row in result["providers"]} for result in results]
+def results_of(folder: str, file: str) -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / folder / file).read_text())
+
+
+def readme_table(heading: str) -> dict[str, list[str]]:
+    """The figures of the table with this heading, by the row's name."""
     lines = (ROOT / "README.md").read_text().splitlines()
-    first = lines.index("| | ms | / ours | extra MiB | ms, huge pages for all | / ours |") + 2
-    table = lines[first : lines.index("", first)]
-    assert len(table) == len(measured[0])
-    for line in table:
-        name, *figures = (cell.strip() for cell in line.strip("|").split("|"))
-        default, huge = (rows[name] for rows in measured)
-        extra = "" if default["extra_mib"] is None else f"{default['extra_mib']:.1f}"
-        assert figures == [
-            f"{default['median_ms']:.2f}",
-            f"{default['ratio']:.2f}",
-            extra,
-            f"{huge['median_ms']:.2f}",
-            f"{huge['ratio']:.2f}",
-        ]
+    first = lines.index(f"| {heading} | ms | / ours | extra MiB | ms, huge pages for all | / ours |") + 2
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
+    return {name: figures for name, *figures in itertools.takewhile(lambda row: row != [""], rows)}
+
+
+def figures(default: dict, huge: dict) -> list[str]:
+    extra = "" if default["extra_mib"] is None else f"{default['extra_mib']:.1f}"
+    return [
+        f"{default['median_ms']:.2f}",
+        f"{default['ratio']:.2f}",
+        extra,
+        f"{huge['median_ms']:.2f}",
+        f"{huge['ratio']:.2f}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "count", "heading"),
+    [
+        ("cpu-amd-epyc", "loss.json", 1, "512×1024 logits"),
+        ("cpu-amd-epyc-avx2", "upsample.json", 2, "128×256 logits, 512×1024 labels"),
+    ],
+)
+def test_figures_of_the_readme_are_those_of_the_results(folder, file, count, heading):
+    """Every row of README's tables, against the two files that each names."""
+    default, huge = (results_of(name, file) for name in (folder, f"{folder}-huge-pages-for-all"))
+    assert not default["machine"]["torch_asks_for_huge_pages"]
+    assert huge["machine"]["torch_asks_for_huge_pages"]
+    expected = {}
+    for ours, theirs in zip(default["cases"][:count], huge["cases"], strict=False):
+        assert ours["input"] == theirs["input"]
+        prefix = f"{ours['input'].split(',')[0]}: " if count > 1 else ""
+        for row, other in zip(ours["providers"], theirs["providers"], strict=True):
+            assert row["name"] == other["name"]
+            expected[prefix + row["name"]] = figures(row, other)
+    assert readme_table(heading) == expected

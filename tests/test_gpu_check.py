@@ -62,7 +62,8 @@ def test_a_dry_run(tmp_path):
         "build",
         "info",
         "smoke",
-        "benchmark",
+        "benchmark of loss",
+        "benchmark of upsample",
         "tests of the GPU",
         "tests of its backends",
         "sanitizer none",
@@ -76,7 +77,12 @@ def test_a_dry_run(tmp_path):
         assert int(passed[name].group(1)) > 0
     assert summary["dry_run"] and not summary["failed"]
     assert summary["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
-    cases = json.loads((tmp_path / "loss.json").read_text())["cases"]
+    cases = [
+        case
+        for name in ("loss", "upsample")
+        for case in json.loads((tmp_path / f"{name}.json").read_text())["cases"]
+    ]
+    assert len(cases) == 2 + 2
     assert [case["input"] for case in summary["cases"]] == [case["input"] for case in cases]
     assert {file.name for file in tmp_path.iterdir()} == set(gpu_check.PRODUCTS)
     *_, table = ran.stdout.split("DRY RUN on the CPU")

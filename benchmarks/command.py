@@ -1,0 +1,115 @@
+"""What the benchmarks' programs share: their options, and the run over all cases."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ial_cuda import _ops
+
+from .common import describe_machine
+from .compare import DTYPES, Row, first_line, kernels
+
+
+class Report(Protocol):
+    """What came out of a case."""
+
+    @property
+    def providers(self) -> list[Row]: ...
+
+
+C, R = TypeVar("C"), TypeVar("R", bound=Report)
+
+
+def make_plain_parser(program: str, description: str | None, rounds: int = 30) -> argparse.ArgumentParser:
+    """The options that every program has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{program}", description=description)
+    latest = Path(__file__).parent / "results" / "latest"
+    parser.add_argument(
+        "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least_2, default=rounds, metavar="R", help=f"at least 2, default {rounds}"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default: all cores"
+    )
+    return parser
+
+
+def at_least_2(text: str) -> int:
+    if int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2, of which no quantiles can be taken")
+    return int(text)
+
+
+def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of a program that goes over cases."""
+    parser = make_plain_parser(program, description)
+    parser.add_argument(
+        "--device", choices=DTYPES, help="default: each that ial_cuda has kernels for on this machine"
+    )
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    return parser
+
+
+def devices(asked: str | None) -> list[str]:
+    """The device that was asked for, or each that is there; those that have kernels."""
+    names = [asked] if asked else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return [name for name in names if kernels(name)]
+
+
+def run(
+    arguments: argparse.Namespace,
+    cases: Sequence[C],
+    measure: Callable[..., R],
+    show: Callable[[R, Console], None],
+    write: Callable[[Sequence[R], Mapping[str, Any], int, Path], Path],
+    conclude: Callable[[Sequence[R], Console], None] = lambda *_: None,
+) -> int:
+    """Measures the cases one by one, and tells and writes what came out of each; the program's exit code.
+
+    Args:
+        measure: of a case, with ``rounds``, ``compile_peers`` and ``progress``.
+        write: all reports so far, to the folder; returns the picture's file.
+        conclude: tells what takes all reports to tell.
+    """
+    if not cases:
+        for backend in _ops.kernels(arguments.device or "cpu"):
+            print(f"ial_cuda has no kernels here: {backend}: {_ops.unavailable[backend]}", file=sys.stderr)
+        return 1
+    torch.set_num_threads(arguments.threads)
+    machine = describe_machine()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    reports: list[R] = []
+    failed = False
+    picture = None
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        for case in cases:
+            try:
+                report = measure(
+                    case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress
+                )
+            except Exception as error:  # too little memory, say: the other cases may do
+                console.print(f"{case} fails: {first_line(error)}", style="red", soft_wrap=True)
+                traceback.print_exc()
+                failed = True
+                continue
+            reports.append(report)
+            show(report, console)
+            # who is interrupted later keeps this
+            picture = write(reports, machine, arguments.rounds, arguments.output)
+    conclude(reports, console)
+    if picture:
+        console.print(f"Picture: {picture}", soft_wrap=True)
+    return int(failed or any(row.refused for report in reports for row in report.providers))

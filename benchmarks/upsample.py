@@ -1,0 +1,128 @@
+"""Times the loss of coarse logits at the labels' size, value and gradient, which ours upsamples on the way
+and PyTorch beforehand, eager and compiled; and tells how time and memory grow with the size."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+from torch import Tensor
+
+from ial_cuda import _ops, upsampled_cross_entropy
+
+from .command import devices, make_parser, run
+from .common import IGNORE_INDEX, WARM_UP_ROUNDS, Inputs, peak_bytes, peak_process_bytes
+from .compare import (
+    DTYPES,
+    Loss,
+    Provider,
+    examine_all,
+    kernels,
+    make_ours,
+    make_peers,
+    provider_step,
+    time_all,
+)
+from .loss import cross_entropy, our_loss, reference_loss
+from .upsample_report import CROSS_ENTROPY, IAL, PEERS, Case, Report, conclude, show, write
+
+CLASSES, RATIO = 19, 4
+#: Of the labels, the most telling first: there both losses are measured, at the others cross-entropy alone.
+SIZES = {"cpu": [(512, 1024), (256, 512), (1024, 2048), (2048, 4096)], "cuda": [(1024, 2048)]}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A loss: ours by a backend, and upsampling first in plain PyTorch."""
+
+    ours: Callable[[str], Loss]
+    two_steps: Loss
+    captured: bool = True  # two_steps, as a graph
+
+
+def our_cross_entropy(backend: str) -> Loss:
+    return partial(upsampled_cross_entropy, ignore_index=IGNORE_INDEX, backend=backend)
+
+
+def two_step_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    fine = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
+    return cross_entropy(fine, target, weight)
+
+
+#: The two steps of the IAL copy its levels from the host, which no graph can.
+FORMS = {
+    CROSS_ENTROPY: Form(our_cross_entropy, two_step_cross_entropy),
+    IAL: Form(
+        partial(our_loss, upsample="bilinear"), partial(reference_loss, align_corners=False), captured=False
+    ),
+}
+
+
+def make_providers(case: Case, *, compile_peers: bool) -> list[Provider]:
+    """Ours, the best first, then the two steps. Ours are judged by the reference, in float32 at least."""
+    form = FORMS[case.loss]
+    backends = [name for name in kernels(case.device) if name not in _ops.one_launch.values()]
+    providers = make_ours(backends, case.device, form.ours, form.ours("reference"))
+    return providers + make_peers(
+        PEERS[case.loss], form.two_steps, compiled=compile_peers, captured=form.captured
+    )
+
+
+def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
+    """Checks all providers, times those that are right, and then measures their memory."""
+    torch.compiler.reset()  # one function is compiled for eight sizes only
+    inputs = Inputs(case.shape, case.dtype, case.device, RATIO)
+    providers = make_providers(case, compile_peers=compile_peers)
+    task = progress.add_task(f"{case}", total=len(providers) + WARM_UP_ROUNDS + rounds)
+
+    def advance() -> None:
+        progress.advance(task)
+        progress.refresh()  # here only: a thread that draws would disturb the times
+
+    rows = examine_all(providers, inputs, advance)
+    right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
+    timing = time_all(right, {}, providers[0].name, inputs, case.device, rounds, advance)
+    for provider in right:
+        step = provider_step(provider, inputs)
+        extra, process = (peak(step, inputs.logits()) for peak in (peak_bytes, peak_process_bytes))
+        rows[provider.name] = timing.fill(rows[provider.name], extra_mib=mib(extra), process_mib=mib(process))
+    return Report(case, inputs.labels, list(rows.values()), timing.gpu_before, timing.gpu_after)
+
+
+def mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 2)
+
+
+def size(text: str) -> tuple[int, int]:
+    lengths = tuple(map(int, text.split("x")))
+    if len(lengths) != 2 or min(lengths) < 1 or any(length % RATIO for length in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of {RATIO}")
+    return lengths
+
+
+def make_cases(device: str | None, sizes: Sequence[tuple[int, int]] | None) -> list[Case]:
+    """The cases of the device, or of each that is there and has kernels."""
+    return [
+        Case(device, dtype, (1, CLASSES, height // RATIO, width // RATIO), loss, (height, width))
+        for device in devices(device)
+        for place, (height, width) in enumerate(sizes or SIZES[device])
+        for dtype in DTYPES[device]
+        for loss in (FORMS if place == 0 else [CROSS_ENTROPY])
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser("upsample", __doc__)
+    parser.add_argument("--size", type=size, nargs="+", metavar="HxW", help="of the labels")
+    arguments = parser.parse_args(argv)
+    return run(arguments, make_cases(arguments.device, arguments.size), measure, show, write, conclude)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""What came out of the benchmark of upsampling: the goals, how costs grow with the size, the picture."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from .common import write_csv, write_json
+from .report import (
+    EXTRA,
+    GRAPH,
+    RATIO,
+    Goal,
+    Row,
+    describe_hardware,
+    make_goal_table,
+    make_table,
+    quotient,
+    show_reasons,
+)
+from .report import Case as CaseOfLoss
+
+CROSS_ENTROPY, IAL = "cross-entropy", "IAL"
+#: What upsamples first, by the loss.
+PEERS = {CROSS_ENTROPY: "F.interpolate + F.cross_entropy", IAL: "F.interpolate + reference"}
+#: The size of the labels that the goals are for, how many times longer the peers must take there, and the
+#: most that a step in bfloat16 may take.
+GOAL_SIZES = {"cpu": (512, 1024), "cuda": (1024, 2048)}
+PEER_BOUNDS = {"cpu": {"": 10, ", compiled": 6}, "cuda": {"": 8, ", compiled": 4}}
+GOAL_US = 70
+
+
+@dataclass(frozen=True)
+class Case(CaseOfLoss):
+    """A loss of coarse logits on a device."""
+
+    loss: str
+    size: tuple[int, int]  # of the labels
+
+    def __str__(self) -> str:
+        coarse, (height, width) = "x".join(map(str, self.shape)), self.size
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.loss}, {coarse} to {height}x{width} {dtype} on {self.device}"
+
+    @property
+    def logits_mib(self) -> float:
+        return math.prod(self.shape) * self.dtype.itemsize / 2**20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out of a case: all providers, ours first."""
+
+    case: Case
+    labels: str
+    providers: list[Row]
+    gpu_before: dict[str, str] = field(default_factory=dict)  # its clocks, before and after the times
+    gpu_after: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "input": str(self.case),
+            "labels": self.labels,
+            "gpu_before": self.gpu_before,
+            "gpu_after": self.gpu_after,
+            "logits_mib": self.case.logits_mib,
+            "goals": [goal.as_json() for goal in goals(self)],
+            "providers": [asdict(row) for row in self.providers],
+        }
+
+
+def goals(report: Report) -> list[Goal]:
+    """What each of ours is to reach at the size that the goals are for."""
+    case = report.case
+    if case.size != GOAL_SIZES[case.device]:
+        return []
+    rows = {row.name: row for row in report.providers}
+    found = []
+    for ours in (row for row in report.providers if row.name.startswith("ial_cuda")):
+        for compiled, bound in PEER_BOUNDS[case.device].items():
+            peer = rows.get(PEERS[case.loss] + compiled, Row(PEERS[case.loss] + compiled))
+            measured = quotient(peer.median_ms, ours.median_ms)
+            graph = quotient(peer.graph_ms, ours.graph_ms)
+            found.append(Goal(f"{peer.name} / {ours.name}", bound, True, measured, graph))
+        if case.dtype == torch.bfloat16:
+            step, graph = (time and 1e3 * time for time in (ours.median_ms, ours.graph_ms))
+            found.append(Goal(f"{ours.name}: µs", GOAL_US, False, step, graph))
+        times_logits = quotient(ours.extra_mib, case.logits_mib)
+        found.append(Goal(f"{ours.name}: extra memory / logits", 2, False, times_logits))
+    return found
+
+
+#: What grows, and how the picture calls it.
+COSTS = {"median_ms": "median ms", "extra_mib": "MiB held beside logits and labels"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a provider's costs go with the size of the labels."""
+
+    device: str
+    dtype: str
+    name: str
+    sizes: list[tuple[int, int]]  # ascending
+    median_ms: list[float]
+    extra_mib: list[float]
+
+    @property
+    def pixels(self) -> list[int]:
+        return [height * width for height, width in self.sizes]
+
+    def exponent(self, cost: str) -> float | None:
+        """p in cost ~ pixels^p, by least squares of the logarithms; None for a single size."""
+        if len(self.sizes) < 2:
+            return None
+        slope, _ = np.polyfit(np.log(self.pixels), np.log(getattr(self, cost)), 1)
+        return round(float(slope), 3)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"exponents": {cost: self.exponent(cost) for cost in COSTS}}
+
+
+def curves(reports: Sequence[Report]) -> list[Curve]:
+    """Of cross-entropy, which is measured at every size."""
+    points: dict[tuple[str, str, str], list[tuple[tuple[int, int], float, float]]] = {}
+    for report in sorted(reports, key=lambda report: math.prod(report.case.size)):
+        case = report.case
+        for row in report.providers:
+            if case.loss == CROSS_ENTROPY and row.median_ms is not None:
+                kind = (case.device, str(case.dtype).removeprefix("torch."), row.name)
+                points.setdefault(kind, []).append((case.size, row.median_ms, row.extra_mib))
+    return [Curve(*kind, *map(list, zip(*found, strict=True))) for kind, found in points.items()]
+
+
+#: The memory of the process tells what the profiler of tensors would miss; a GPU's allocator misses nothing.
+COLUMNS = {"cpu": (RATIO, EXTRA, ("process MiB", "process_mib", 1)), "cuda": (RATIO, GRAPH, EXTRA)}
+
+
+def show(report: Report, console: Console) -> None:
+    case = report.case
+    title = f"{case}, {report.labels} labels; logits of {case.logits_mib:.2f} MiB"
+    console.print(make_table(title, report.providers, case.device, COLUMNS[case.device]))
+    show_reasons(report.providers, console)
+    if goals(report):
+        console.print(make_goal_table(goals(report)))
+
+
+def conclude(reports: Sequence[Report], console: Console) -> None:
+    """Tells how costs grow."""
+    for curve in curves(reports):
+        if len(curve.sizes) > 1:
+            growth = ", ".join(f"{cost} ~ pixels^{curve.exponent(cost):.2f}" for cost in COSTS)
+            console.print(f"{curve.name}, {curve.dtype} on {curve.device}: {growth}", highlight=False)
+
+
+def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> None:
+    """A row of panels for each type of logits on a device: the costs against the labels' size."""
+    kinds: dict[tuple[str, str], list[Curve]] = {}
+    for curve in curves(reports):
+        kinds.setdefault((curve.device, curve.dtype), []).append(curve)
+    rows = max(1, len(kinds))
+    figure = Figure(figsize=(13, 5 * rows), layout="constrained")
+    figure.suptitle(f"Cross-entropy of coarse logits and its gradient on {describe_hardware(machine)}")
+    panels = figure.subplots(rows, len(COSTS), squeeze=False)
+    for ((device, dtype), found), row in zip(kinds.items(), panels, strict=False):
+        for (cost, label), axes in zip(COSTS.items(), row, strict=True):
+            draw_cost(axes, cost, found)
+            axes.set(title=f"{dtype} on {device}", xlabel="labels' size", ylabel=label)
+    figure.savefig(file, dpi=120)
+
+
+def draw_cost(axes: Axes, cost: str, found: Sequence[Curve]) -> None:
+    """A line for each provider, ours in colour, with the figures at its points: above the highest line, else
+    below."""
+    highest = max(found, key=lambda curve: getattr(curve, cost)[-1])
+    colours = itertools.cycle(("tab:green", "tab:olive", "tab:cyan", "tab:blue"))
+    for curve, marker in zip(found, itertools.cycle("osD^v<>")):
+        values, exponent = getattr(curve, cost), curve.exponent(cost)
+        axes.loglog(
+            curve.pixels,
+            values,
+            marker=marker,
+            color=next(colours) if curve.name.startswith("ial_cuda") else "tab:grey",
+            linestyle="--" if curve.name.endswith("compiled") else "-",
+            label=curve.name if exponent is None else f"{curve.name}, ~ pixels$^{{{exponent:.2f}}}$",
+        )
+        for pixels, value in zip(curve.pixels, values, strict=True):
+            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+            offset = (0, 6 if curve is highest else -15)
+            axes.annotate(text, (pixels, value), offset, textcoords="offset points", ha="center")
+    sizes = {size: pixels for curve in found for size, pixels in zip(curve.sizes, curve.pixels, strict=True)}
+    axes.set_xticks(list(sizes.values()), [f"{height}×{width}" for height, width in sizes])
+    axes.minorticks_off()
+    axes.margins(x=0.1, y=0.25)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="upper left")
+
+
+def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> Path:
+    """The files of all reports; returns the picture's."""
+    summary = {
+        "machine": machine,
+        "rounds": rounds,
+        "cases": [report.as_json() for report in reports],
+        "curves": [curve.as_json() for curve in curves(reports)],
+    }
+    write_json(output / "upsample.json", summary)
+    write_csv(
+        output / "upsample.csv",
+        [{"input": str(report.case)} | asdict(row) for report in reports for row in report.providers],
+    )
+    picture = output / "upsample.png"
+    draw(reports, machine, picture)
+    return picture
