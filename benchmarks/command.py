@@ -67,6 +67,17 @@ def devices(asked: str | None) -> list[str]:
     return [name for name in names if kernels(name)]
 
 
+def add_task(progress: Progress, description: str, total: int) -> Callable[[], None]:
+    """A line of the progress, and what is to be called after each of its steps."""
+    task = progress.add_task(description, total=total)
+
+    def advance() -> None:
+        progress.advance(task)
+        progress.refresh()  # here only: a thread that draws would disturb the times
+
+    return advance
+
+
 def run(
     arguments: argparse.Namespace,
     cases: Sequence[C],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ial_cuda import Hierarchy, _ops, importance_aware_loss, reference
 
-from .command import devices, make_parser, run
+from .command import add_task, devices, make_parser, run
 from .common import HIERARCHIES, IGNORE_INDEX, WARM_UP_ROUNDS, Inputs, Step, peak_bytes
 from .compare import (
     DTYPES,
@@ -158,12 +158,7 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     """Checks all providers, times those that are right, and then measures their memory."""
     inputs = Inputs(case.shape, case.dtype, case.device)
     providers = make_providers(case.device, compile_peers=compile_peers)
-    task = progress.add_task(f"{case}", total=len(providers) + WARM_UP_ROUNDS + rounds)
-
-    def advance() -> None:
-        progress.advance(task)
-        progress.refresh()  # here only: a thread that draws would disturb the times
-
+    advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
     rows = examine_all(providers, inputs, advance)
     right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
     copies = copy_parts(inputs)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ial_cuda import _ops, upsampled_cross_entropy
 
-from .command import devices, make_parser, run
+from .command import add_task, devices, make_parser, run
 from .common import IGNORE_INDEX, WARM_UP_ROUNDS, Inputs, peak_bytes, peak_process_bytes
 from .compare import (
     DTYPES,
@@ -79,12 +79,7 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     torch.compiler.reset()  # one function is compiled for eight sizes only
     inputs = Inputs(case.shape, case.dtype, case.device, RATIO)
     providers = make_providers(case, compile_peers=compile_peers)
-    task = progress.add_task(f"{case}", total=len(providers) + WARM_UP_ROUNDS + rounds)
-
-    def advance() -> None:
-        progress.advance(task)
-        progress.refresh()  # here only: a thread that draws would disturb the times
-
+    advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
     rows = examine_all(providers, inputs, advance)
     right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
     timing = time_all(right, {}, providers[0].name, inputs, case.device, rounds, advance)

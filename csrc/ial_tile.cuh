@@ -245,6 +245,21 @@ struct Operands {
     uint8_t class_levels[kMaxClasses];
 
     IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
+
+    // Does `body(target)` with a pointer to its type.
+    template <typename Body>
+    IAL_D void with_target(const Body& body) const {
+        switch (label) {
+            case Label::kUInt8:
+                body(static_cast<const uint8_t*>(target));
+                break;
+            case Label::kInt32:
+                body(static_cast<const int32_t*>(target));
+                break;
+            default:
+                body(static_cast<const int64_t*>(target));
+        }
+    }
 };
 
 template <typename T>
@@ -293,16 +308,7 @@ struct Labels {
             bad = classify<V>(labels + first, stride, problem.dense_labels, layout.classes,
                               problem.ignore_index, label);
         };
-        switch (problem.label) {
-            case Label::kUInt8:
-                load(static_cast<const uint8_t*>(problem.target));
-                break;
-            case Label::kInt32:
-                load(static_cast<const int32_t*>(problem.target));
-                break;
-            default:
-                load(static_cast<const int64_t*>(problem.target));
-        }
+        problem.with_target(load);
         weight_stride = layout.pixel_weight.pixel;
         weight = problem.pixel_weight
                      ? problem.pixel_weight + layout.offset(layout.pixel_weight, image, pixel)

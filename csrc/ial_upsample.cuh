@@ -98,16 +98,7 @@ struct ChunkLabels {
             }
         };
         bad = false;
-        switch (problem.label) {
-            case Label::kUInt8:
-                load(static_cast<const uint8_t*>(problem.target));
-                break;
-            case Label::kInt32:
-                load(static_cast<const int32_t*>(problem.target));
-                break;
-            default:
-                load(static_cast<const int64_t*>(problem.target));
-        }
+        problem.with_target(load);
         weights = problem.upsampling.pixel_weight;
         weight =
             problem.pixel_weight ? problem.pixel_weight + weights.offset(image, y.first, x.first) : nullptr;
