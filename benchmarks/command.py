@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from ial_cuda import _ops
 
 from .common import describe_machine
-from .compare import DTYPES, Row, first_line, kernels
+from .compare import first_line
+from .providers import DTYPES, kernels
+from .report import Row
 
 
 class Report(Protocol):
@@ -57,6 +61,9 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
     parser.add_argument(
         "--device", choices=DTYPES, help="default: each that ial_cuda has kernels for on this machine"
     )
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, metavar="M", help="after which no case is begun"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser
 
@@ -84,14 +91,14 @@ def run(
     measure: Callable[..., R],
     show: Callable[[R, Console], None],
     write: Callable[[Sequence[R], Mapping[str, Any], int, Path], Path],
-    conclude: Callable[[Sequence[R], Console], None] = lambda *_: None,
+    conclude: Callable[[Sequence[R], Mapping[str, Any], Path, Console], None] = lambda *_: None,
 ) -> int:
     """Measures the cases one by one, and tells and writes what came out of each; the program's exit code.
 
     Args:
         measure: of a case, with ``rounds``, ``compile_peers`` and ``progress``.
         write: all reports so far, to the folder; returns the picture's file.
-        conclude: tells what takes all reports to tell.
+        conclude: tells what takes all reports to tell, and draws it, to the folder.
     """
     if not cases:
         for backend in _ops.kernels(arguments.device or "cpu"):
@@ -103,10 +110,15 @@ def run(
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     reports: list[R] = []
+    late: list[C] = []
     failed = False
     picture = None
+    deadline = time.monotonic() + 60 * arguments.minutes
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         for case in cases:
+            if time.monotonic() > deadline:
+                late.append(case)
+                continue
             try:
                 report = measure(
                     case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress
@@ -120,7 +132,12 @@ def run(
             show(report, console)
             # who is interrupted later keeps this
             picture = write(reports, machine, arguments.rounds, arguments.output)
-    conclude(reports, console)
+            for task in progress.task_ids:
+                progress.remove_task(task)  # its table stands there
+    if reports:
+        conclude(reports, machine, arguments.output, console)
+    if late:
+        console.print(f"Out of time for {'; '.join(map(str, late))}", soft_wrap=True)
     if picture:
         console.print(f"Picture: {picture}", soft_wrap=True)
     return int(failed or any(row.refused for report in reports for row in report.providers))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: inputs, the rule of correctness, clocks, memory, and what a machine is."""
+"""What the benchmarks share: the rule of correctness, clocks, memory, and what a machine is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import ctypes
 import functools
 import json
+import math
 import os
 import platform
 import random
@@ -14,100 +15,36 @@ import statistics
 import subprocess
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ial_cuda
-from ial_cuda import CAMVID, CITYSCAPES, _ops, median_frequency_weights
+from ial_cuda import _ops
 
 #: What is measured: a function of the logits. What it returns is freed outside the measured part.
 Step = Callable[[Tensor], object]
 
-IGNORE_INDEX = 255
-#: The hierarchy that a number of classes stands for.
-HIERARCHIES = {hierarchy.num_classes: hierarchy for hierarchy in (CITYSCAPES, CAMVID)}
-#: The classes of the CamVid label maps, void last: as train ids of Cityscapes, and as they are.
-CAMVID_AS = {
-    19: np.array([10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18, IGNORE_INDEX]),
-    11: np.array([*range(11), IGNORE_INDEX]),
-}
-WARM_UP_ROUNDS = 2
+
+class InTwo(NamedTuple):
+    """A step of two parts, which are timed apart as well; what the first gives goes to the second."""
+
+    forward: Callable[[Tensor], Any]
+    backward: Callable[[Any, Tensor], object]
+
+    def __call__(self, logits: Tensor) -> object:
+        return self.backward(self.forward(logits), logits)
+
+
+WARM_UP_ROUNDS, LEAST_ROUNDS = 2, 3
 #: More than the L2 cache of any GPU, read so often that it takes the GPU about a millisecond.
 FLUSH_BYTES, FLUSHES = 512 << 20, 8
-
-
-class Inputs:
-    """Logits of a network that mostly knows, their label maps, and class weights counted from these.
-
-    The logits are written anew before each measured call: a gradient computed in place destroys them, and in
-    training too they come from the layer before, with their end still in the caches.
-
-    Args:
-        shape: (N, C, h, w) of the logits, with the C of one of `HIERARCHIES`.
-        dtype: of logits and weights.
-        device: of all tensors.
-        ratio: how many times larger the label maps are in each direction.
-
-    Attributes:
-        targets: the label maps (N, H, W) = (N, ratio h, ratio w), by dtype: int64 and uint8.
-        written: the leaf that `logits` is a view of.
-    """
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: str, ratio: int = 1) -> None:
-        batch, classes, height, width = shape
-        labels, self.labels = _label_maps(batch, classes, ratio * height, ratio * width)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # classes that are in no image
-            weight = median_frequency_weights(labels, classes)
-        labels = labels.to(device)
-        self.targets = {torch.int64: labels, torch.uint8: labels.to(torch.uint8)}
-        self.weight = weight.to(device, dtype)
-        middle = slice(ratio // 2, None, ratio)
-        self.source = _trained_like(labels[:, middle, middle], classes).to(dtype)
-        self.written = torch.empty_like(self.source).requires_grad_()
-
-    def logits(self) -> Tensor:
-        """The logits, fresh, as the output of a layer: not a leaf, so that they may be overwritten."""
-        with torch.no_grad():
-            self.written.copy_(self.source)
-        return self.written.view_as(self.written)
-
-
-def _label_maps(batch: int, classes: int, height: int, width: int) -> tuple[Tensor, str]:
-    """Label maps (N, H, W) int64, and where they come from."""
-    root = os.environ.get("IAL_CAMVID")
-    files = sorted(Path(root, "testannot").glob("*.png"))[:batch] if root else []
-    if files:
-        size = (width, height)
-        maps = [np.asarray(Image.open(file).resize(size, Image.Resampling.NEAREST)) for file in files]
-        return torch.from_numpy(CAMVID_AS[classes][np.resize(maps, (batch, height, width))]), "CamVid"
-    generator = torch.Generator().manual_seed(0)
-    regions = (batch, -(-height // 32), -(-width // 32))
-    labels = torch.randint(classes, regions, generator=generator)
-    labels[torch.rand(regions, generator=generator) < 0.08] = IGNORE_INDEX
-    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    return labels[:, :height, :width].contiguous(), "synthetic"
-
-
-def _trained_like(labels: Tensor, num_classes: int) -> Tensor:
-    """Noise, and a margin for one class of each pixel, the right one in nine of ten."""
-    device = labels.device
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (labels.shape[0], num_classes, *labels.shape[1:])
-    logits = torch.randn(shape, generator=generator, device=device)
-    wrong = (torch.rand(labels.shape, generator=generator, device=device) < 0.1) | (labels == IGNORE_INDEX)
-    guess = torch.randint(num_classes, labels.shape, generator=generator, device=device).where(wrong, labels)
-    return logits.scatter_add_(1, guess.unsqueeze(1), torch.full_like(logits[:, :1], 6.0))
 
 
 class Result(NamedTuple):
@@ -122,7 +59,7 @@ def why_refused(result: Result, eager: Result, truth: Result, *, ulps: float = 4
 
     Loss and gradient may be no further from the float64 truth than those of eager PyTorch, plus some ulp of
     eager's arithmetic at the tensor's largest value (each gradient is a difference) and, where the result is
-    of a lower precision than eager's, the rounding of each element.
+    of a lower precision than eager's, the rounding of each element, coarser below the normal numbers.
     """
     for name, got, standard, expected in zip(Result._fields, result, eager, truth, strict=True):
         if got.shape != expected.shape:
@@ -130,7 +67,8 @@ def why_refused(result: Result, eager: Result, truth: Result, *, ulps: float = 4
         allowed = (standard.double() - expected).abs().max()
         allowed = allowed + ulps * torch.finfo(standard.dtype).eps * expected.abs().max()
         if got.dtype != standard.dtype:
-            allowed = allowed + torch.finfo(got.dtype).eps * expected.abs()
+            info = torch.finfo(got.dtype)
+            allowed = allowed + info.eps * expected.abs().clamp(min=info.tiny)
         error = (got.double() - expected).abs()
         if not (error <= allowed).all():  # NaN is not
             return (
@@ -141,11 +79,13 @@ def why_refused(result: Result, eager: Result, truth: Result, *, ulps: float = 4
 
 @dataclass(frozen=True)
 class Times:
-    """Median and the 10 % and 90 % quantiles of a step's times, in ms."""
+    """Median and the 10 % and 90 % quantiles of a step's times, in ms; of its parts, the medians."""
 
     median_ms: float
     p10_ms: float
     p90_ms: float
+    forward_ms: float | None = None
+    backward_ms: float | None = None
 
 
 def time_interleaved(
@@ -154,6 +94,7 @@ def time_interleaved(
     device: str,
     rounds: int,
     on_round: Callable[[], None],
+    seconds: float = math.inf,
 ) -> dict[str, Times]:
     """Times every step once a round, in a new order each round, so that a disturbance meets them all.
 
@@ -163,44 +104,74 @@ def time_interleaved(
         device: whose clock counts.
         rounds: at least 2, after some that do not count.
         on_round: called after each round, those for warming up included.
+        seconds: after which no round is begun, if there were `LEAST_ROUNDS`. A round that takes a third of
+            them warms up enough.
     """
     stopwatch = {"cpu": _time_cpu, "cuda": _time_cuda}[device]
     shuffle = random.Random(0).shuffle
     order = list(steps)
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(WARM_UP_ROUNDS + rounds):
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in order}
+    start = time.monotonic()
+
+    def run_round() -> float:
         shuffle(order)
         for name in order:
             times[name].append(stopwatch(steps[name], make_logits()))
         on_round()
-    return {name: _summary(taken[WARM_UP_ROUNDS:]) for name, taken in times.items()}
+        return time.monotonic() - start
+
+    warm_ups = 0
+    while warm_ups < WARM_UP_ROUNDS:
+        warm_ups += 1
+        if run_round() > seconds / 3:
+            break
+    for done in range(1, rounds + 1):
+        if run_round() > seconds and done >= LEAST_ROUNDS:
+            break
+    return {
+        name: _summary(taken[warm_ups:], in_two=isinstance(steps[name], InTwo))
+        for name, taken in times.items()
+    }
 
 
-def _time_cpu(step: Step, logits: Tensor) -> float:
+def _parts(step: Step) -> InTwo:
+    return step if isinstance(step, InTwo) else InTwo(step, lambda result, _: result)
+
+
+def _time_cpu(step: Step, logits: Tensor) -> tuple[float, float]:
+    """The time of the step, and of its first part."""
+    forward, backward = _parts(step)
     start = time.perf_counter()
-    result = step(logits)
-    elapsed = time.perf_counter() - start
+    value = forward(logits)
+    middle = time.perf_counter()
+    result = backward(value, logits)
+    del value
+    end = time.perf_counter()
     del result  # not before
-    return elapsed * 1e3
+    return (end - start) * 1e3, (middle - start) * 1e3
 
 
-def _time_cuda(step: Step, logits: Tensor) -> float:
-    """Time on the GPU's clock, from a cold L2 cache.
+def _time_cuda(step: Step, logits: Tensor) -> tuple[float, float]:
+    """The same on the GPU's clock, from a cold L2 cache.
 
     What evicts the logits is read, not written: the lines that a write leaves behind are dirty, and to write
     them back would be charged to the step. It takes the GPU longer than Python takes to queue a step of a few
     launches, so that Python runs ahead, as it does in training.
     """
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    forward, backward = _parts(step)
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     other = _other_memory(logits.device)
     for _ in range(FLUSHES):
         other.sum()
     start.record()
-    result = step(logits)
+    value = forward(logits)
+    middle.record()
+    result = backward(value, logits)
+    del value
     end.record()
     end.synchronize()
     del result
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), start.elapsed_time(middle)
 
 
 @functools.cache
@@ -229,9 +200,14 @@ def _capture_cuda(step: Step, leaf: Tensor) -> Step:
 CAPTURE: dict[str, Callable[[Step, Tensor], Step]] = {"cuda": _capture_cuda}
 
 
-def _summary(times: Sequence[float]) -> Times:
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return Times(*(round(time, 4) for time in (statistics.median(times), deciles[0], deciles[-1])))
+def _summary(times: Sequence[tuple[float, float]], *, in_two: bool) -> Times:
+    whole = [total for total, _ in times]
+    deciles = statistics.quantiles(whole, n=10, method="inclusive")
+    figures = [statistics.median(whole), deciles[0], deciles[-1]]
+    if in_two:
+        figures.append(statistics.median(forward for _, forward in times))
+        figures.append(statistics.median(total - forward for total, forward in times))
+    return Times(*(round(figure, 4) for figure in figures))
 
 
 def peak_bytes(step: Step, logits: Tensor) -> int:
@@ -274,6 +250,15 @@ def peak_process_bytes(step: Step, logits: Tensor) -> int | None:
     before = _resident("VmRSS")
     step(logits)
     return _resident("VmHWM") - before
+
+
+def free_bytes(device: torch.device) -> float:
+    """What can still be allocated on the device, as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    file = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", file.read_text(), re.M) if file.exists() else None
+    return 1024 * int(found[1]) if found else math.inf
 
 
 def _resident(what: str) -> int:

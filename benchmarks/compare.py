@@ -8,70 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
-from torch import Tensor
 
-from ial_cuda import _ops
+from .common import CAPTURE, Result, Step, Times, describe_gpu_state, time_interleaved, why_refused
+from .inputs import Inputs
+from .providers import Loss, Provider, loss_and_gradient
+from .report import Row, quotient
 
-from .common import (
-    CAPTURE,
-    Inputs,
-    Result,
-    Step,
-    Times,
-    describe_gpu_state,
-    time_interleaved,
-    why_refused,
-)
-from .report import UINT8, Row, quotient
-
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of logits, target and class weights
-
-DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
-LABELS = {"cpu": [torch.int64], "cuda": [torch.int64, torch.uint8]}
-
-
-@dataclass(frozen=True)
-class Provider:
-    """Who computes a loss: ``loss``, and the same in eager PyTorch, by which it is judged."""
-
-    name: str
-    loss: Loss
-    eager: Loss
-    labels: torch.dtype = torch.int64
-    compiled: bool = False
-    captured: bool = True  # whether to time it as a graph, too, where the device has such
-
-
-def kernels(device: str) -> list[str]:
-    """The backends with kernels of our own that can be used on the device, best first."""
-    return [name for name in _ops.kernels(device) if _ops.unavailable[name] is None]
-
-
-def make_ours(
-    backends: Sequence[str], device: str, make_loss: Callable[[str], Loss], eager: Loss
-) -> list[Provider]:
-    """Ours by each backend, with each type of labels that is of interest on the device."""
-    return [
-        Provider(f"ial_cuda {name}{UINT8 if labels == torch.uint8 else ''}", make_loss(name), eager, labels)
-        for name in backends
-        for labels in LABELS[device]
-    ]
-
-
-def make_peers(name: str, eager: Loss, *, compiled: bool, captured: bool = True) -> list[Provider]:
-    """A loss in plain PyTorch as it is and, if asked for, under torch.compile."""
-    peers = [Provider(name, eager, eager, captured=captured)]
-    if compiled:
-        loss = torch.compile(eager, dynamic=False)
-        peers.append(Provider(f"{name}, compiled", loss, eager, compiled=True, captured=captured))
-    return peers
-
-
-def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor, weight: Tensor) -> Result:
-    """What a training step asks of a loss. The gradient is added to no ``.grad``, whoever computes it."""
-    value = loss(logits, target, weight)
-    (gradient,) = torch.autograd.grad(value, logits)
-    return Result(value.detach(), gradient)
+#: What eager PyTorch computes, and the truth.
+Judges = Mapping[Loss, tuple[Result, Result]]
 
 
 def judge(eager: Loss, inputs: Inputs) -> tuple[Result, Result]:
@@ -79,7 +23,8 @@ def judge(eager: Loss, inputs: Inputs) -> tuple[Result, Result]:
     target, weight = inputs.targets[torch.int64], inputs.weight
 
     def in_precision(dtype: torch.dtype) -> Result:
-        return loss_and_gradient(eager, inputs.source.to(dtype).detach().requires_grad_(), target, weight)
+        step = loss_and_gradient(eager, target, weight)
+        return step(inputs.source.to(dtype).detach().requires_grad_())
 
     return in_precision(eager(inputs.source, target, weight).dtype), in_precision(torch.float64)
 
@@ -92,28 +37,40 @@ def first_line(error: Exception) -> str:
 def examine(provider: Provider, inputs: Inputs, standard: Result, truth: Result) -> Row:
     """The provider's row before it is timed, with a reason where it will not be. Warms up the compiler."""
     try:
-        result = provider_step(provider, inputs)(inputs.logits())
+        result = provider.step(inputs)(inputs.logits())
+    except torch.OutOfMemoryError as error:
+        return Row(provider.name, skipped=first_line(error))
     except Exception as error:
         if provider.compiled:
             return Row(provider.name, skipped=f"torch.compile fails: {first_line(error)}")
         return Row(provider.name, refused=f"raises {type(error).__name__}: {first_line(error)}")
     # Compiled code adds pixels one by one in float32: its sums err like a random walk, and are not wrong.
     ulps = math.sqrt(inputs.targets[torch.int64].numel()) if provider.compiled else 4
-    return Row(provider.name, refused=why_refused(result, standard, truth, ulps=ulps))
+    reasons = (why_refused(piece, standard, truth, ulps=ulps) for piece in inputs.pieces(result))
+    return Row(provider.name, refused=next(filter(None, reasons), None))
 
 
-def examine_all(providers: Sequence[Provider], inputs: Inputs, on_each: Callable[[], None]) -> dict[str, Row]:
-    judges = {eager: judge(eager, inputs) for eager in {provider.eager for provider in providers}}
+def judge_all(providers: Sequence[Provider], inputs: Inputs) -> Judges:
+    """Of all that is needed to judge the providers on inputs that consist of these."""
+    return {eager: judge(eager, inputs) for eager in {p.eager for p in providers if not p.missing}}
+
+
+def examine_all(
+    providers: Sequence[Provider], inputs: Inputs, judges: Judges, on_each: Callable[[], None]
+) -> dict[str, Row]:
     rows = {}
     for provider in providers:
-        rows[provider.name] = examine(provider, inputs, *judges[provider.eager])
+        if provider.missing:
+            rows[provider.name] = Row(provider.name, skipped=provider.missing)
+        else:
+            rows[provider.name] = examine(provider, inputs, *judges[provider.eager])
         on_each()
     return rows
 
 
-def provider_step(provider: Provider, inputs: Inputs) -> Step:
-    target = inputs.targets[provider.labels]
-    return lambda logits: loss_and_gradient(provider.loss, logits, target, inputs.weight)
+def right(providers: Sequence[Provider], rows: Mapping[str, Row]) -> list[Provider]:
+    """Those whose times may be told."""
+    return [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
 
 
 def capture(steps: Mapping[str, Step], inputs: Inputs, device: str) -> tuple[dict[str, Step], dict[str, str]]:
@@ -159,23 +116,24 @@ class Timing:
 
 
 def time_all(
-    right: Sequence[Provider],
+    providers: Sequence[Provider],
     others: Mapping[str, Step],
     ours: str,
     inputs: Inputs,
     device: str,
     rounds: int,
     advance: Callable[[], None],
+    seconds: float = math.inf,
 ) -> Timing:
     """Times providers, as graphs too where the device has such, beside other steps."""
-    steps = {provider.name: provider_step(provider, inputs) for provider in right}
+    steps: dict[str, Step] = {provider.name: provider.step(inputs) for provider in providers}
     graphs: dict[str, Step] = {}
     reasons: dict[str, str] = {}
     if device in CAPTURE:
-        captured = {provider.name: steps[provider.name] for provider in right if provider.captured}
+        captured = {provider.name: steps[provider.name] for provider in providers if provider.captured}
         graphs, reasons = capture(captured, inputs, device)
     every = steps | dict(others) | {f"{name}, graph": graph for name, graph in graphs.items()}
     gpu_before = describe_gpu_state() if device == "cuda" else {}
-    times = time_interleaved(every, inputs.logits, device, rounds, advance)
+    times = time_interleaved(every, inputs.logits, device, rounds, advance, seconds)
     gpu_after = describe_gpu_state() if device == "cuda" else {}
     return Timing(times, ours, reasons, gpu_before, gpu_after)

@@ -6,115 +6,55 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
-from torch import Tensor
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss, reference
+from ial_cuda import Hierarchy, _ops
 
 from .command import add_task, devices, make_parser, run
-from .common import HIERARCHIES, IGNORE_INDEX, WARM_UP_ROUNDS, Inputs, Step, peak_bytes
-from .compare import (
+from .common import WARM_UP_ROUNDS, peak_bytes
+from .compare import examine_all, judge_all, right, time_all
+from .floor import Part, copy_parts, floor, step_bytes, with_speed
+from .inputs import IGNORE_INDEX, Inputs, hierarchy_of
+from .libraries import make_libraries
+from .providers import (
+    ALPHA,
     DTYPES,
-    Loss,
     Provider,
-    examine_all,
+    cross_entropy,
     kernels,
+    lambdas_of,
     loss_and_gradient,
     make_ours,
     make_peers,
-    provider_step,
-    time_all,
+    our_loss,
+    reference_loss,
 )
-from .report import COPY, FLOOR, PEERS, Case, Report, Row, show, write
+from .report import FLOOR, ONE_LEVEL, PEERS, Case, Report, Row, show, write
 
-LAMBDA, ALPHA = 0.5, 1.0
 #: What is measured by default, the most telling first.
 SHAPES = {"cpu": [(1, 19, 512, 1024)], "cuda": [(1, 19, 1024, 2048), (8, 11, 720, 960)]}
 
 
-class Part(NamedTuple):
-    """A piece of a step, and the bytes that it has to move."""
-
-    step: Step
-    moved: int = 0
-
-
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, weight.to(logits.dtype), ignore_index=IGNORE_INDEX)
-
-
-def hierarchy_of(logits: Tensor) -> Hierarchy:
-    return HIERARCHIES[logits.shape[1]]
-
-
-def lambdas_of(hierarchy: Hierarchy) -> tuple[float, ...]:
-    return (LAMBDA,) * (hierarchy.num_levels - 1)
-
-
-def reference_loss(
-    logits: Tensor, target: Tensor, weight: Tensor, align_corners: bool | None = None
-) -> Tensor:
-    hierarchy = hierarchy_of(logits)
-    return reference.importance_aware_loss(
-        logits,
-        target,
-        hierarchy,
-        weight=weight,
-        lambdas=lambdas_of(hierarchy),
-        alpha=ALPHA,
-        ignore_index=IGNORE_INDEX,
-        align_corners=align_corners,
-    )[0]
-
-
-def our_loss(backend: str, **options: Any) -> Loss:
-    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        return importance_aware_loss(
-            logits,
-            target,
-            hierarchy_of(logits),
-            weight=weight,
-            lambdas=LAMBDA,
-            alpha=ALPHA,
-            ignore_index=IGNORE_INDEX,
-            backend=backend,
-            **options,
-        )
-
-    return loss
-
-
 def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:
     """Ours, the best first, then the peers."""
-    backends = kernels(device)
+    best, *_ = backends = kernels(device)
     providers = make_ours(backends, device, our_loss, reference_loss)
-    in_place = our_loss(backends[0], inplace=True)
-    providers.append(Provider(f"ial_cuda {backends[0]}, in place", in_place, reference_loss))
+    in_place, one_level = our_loss(best, inplace=True), our_loss(best, Hierarchy.flat)
+    providers.append(Provider(f"ial_cuda {best}, in place", in_place, reference_loss))
+    providers.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy))
     for name, eager in zip(PEERS, (reference_loss, cross_entropy), strict=True):
         captured = eager is not reference_loss  # which copies its levels from the host
         providers += make_peers(name, eager, compiled=compile_peers, captured=captured)
-    return providers
-
-
-def copy_parts(inputs: Inputs) -> dict[str, Part]:
-    """What the floor is made of: the logits copied to memory that is there already, and read once more."""
-    warm = torch.empty_like(inputs.source)
-    size = inputs.source.nbytes
-    return {
-        COPY: Part(lambda logits: warm.copy_(logits.detach()), 2 * size),
-        "sum (1 read)": Part(lambda logits: logits.detach().sum(), size),
-    }
+    return providers + make_libraries(device)
 
 
 def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
     """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
     target, weight = inputs.targets[torch.int64], inputs.weight
-    hierarchy = hierarchy_of(inputs.source)
+    hierarchy = hierarchy_of(inputs.source.shape[1])
     options = (lambdas_of(hierarchy), ALPHA, "mean", "mean", "image")
     pixels = (target, weight, None, hierarchy.class_levels, IGNORE_INDEX, "exact")
     one = torch.ones((), device=weight.device)
@@ -149,9 +89,8 @@ def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
     pixel = inputs.source[:, :, :1, :1].contiguous().requires_grad_()
     pixel_target = inputs.targets[torch.int64][:, :1, :1].contiguous()
     loss = our_loss(backends[0])
-    return parts | {
-        "step on one pixel": Part(lambda _: loss_and_gradient(loss, pixel, pixel_target, inputs.weight))
-    }
+    step = loss_and_gradient(loss, pixel_target, inputs.weight)
+    return parts | {"step on one pixel": Part(lambda _: step(pixel))}
 
 
 def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
@@ -159,43 +98,32 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     inputs = Inputs(case.shape, case.dtype, case.device)
     providers = make_providers(case.device, compile_peers=compile_peers)
     advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
-    rows = examine_all(providers, inputs, advance)
-    right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
+    rows = examine_all(providers, inputs, judge_all(providers, inputs), advance)
+    timed = right(providers, rows)
     copies = copy_parts(inputs)
-    floor = {FLOOR: lambda logits: [part.step(logits) for part in copies.values()]}
-    parts = our_parts(kernels(case.device), inputs) | copies if providers[0] in right else copies
-    others = floor | {name: part.step for name, part in parts.items()}
-    timing = time_all(right, others, providers[0].name, inputs, case.device, rounds, advance)
-    copy_ms = timing.times[COPY].median_ms
-    copy_speed = copies[COPY].moved / 1e6 / copy_ms
-
-    def timed(row: Row, moved: int, **more: float) -> Row:
-        row = timing.fill(row)
-        speed = moved / 1e6 / row.median_ms
-        return replace(
-            row,
-            gb_per_s=round(speed, 2) if moved else None,
-            copy_percent=round(100 * speed / copy_speed, 1) if moved else None,
-            copy_ratio=round(row.median_ms / copy_ms, 3),
-            **more,
+    parts = our_parts(kernels(case.device), inputs) | copies if providers[0] in timed else copies
+    both = {FLOOR: floor(inputs)} | parts
+    others = {name: part.step for name, part in both.items()}
+    timing = time_all(timed, others, providers[0].name, inputs, case.device, rounds, advance)
+    for provider in timed:
+        extra = peak_bytes(provider.step(inputs), inputs.logits()) - inputs.written.nbytes
+        rows[provider.name] = with_speed(
+            timing,
+            rows[provider.name],
+            step_bytes(inputs, provider.labels),
+            inputs,
+            extra_mib=round(extra / 2**20, 2),
         )
-
-    size = inputs.source.nbytes
-    for provider in right:
-        extra = (peak_bytes(provider_step(provider, inputs), inputs.logits()) - size) / 2**20
-        moved = 3 * size + 2 * inputs.targets[provider.labels].nbytes
-        rows[provider.name] = timed(rows[provider.name], moved, extra_mib=round(extra, 2))
-    rows[FLOOR] = timed(Row(FLOOR), 3 * size)
-    timed_parts = [timed(Row(name), part.moved) for name, part in parts.items()]
+    filled = {name: with_speed(timing, Row(name), part.moved, inputs) for name, part in both.items()}
+    rows[FLOOR] = filled.pop(FLOOR)
     gpu = (timing.gpu_before, timing.gpu_after)
-    return Report(case, inputs.labels, list(rows.values()), timed_parts, *gpu)
+    return Report(case, inputs.origin, list(rows.values()), list(filled.values()), *gpu)
 
 
 def shape(text: str) -> tuple[int, ...]:
     sizes = tuple(map(int, text.split("x")))
-    if len(sizes) != 4 or min(sizes) < 1 or sizes[1] not in HIERARCHIES:
-        expected = " or ".join(f"Nx{classes}xHxW" for classes in HIERARCHIES)
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NxCxHxW")
     return sizes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,8 @@ from rich.table import Table
 from .common import write_csv, write_json
 
 PEERS, FLOOR = ("reference", "F.cross_entropy"), "copy floor"
-COPY = "copy_ (1 read, 1 write)"
-NOT_OURS = (*PEERS, "copy", "sum")  # how their rows begin
-UINT8 = ", uint8 labels"
+COPY, SUM = "copy_ (1 read, 1 write)", "sum (1 read)"
+UINT8, ONE_LEVEL = ", uint8 labels", ", one level"
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Row:
     median_ms: float | None = None
     p10_ms: float | None = None
     p90_ms: float | None = None
+    forward_ms: float | None = None  # medians of the two parts of a step
+    backward_ms: float | None = None
     graph_ms: float | None = None  # median as a CUDA graph
     ratio: float | None = None  # to ours
     gb_per_s: float | None = None  # 2 reads, 1 write of the logits, 2 of the labels; parts: their own
@@ -52,6 +54,10 @@ class Row:
     refused: str | None = None  # what is wrong with the result, which therefore has no time
     skipped: str | None = None  # why there is no result
     no_graph: str | None = None  # why there is no graph
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("ial_cuda")
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,35 @@ ONE_LAUNCH_BOUNDS = {
 PEER_BOUNDS = {"reference, compiled": 3, "F.cross_entropy, compiled": 2, "reference": 10}
 
 
+#: From this size on; smaller inputs cost what they cost without pixels.
+GOAL_PIXELS = 256**2
+#: On the CPU: how many times longer a peer must take than ours, and ours at the most than the copy floor.
+CPU_PEER_BOUNDS = {"reference": 8, "reference, compiled": 6, "F.cross_entropy": 5}
+CPU_FLOOR_BOUND = 4
+
+
 def goals(report: Report) -> list[Goal]:
-    """What our steps are to reach on a GPU of the H100's class. The labels of peers are always int64."""
-    if report.case.device != "cuda":
+    """What our steps are to reach from `GOAL_PIXELS` on."""
+    batch, _, *size = report.case.shape
+    if batch * math.prod(size) < GOAL_PIXELS:
         return []
+    return {"cpu": cpu_goals, "cuda": cuda_goals}[report.case.device](report)
+
+
+def cpu_goals(report: Report) -> list[Goal]:
+    """Of float32 logits, with all threads, the labels of all int64."""
+    rows = {row.name: row for row in report.providers}
+    ours = report.providers[0]
+    found = [
+        Goal(f"{name} / {ours.name}", bound, True, rows.get(name, Row(name)).ratio)
+        for name, bound in CPU_PEER_BOUNDS.items()
+    ]
+    over_floor = quotient(ours.median_ms, report.providers[-1].median_ms)
+    return [*found, Goal(f"{ours.name} / {FLOOR}", CPU_FLOOR_BOUND, False, over_floor)]
+
+
+def cuda_goals(report: Report) -> list[Goal]:
+    """On a GPU of the H100's class. The labels of peers are always int64."""
     rows = {row.name: row for row in (*report.providers, *report.parts)}
     copy_ms = rows[COPY].median_ms
     found = []
@@ -238,17 +269,18 @@ def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> N
     figure.suptitle(f"Loss and gradient on {describe_hardware(machine)}")
     panels = figure.subplots(len(reports), 2, squeeze=False, width_ratios=(3, 2), height_ratios=heights)
     for report, (left, right) in zip(reports, panels, strict=True):
-        draw_bars(left, str(report.case), report.providers)
-        draw_bars(right, "Where the time goes", report.parts)
+        peers = [row.name for row in report.providers if not row.ours]
+        draw_bars(left, str(report.case), report.providers, grey=peers)
+        draw_bars(right, "Where the time goes", report.parts, grey=(COPY, SUM))
     figure.savefig(file, dpi=120)
 
 
-def draw_bars(axes: Axes, title: str, rows: Sequence[Row]) -> None:
-    """Medians as bars, the 10 % to 90 % quantiles as whiskers; ours in colour."""
+def draw_bars(axes: Axes, title: str, rows: Sequence[Row], grey: Sequence[str]) -> None:
+    """Medians as bars, the 10 % to 90 % quantiles as whiskers."""
     rows = [row for row in rows if row.median_ms is not None]
     medians = [row.median_ms for row in rows]
     whiskers = [[row.median_ms - row.p10_ms for row in rows], [row.p90_ms - row.median_ms for row in rows]]
-    colours = ["tab:grey" if row.name.startswith(NOT_OURS) else "tab:green" for row in rows]
+    colours = ["tab:grey" if row.name in grey else "tab:green" for row in rows]
     bars = axes.barh(
         [row.name for row in rows], medians, xerr=whiskers, color=colours, ecolor="black", capsize=2
     )

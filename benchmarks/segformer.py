@@ -23,7 +23,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from ial_cuda import upsampled_cross_entropy
 
 from .command import make_plain_parser
-from .common import IGNORE_INDEX, Step, describe_machine, peak_bytes, time_interleaved, write_json
+from .common import Step, describe_machine, peak_bytes, time_interleaved, write_json
+from .inputs import IGNORE_INDEX
 from .report import EXTRA, RATIO, Row, make_table, quotient
 
 STEPS = 3

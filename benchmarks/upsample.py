@@ -10,26 +10,27 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from rich.progress import Progress
-from torch import Tensor
 
 from ial_cuda import _ops, upsampled_cross_entropy
 
 from .command import add_task, devices, make_parser, run
-from .common import IGNORE_INDEX, WARM_UP_ROUNDS, Inputs, peak_bytes, peak_process_bytes
-from .compare import (
+from .common import WARM_UP_ROUNDS, peak_bytes, peak_process_bytes
+from .compare import examine_all, judge_all, right, time_all
+from .inputs import IGNORE_INDEX, Inputs
+from .libraries import make_libraries
+from .providers import (
     DTYPES,
     Loss,
     Provider,
-    examine_all,
+    cross_entropy,
+    interpolated,
     kernels,
     make_ours,
     make_peers,
-    provider_step,
-    time_all,
+    our_loss,
+    reference_loss,
 )
-from .loss import cross_entropy, our_loss, reference_loss
 from .upsample_report import CROSS_ENTROPY, IAL, PEERS, Case, Report, conclude, show, write
 
 CLASSES, RATIO = 19, 4
@@ -50,14 +51,9 @@ def our_cross_entropy(backend: str) -> Loss:
     return partial(upsampled_cross_entropy, ignore_index=IGNORE_INDEX, backend=backend)
 
 
-def two_step_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    fine = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
-    return cross_entropy(fine, target, weight)
-
-
 #: The two steps of the IAL copy its levels from the host, which no graph can.
 FORMS = {
-    CROSS_ENTROPY: Form(our_cross_entropy, two_step_cross_entropy),
+    CROSS_ENTROPY: Form(our_cross_entropy, interpolated(cross_entropy)),
     IAL: Form(
         partial(our_loss, upsample="bilinear"), partial(reference_loss, align_corners=False), captured=False
     ),
@@ -69,9 +65,10 @@ def make_providers(case: Case, *, compile_peers: bool) -> list[Provider]:
     form = FORMS[case.loss]
     backends = [name for name in kernels(case.device) if name not in _ops.one_launch.values()]
     providers = make_ours(backends, case.device, form.ours, form.ours("reference"))
-    return providers + make_peers(
-        PEERS[case.loss], form.two_steps, compiled=compile_peers, captured=form.captured
-    )
+    providers += make_peers(PEERS[case.loss], form.two_steps, compiled=compile_peers, captured=form.captured)
+    if case.loss == CROSS_ENTROPY and case.size == SIZES[case.device][0]:
+        providers += make_libraries(case.device, "F.interpolate + ", interpolated)
+    return providers
 
 
 def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
@@ -80,14 +77,14 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     inputs = Inputs(case.shape, case.dtype, case.device, RATIO)
     providers = make_providers(case, compile_peers=compile_peers)
     advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
-    rows = examine_all(providers, inputs, advance)
-    right = [p for p in providers if not (rows[p.name].refused or rows[p.name].skipped)]
-    timing = time_all(right, {}, providers[0].name, inputs, case.device, rounds, advance)
-    for provider in right:
-        step = provider_step(provider, inputs)
+    rows = examine_all(providers, inputs, judge_all(providers, inputs), advance)
+    timed = right(providers, rows)
+    timing = time_all(timed, {}, providers[0].name, inputs, case.device, rounds, advance)
+    for provider in timed:
+        step = provider.step(inputs)
         extra, process = (peak(step, inputs.logits()) for peak in (peak_bytes, peak_process_bytes))
         rows[provider.name] = timing.fill(rows[provider.name], extra_mib=mib(extra), process_mib=mib(process))
-    return Report(case, inputs.labels, list(rows.values()), timing.gpu_before, timing.gpu_after)
+    return Report(case, inputs.origin, list(rows.values()), timing.gpu_before, timing.gpu_after)
 
 
 def mib(size: int | None) -> float | None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from .common import write_csv, write_json
+from .growth import Line, draw_lines
 from .report import (
     EXTRA,
     GRAPH,
@@ -86,7 +84,7 @@ def goals(report: Report) -> list[Goal]:
         return []
     rows = {row.name: row for row in report.providers}
     found = []
-    for ours in (row for row in report.providers if row.name.startswith("ial_cuda")):
+    for ours in (row for row in report.providers if row.ours):
         for compiled, bound in PEER_BOUNDS[case.device].items():
             peer = rows.get(PEERS[case.loss] + compiled, Row(PEERS[case.loss] + compiled))
             measured = quotient(peer.median_ms, ours.median_ms)
@@ -119,12 +117,12 @@ class Curve:
     def pixels(self) -> list[int]:
         return [height * width for height, width in self.sizes]
 
+    def line(self, cost: str) -> Line:
+        return Line(self.name, self.pixels, getattr(self, cost), self.name.startswith("ial_cuda"))
+
     def exponent(self, cost: str) -> float | None:
-        """p in cost ~ pixels^p, by least squares of the logarithms; None for a single size."""
-        if len(self.sizes) < 2:
-            return None
-        slope, _ = np.polyfit(np.log(self.pixels), np.log(getattr(self, cost)), 1)
-        return round(float(slope), 3)
+        """p in cost ~ pixels^p."""
+        return self.line(cost).exponent
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"exponents": {cost: self.exponent(cost) for cost in COSTS}}
@@ -155,7 +153,7 @@ def show(report: Report, console: Console) -> None:
         console.print(make_goal_table(goals(report)))
 
 
-def conclude(reports: Sequence[Report], console: Console) -> None:
+def conclude(reports: Sequence[Report], _: Mapping[str, Any], __: Path, console: Console) -> None:
     """Tells how costs grow."""
     for curve in curves(reports):
         if len(curve.sizes) > 1:
@@ -173,38 +171,15 @@ def draw(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> N
     figure.suptitle(f"Cross-entropy of coarse logits and its gradient on {describe_hardware(machine)}")
     panels = figure.subplots(rows, len(COSTS), squeeze=False)
     for ((device, dtype), found), row in zip(kinds.items(), panels, strict=False):
+        ticks = {
+            pixels: f"{height}×{width}"
+            for curve in found
+            for (height, width), pixels in zip(curve.sizes, curve.pixels, strict=True)
+        }
         for (cost, label), axes in zip(COSTS.items(), row, strict=True):
-            draw_cost(axes, cost, found)
+            draw_lines(axes, [curve.line(cost) for curve in found], ticks, "pixels", figures=True)
             axes.set(title=f"{dtype} on {device}", xlabel="labels' size", ylabel=label)
     figure.savefig(file, dpi=120)
-
-
-def draw_cost(axes: Axes, cost: str, found: Sequence[Curve]) -> None:
-    """A line for each provider, ours in colour, with the figures at its points: above the highest line, else
-    below."""
-    highest = max(found, key=lambda curve: getattr(curve, cost)[-1])
-    colours = itertools.cycle(("tab:green", "tab:olive", "tab:cyan", "tab:blue"))
-    for curve, marker in zip(found, itertools.cycle("osD^v<>")):
-        values, exponent = getattr(curve, cost), curve.exponent(cost)
-        axes.loglog(
-            curve.pixels,
-            values,
-            marker=marker,
-            color=next(colours) if curve.name.startswith("ial_cuda") else "tab:grey",
-            linestyle="--" if curve.name.endswith("compiled") else "-",
-            label=curve.name if exponent is None else f"{curve.name}, ~ pixels$^{{{exponent:.2f}}}$",
-        )
-        for pixels, value in zip(curve.pixels, values, strict=True):
-            text = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-            offset = (0, 6 if curve is highest else -15)
-            axes.annotate(text, (pixels, value), offset, textcoords="offset points", ha="center")
-    sizes = {size: pixels for curve in found for size, pixels in zip(curve.sizes, curve.pixels, strict=True)}
-    axes.set_xticks(list(sizes.values()), [f"{height}×{width}" for height, width in sizes])
-    axes.minorticks_off()
-    axes.margins(x=0.1, y=0.25)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
 
 
 def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> Path:
