@@ -89,7 +89,7 @@ class Inputs:
 
 
 class Tiled(Inputs):
-    """Inputs that repeat a square tile ``times`` x ``times``.
+    """Inputs that repeat a square tile ``times`` x ``times``, a power of two.
 
     The mean loss of the whole is that of the tile, and so is the gradient but for the number of tiles: so the
     truth of the tile tells that of inputs of any size.
@@ -118,8 +118,7 @@ class Tiled(Inputs):
 
     def pieces(self, result: Result) -> Iterator[Result]:
         for place in self.places():
-            gradient = result.gradient[place].to(torch.promote_types(result.gradient.dtype, torch.float32))
-            yield Result(result.loss, self.times**2 * gradient)
+            yield Result(result.loss, self.times**2 * result.gradient[place])  # exact, in any precision
 
 
 def label_dtypes(classes: int) -> list[torch.dtype]:

@@ -37,6 +37,8 @@ SIDES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
 GRID_SIDES, GRID_CLASSES = [256, 512, 1024, 2048], [2, 11, 19, 59, 150]
 CLASSES = [*GRID_CLASSES, 1000]
 BATCHES = [1, 2, 4, 8, 16]
+#: Of the images where it is not the side that changes.
+SIDE, BATCH_SIDE = 512, 256
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 #: Larger images repeat a tile of this side; of many classes a smaller one, for its truth is in float64.
@@ -49,7 +51,8 @@ def questions(device: str, threads: int) -> list[Question]:
     """What is asked, the most telling first; many cases belong to more than one."""
     dtype = DTYPES[device][0]
 
-    def case(classes: int = 19, side: int = 512, batch: int = 1, **more: object) -> Case:
+    def case(classes: int = 19, side: int | None = None, batch: int = 1, **more: object) -> Case:
+        side = side or SIDE
         return Case(device, **{"dtype": dtype, "shape": (batch, classes, side, side), **more})
 
     asked = [
@@ -58,7 +61,7 @@ def questions(device: str, threads: int) -> list[Question]:
             "pixels and classes", [case(classes, side) for classes in GRID_CLASSES for side in GRID_SIDES]
         ),
         Question("classes", [case(classes) for classes in CLASSES]),
-        Question("images", [case(side=256, batch=batch) for batch in BATCHES]),
+        Question("images", [case(side=BATCH_SIDE, batch=batch) for batch in BATCHES]),
         Question("type of logits", [case(dtype=each) for each in ALL_DTYPES]),
         Question("layout", [case(layout=layout) for layout in LAYOUTS]),
         Question("type of labels", [case(labels=labels) for labels in label_dtypes(19)]),
@@ -95,7 +98,7 @@ class Kind:
 
     @cached_property
     def providers(self) -> list[Provider]:
-        """Ours, the best first, then the peers, with the case's labels if they take such."""
+        """Ours, the best first, then the peers; the labels of F.cross_entropy are always int64."""
         labels, compiled = self.case.labels, self.compile_peers
         best, *others = kernels(self.case.device)
         ours = [
@@ -106,7 +109,7 @@ class Kind:
         ours.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy, labels))
         peers = []
         for name, eager in zip(PEERS, (reference_loss, cross_entropy), strict=True):
-            takes = torch.int64 if eager is cross_entropy and labels == torch.int32 else labels
+            takes = labels if eager is reference_loss else torch.int64
             peers += make_peers(
                 name, eager, compiled=compiled, captured=eager is cross_entropy, dynamic=True, labels=takes
             )

@@ -1,0 +1,226 @@
+"""The sweep on tiny images: what it asks, how it judges what is large, what it writes; other libraries; steps."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import inspect
+import itertools
+import json
+import types
+
+import pytest
+import torch
+
+from ial_cuda import _ops
+
+program = pytest.importorskip("benchmarks.sweep", reason="needs ial_cuda[bench], and python -m pytest")
+from benchmarks import __main__ as everything  # noqa: E402  (which need the same)
+from benchmarks import common, compare, growth, inputs, libraries, providers, questions, step  # noqa: E402
+
+pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+
+ARGUMENTS = ["--device", "cpu", "--rounds", "3", "--no-compile", "--threads", str(torch.get_num_threads())]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Images of up to 32 x 32, in tiles of 8 x 8."""
+    monkeypatch.setattr(program, "SIDES", [8, 16, 32])
+    monkeypatch.setattr(program, "GRID_SIDES", [8, 16])
+    monkeypatch.setattr(program, "GRID_CLASSES", [2, 19])
+    monkeypatch.setattr(program, "CLASSES", [2, 19, 300])
+    monkeypatch.setattr(program, "BATCHES", [1, 2])
+    monkeypatch.setattr(program, "SIDE", 16)
+    monkeypatch.setattr(program, "BATCH_SIDE", 16)
+    monkeypatch.setattr(program, "TILE_SIDE", 8)
+
+
+def read(folder, name: str = "sweep.json") -> dict:
+    return json.loads((folder / name).read_text())
+
+
+def test_a_tiny_sweep(tiny, tmp_path, capsys):
+    assert program.main([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    summary = read(tmp_path)
+    measured = {case["input"]: case for case in summary["cases"]}
+    assert len(measured) == len(summary["cases"]), "no case twice"
+    asked = {question["what"]: question["inputs"] for question in summary["questions"]}
+    assert set(asked) == set(questions.VALUES)
+    assert {case for cases in asked.values() for case in cases} == set(measured)
+    for case in summary["cases"]:
+        names = [row["name"] for row in case["providers"]]
+        assert names == [
+            "ial_cuda cpu",
+            "ial_cuda cpu, in place",
+            "ial_cuda cpu, one level",
+            "reference",
+            "F.cross_entropy",
+            "copy floor",
+        ]
+        for row in case["providers"]:
+            assert row["median_ms"] > 0 and row["gb_per_s"] > 0 and not row["refused"], (case["input"], row)
+    name = "1x19x32x32 float32 on cpu"
+    reference = next(row for row in measured[name]["providers"] if row["name"] == "reference")
+    size = 19 * 32 * 32 * 4
+    assert reference["extra_mib"] > size / 2**20
+    ours = measured[name]["providers"][0]
+    moved = 3 * size + 2 * 8 * 32 * 32
+    assert ours["gb_per_s"] == pytest.approx(moved / 1e6 / ours["median_ms"], abs=0.006)
+
+    shown = capsys.readouterr().out
+    assert "F.cross_entropy / ours" in shown and "against threads" in shown
+    grown = {(one["name"], one["cost"]): one["exponent"] for one in summary["exponents"]}
+    assert grown["reference", "extra_mib"] == pytest.approx(1, abs=0.1)
+    with (tmp_path / "sweep.csv").open() as stream:
+        assert {row["input"] for row in csv.DictReader(stream)} == set(measured)
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_kind_is_compiled_once():
+    """Cases that share the compiled code of peers come one after another."""
+    cases = program.make_cases("cpu", 4)
+    assert len(set(cases)) == len(cases)
+    kinds = [program.Kind.key(case) for case in cases]
+    changes = sum(one != other for one, other in itertools.pairwise(kinds))
+    assert changes == len(set(kinds)) - 1
+    grid = {(case.shape[1], case.shape[2]) for case in cases}
+    assert grid >= {(classes, side) for classes in (2, 11, 19, 59, 150) for side in (256, 512, 1024, 2048)}
+    assert [case.threads for case in cases if case.threads] == [1, 2]
+
+
+def result(given: inputs.Inputs, loss: providers.Loss) -> common.Result:
+    return providers.loss_and_gradient(loss, given.targets[torch.int64], given.weight)(given.logits())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("loss", [providers.reference_loss, providers.cross_entropy])
+def test_the_truth_of_a_tile_is_that_of_the_whole(loss, layout):
+    tile = inputs.Inputs((2, 5, 8, 8), torch.float32, "cpu", layout=layout)
+    whole = inputs.Tiled(tile, 4, layout)
+    logits = whole.logits()
+    assert logits.shape == (2, 5, 32, 32) and logits.is_contiguous(memory_format=layout)
+    assert torch.equal(logits[:, :, 8:16, 24:], tile.source)
+    judges = compare.judge(loss, whole.tile)
+    got = result(whole, loss)
+    pieces = list(whole.pieces(got))
+    assert len(pieces) == 16
+    assert all(common.why_refused(piece, *judges) is None for piece in pieces)
+    got.gradient[1, 3, 17, 30] += 1e-4
+    refused = [common.why_refused(piece, *judges) for piece in whole.pieces(got)]
+    assert [place for place, reason in enumerate(refused) if reason] == [4 * (17 // 8) + 30 // 8]
+
+
+def test_who_would_need_more_memory_than_there_is_is_skipped(tiny, tmp_path, monkeypatch, capsys):
+    """By what it held of fewer pixels."""
+    monkeypatch.setattr(program, "free_bytes", lambda _: 3.5 * 19 * 32 * 32 * 4)
+    assert program.main([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    rows = {
+        (case["input"], row["name"]): row for case in read(tmp_path)["cases"] for row in case["providers"]
+    }
+    assert rows["1x19x16x16 float32 on cpu", "reference"]["skipped"] is None
+    skipped = rows["1x19x32x32 float32 on cpu", "reference"]
+    assert skipped["skipped"].startswith("needs 0.0 GiB") and skipped["median_ms"] is None
+    assert rows["1x19x32x32 float32 on cpu", "ial_cuda cpu"]["median_ms"] > 0
+    assert "reference: needs" in capsys.readouterr().out
+
+
+def test_cases_for_which_there_is_no_time_are_told(tiny, tmp_path, capsys):
+    assert program.main([*ARGUMENTS, "--minutes", "0", "--output", str(tmp_path)]) == 0
+    assert "Out of time for 1x19x8x8 float32 on cpu; " in capsys.readouterr().out
+    assert not (tmp_path / "sweep.json").exists()
+
+
+def test_few_rounds_of_what_is_slow():
+    calls = []
+    common.time_interleaved({"step": calls.append}, lambda: torch.ones(1), "cpu", 50, lambda: None, seconds=0)
+    assert len(calls) == 1 + common.LEAST_ROUNDS
+    calls.clear()
+    common.time_interleaved({"step": calls.append}, lambda: torch.ones(1), "cpu", 50, lambda: None)
+    assert len(calls) == common.WARM_UP_ROUNDS + 50
+
+
+def test_exponents():
+    line = growth.Line("ours", [1, 10, 100, 1000], [5, 5, 50, 500], since=10)
+    assert line.exponent == 1
+    assert growth.Line("ours", [1, 10], [5, 5]).exponent == 0
+    assert growth.Line("ours", [1], [5]).exponent is None
+    assert growth.Line("ours", [1, 10], [0, 5]).exponent is None
+
+
+@pytest.mark.parametrize("library", libraries.LIBRARIES[1:], ids=lambda library: library.name)
+def test_libraries_compute_what_they_are_said_to(library):
+    package = pytest.importorskip(library.module.partition(".")[0])
+    assert package is not None
+    given = inputs.Inputs((2, 7, 16, 24), torch.float32, "cpu")
+    given.targets[torch.int64][:, :4] = inputs.IGNORE_INDEX
+    got = result(given, library.make(importlib.import_module(library.module)))
+    assert common.why_refused(got, *compare.judge(library.eager, given)) is None
+
+
+def test_the_rows_that_liger_gets():
+    """Its kernel runs on a GPU alone; here cross-entropy in PyTorch stands in for it."""
+
+    class Criterion:
+        def __init__(self, weight, ignore_index):
+            self.options = weight, ignore_index
+
+        def __call__(self, rows, target):
+            weight, ignore_index = self.options
+            return torch.nn.functional.cross_entropy(rows, target, weight, ignore_index=ignore_index)
+
+    liger = libraries.LIBRARIES[0]
+    given = inputs.Inputs((2, 7, 16, 24), torch.float32, "cpu")
+    got = result(given, liger.make(types.SimpleNamespace(LigerCrossEntropyLoss=Criterion)))
+    assert common.why_refused(got, *compare.judge(liger.eager, given)) is None
+    real = pytest.importorskip(liger.module, reason="needs liger-kernel")
+    assert {"weight", "ignore_index"} <= set(inspect.signature(real.LigerCrossEntropyLoss).parameters)
+
+
+def test_a_library_that_is_not_there_is_skipped(monkeypatch):
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda name: None)
+    rows = {provider.name: provider.missing for provider in libraries.make_libraries("cpu")}
+    assert rows["MONAI FocalLoss"] == "monai is not installed"
+    assert rows["Liger cross-entropy"] == "runs on cuda only"
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setitem(step.SIZES, "cpu", (16, 32))
+
+
+def test_a_training_step(small_steps, tmp_path, capsys):
+    assert step.main([*ARGUMENTS, "--output", str(tmp_path)]) == 0
+    (case,) = read(tmp_path, "step.json")["cases"]
+    assert case["input"] == "training step, 1x19x16x32 float32 on cpu"
+    names = [row["name"] for row in case["providers"]]
+    assert names == ["step, ial_cuda", "step, reference", "step, F.cross_entropy"]
+    assert all(row["median_ms"] > 0 and row["extra_mib"] > 0 for row in case["providers"])
+    assert case["providers"][0]["ratio"] == 1
+
+
+def test_a_step_that_goes_elsewhere_has_no_time(small_steps, tmp_path, monkeypatch, capsys):
+    def twice(backend):
+        return lambda *arguments: 2 * providers.our_loss(backend)(*arguments)
+
+    monkeypatch.setattr(step, "our_loss", twice)
+    assert step.main([*ARGUMENTS, "--output", str(tmp_path)]) == 1
+    ours, *others = read(tmp_path, "step.json")["cases"][0]["providers"]
+    assert ours["refused"].startswith("loss differ by 1.0e+00") and ours["median_ms"] is None
+    assert all(row["median_ms"] > 0 for row in others)
+
+
+def test_all_programs_one_after_another(monkeypatch, tmp_path):
+    """Each gets the same folder and the time that is left; one that fails stops no other."""
+    commands = []
+
+    def run(command, check):
+        commands.append(command[2:])
+        return types.SimpleNamespace(returncode=int(command[2] == "benchmarks.upsample"))
+
+    monkeypatch.setattr(everything.subprocess, "run", run)
+    assert everything.main(["--output", str(tmp_path), "--minutes", "3", "--no-compile"]) == 1
+    assert [command[0] for command in commands] == [f"benchmarks.{name}" for name in everything.PROGRAMS]
+    for command in commands:
+        assert "--no-compile" in command and command[-2:] == ["--output", str(tmp_path)]
+        assert 2.9 < float(command[command.index("--minutes") + 1]) <= 3
