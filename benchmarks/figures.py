@@ -34,6 +34,7 @@ DOCUMENTS = {"README.md": True, "benchmarks/README.md": False}
 BLOCK = re.compile(
     r"(?P<start><!-- figures\n(?P<recipe>.*?)-->\n)(?P<table>.*?)(?P<end><!-- /figures -->)", re.S
 )
+FILE = re.compile(r"^(\w+) = (.+)$", re.M)
 
 
 class Row:
@@ -74,9 +75,13 @@ class _Formatter(string.Formatter):
 def make_table(recipe: str, folder: Path) -> str:
     """The table, with paths from the folder."""
     lines = recipe.splitlines()
-    files = dict(line.split(" = ") for line in lines if not line.startswith(("|", "input: ")))
     inputs = [line.removeprefix("input: ") for line in lines if line.startswith("input: ")]
-    heading, *templates = (line for line in lines if line.startswith("|"))
+    files = dict(FILE.findall(recipe))
+    heading, *templates = [line for line in lines if line.startswith("|")] or [""]
+    if not (files and inputs and templates) or len(lines) != len(files) + len(inputs) + 1 + len(templates):
+        raise ValueError(
+            f"a table's comment is {lines}, expected NAME = FILE, input: PATTERN, | heading |, | row |"
+        )
     results = {
         name: {case["input"]: case for case in json.loads((folder / file).read_text())["cases"]}
         for name, file in files.items()
@@ -85,9 +90,9 @@ def make_table(recipe: str, folder: Path) -> str:
     table = [heading, "|" + "---|" * (heading.count("|") - 1)]
     for given, captured in _choose(inputs, first):
         cases = {name: _get(cases, given, files[name]) for name, cases in results.items()}
+        names = [row["name"] for row in first[given]["providers"]]
         for template in templates:
-            each = "{name}" in template
-            for name in [row["name"] for row in cases[next(iter(files))]["providers"]] if each else [None]:
+            for name in names if "{name}" in template else [None]:
                 views = {key: Case(case, name) for key, case in cases.items()}
                 table.append(_Formatter().format(template, name=name, **captured, **views))
     return "\n".join(table) + "\n"
@@ -114,7 +119,7 @@ def as_prose(text: str) -> str:
     """The document with its tables as what is written in them by hand, citing their files."""
 
     def by_hand(block: re.Match[str]) -> str:
-        files = re.findall(r"^\w+ = (.+)$", block["recipe"], re.M)
+        files = [file for _, file in FILE.findall(block["recipe"])]
         lines = [line for line in block["recipe"].splitlines() if line.startswith("|")]
         return f"<!-- results: {' '.join(files)} -->\n" + re.sub(r"\{.*?\}", "", "\n".join(lines))
 

@@ -88,7 +88,8 @@ def times_of(result: Mapping[str, Any]) -> dict[Key, Timed]:
                 key = Key(case["input"], row["name"] + suffix)
                 if key in times:
                     raise ValueError(f"{key.name!r} of {key.input!r} stands there twice, expected once")
-                times[key] = Timed(row[measure], None if suffix else row.get("extra_mib"), is_peer)
+                mib = None if suffix else row.get("extra_mib")
+                times[key] = Timed(row[measure], mib, is_peer and not suffix)
     return times
 
 

@@ -56,7 +56,7 @@ FIGURE = re.compile(
 )
 #: The kind of number that stands under a key.
 KIND = re.compile(r"(?:^|_)(ms|mib|gb_per_s|percent|ratio|rounds)s?$")
-CITED = re.compile(r"`((?:[\w.-]+/)*results/(?!latest)[\w./-]+)`")
+CITED = re.compile(r"`((?:[\w.-]+/)*results/(?!latest)[\w./-]+(?:/|\.json))`")
 CITED_BY_COMMENT = re.compile(r"^<!-- results: (.*?) -->", re.M)
 CODE = re.compile(r"^```.*?^```$", re.M | re.S)
 NO_PROSE = re.compile(r"`[^`]*`|<!--.*?-->|\]\([^)]*\)", re.S)

@@ -128,6 +128,7 @@ def test_a_table_with_a_row_for_each_provider(folder):
             "].mean_ms",
             "the row 'ial_cuda cpu' has no 'mean_ms', expected one of name, median_ms",
         ),
+        ("a = ", "a: ", "a table's comment is ['a: results/cpu/a.json', "),
         ("<!-- /figures -->", "", "has no end"),
     ],
 )

@@ -66,10 +66,14 @@ def test_what_only_one_has_is_listed():
 
 
 def test_forward_and_backward_passes_are_rows():
-    old, new = result({OURS: 3.0, FLOOR: 1.0}), result({OURS: 3.0, FLOOR: 2.0})
-    old["cases"][0]["providers"][0] |= {"forward_ms": 1.0, "backward_ms": 2.0}
-    new["cases"][0]["providers"][0] |= {"forward_ms": 2.0}
+    old, new = result({OURS: 3.0, "reference": 1.0}), result({OURS: 3.0, "reference": 2.0})
+    for index, forward in enumerate((1.0, 1.0)):
+        old["cases"][0]["providers"][index] |= {"forward_ms": forward}
+    for index, forward in enumerate((2.0, 9.0)):
+        new["cases"][0]["providers"][index] |= {"forward_ms": forward}
+    old["cases"][0]["providers"][0] |= {"backward_ms": 2.0}
     found = paired.compare([(old, new)])
+    assert found.yardsticks == {"1x19x8x8": "reference"}
     forward = by_name(found)[f"{OURS}, forward"]
     assert (forward.ratio, forward.adjusted_ratio, forward.old_mib) == (2, 1, None)
     assert found.only_old == [("1x19x8x8", f"{OURS}, backward")]
