@@ -157,6 +157,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(
             f"arguments after -- are {' '.join(rest)}, expected none for two files, where nothing is run"
         )
+    if (
+        not Path(__file__).with_name(f"{arguments.program}.py").exists()
+    ):  # to be told before anything is built
+        parser.error(
+            f"--program is {arguments.program}, expected a program of benchmarks/, such as loss or upsample"
+        )
     return arguments, rest
 
 

@@ -133,6 +133,7 @@ def test_two_committed_results(tmp_path, capsys):
         (["a.json", "HEAD"], "OLD and NEW are a.json and HEAD, expected two files *.json or two commits"),
         (["a.json", "b.json", "--", "--rounds", "2"], "arguments after -- are --rounds 2, expected none"),
         (["HEAD", "HEAD", "--repeats", "1"], "1 is less than 2"),
+        (["HEAD", "HEAD", "--program", "lose"], "--program is lose, expected a program of benchmarks/"),
         ([str(RESULTS / "cpu-amd-epyc-avx2/segformer.json")] * 2, "segformer.json has no 'cases', expected"),
         (["none.json", "none.json"], "No such file or directory: 'none.json'"),
     ],
