@@ -32,6 +32,8 @@ def show(found: Comparisons, console: Console) -> None:
     for given in dict.fromkeys(row.input for row in found.rows):
         rows = [row for row in found.rows if row.input == given]
         console.print(make_table(given, found.yardsticks[given], rows))
+        for line in compare_memory(rows):
+            console.print(line, highlight=False, soft_wrap=True)
     for name, keys in (("OLD", found.only_old), ("NEW", found.only_new)):
         for given in dict.fromkeys(key.input for key in keys):
             names = "; ".join(key.name for key in keys if key.input == given)
@@ -42,9 +44,9 @@ def make_table(given: str, yardstick: str | None, rows: Sequence[Comparison]) ->
     several = len(rows[0].ratios) > 1
     title = f"{given}; yardstick: {yardstick or 'none'}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column()
+    table.add_column(min_width=14)  # in 80 columns it is the names that wrap
     paired = ("range", "verdict") if several else ()
-    for heading in ("old ms", "new ms", "new / old", *paired, "/ yardstick", "extra MiB"):
+    for heading in ("old ms", "new ms", "new /\nold", *paired, "/ yard-\nstick"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         spread = (f"{min(row.ratios):.3f}–{max(row.ratios):.3f}", row.verdict) if several else ()
@@ -55,18 +57,17 @@ def make_table(given: str, yardstick: str | None, rows: Sequence[Comparison]) ->
             number(row.ratio, 3),
             *spread,
             number(row.adjusted_ratio, 3),
-            memory(row),
             style=STYLES.get(row.verdict),
         )
     return table
 
 
-def memory(row: Comparison) -> str:
-    """Of both, where both have it."""
-    if row.old_mib is None or row.new_mib is None:
-        return ""
-    old, new = (number(mib, 1) for mib in (row.old_mib, row.new_mib))
-    return old if old == new else f"{old} → {new}"
+def compare_memory(rows: Sequence[Comparison]) -> list[str]:
+    """Of the rows that have it in both, those that hold more or less than before."""
+    both = [row for row in rows if row.old_mib is not None and row.new_mib is not None]
+    changed = [row for row in both if abs(row.new_mib - row.old_mib) >= 0.05]
+    lines = [f"{row.name}: {row.old_mib:.1f} MiB → {row.new_mib:.1f} MiB extra" for row in changed]
+    return lines or [f"extra MiB: the same in all {len(both)} rows that tell it"]
 
 
 def read(file: str) -> dict[str, Any]:

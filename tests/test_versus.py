@@ -65,6 +65,16 @@ def test_what_only_one_has_is_listed():
     assert [key.name for key in found.only_new] == ["c"]
 
 
+def test_memory_that_changed_is_told():
+    old, new = result({OURS: 3.0, "a": 1.0, "b": 2.0}), result({OURS: 3.04, "a": 1.0, "b": 2.0})
+    assert versus.compare_memory(paired.compare([(old, new)]).rows) == [
+        "extra MiB: the same in all 3 rows that tell it"
+    ]
+    old["cases"][0]["providers"][1]["extra_mib"] = 38.25
+    new["cases"][0]["providers"][2]["extra_mib"] = None
+    assert versus.compare_memory(paired.compare([(old, new)]).rows) == ["a: 38.2 MiB → 1.0 MiB extra"]
+
+
 def test_forward_and_backward_passes_are_rows():
     old, new = result({OURS: 3.0, "reference": 1.0}), result({OURS: 3.0, "reference": 2.0})
     for index, forward in enumerate((1.0, 1.0)):
