@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,18 +36,25 @@ class CommandFailed(RuntimeError):
 
 
 def _run(what: str, command: Sequence[str | Path], folder: Path, **environment: str) -> str:
-    ran = subprocess.run(
+    process = subprocess.Popen(
         command,
         cwd=folder,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
-    if ran.returncode:
-        tail = "\n".join(ran.stdout.splitlines()[-TAIL_LINES:])
-        raise CommandFailed(f"{what} (exit code {ran.returncode}):\n{tail}")
-    return ran.stdout
+    try:
+        printed, _ = process.communicate()
+    except BaseException:  # interrupted: compilers that go on would write to a folder that is being removed
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode:
+        tail = "\n".join(printed.splitlines()[-TAIL_LINES:])
+        raise CommandFailed(f"{what} (exit code {process.returncode}):\n{tail}")
+    return printed
 
 
 def find_commit(ref: str) -> str:
