@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import csv
-import itertools
 import json
 import os
 import subprocess
@@ -379,48 +378,3 @@ def test_a_compiler_that_fails_is_a_reason_to_skip():
     assert row == report.Row(
         provider.name, skipped="torch.compile fails: InvalidCxxCompiler: no compiler in …"
     )
-
-
-def results_of(folder: str, file: str) -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / folder / file).read_text())
-
-
-def readme_table(heading: str) -> dict[str, list[str]]:
-    """The figures of the table with this heading, by the row's name."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    first = lines.index(f"| {heading} | ms | / ours | extra MiB | ms, huge pages for all | / ours |") + 2
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[first:]]
-    return {name: figures for name, *figures in itertools.takewhile(lambda row: row != [""], rows)}
-
-
-def figures(default: dict, huge: dict) -> list[str]:
-    extra = "" if default["extra_mib"] is None else f"{default['extra_mib']:.1f}"
-    return [
-        f"{default['median_ms']:.2f}",
-        f"{default['ratio']:.2f}",
-        extra,
-        f"{huge['median_ms']:.2f}",
-        f"{huge['ratio']:.2f}",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("folder", "file", "count", "heading"),
-    [
-        ("cpu-amd-epyc", "loss.json", 1, "512×1024 logits"),
-        ("cpu-amd-epyc-avx2", "upsample.json", 2, "128×256 logits, 512×1024 labels"),
-    ],
-)
-def test_figures_of_the_readme_are_those_of_the_results(folder, file, count, heading):
-    """Every row of README's tables, against the two files that each names."""
-    default, huge = (results_of(name, file) for name in (folder, f"{folder}-huge-pages-for-all"))
-    assert not default["machine"]["torch_asks_for_huge_pages"]
-    assert huge["machine"]["torch_asks_for_huge_pages"]
-    expected = {}
-    for ours, theirs in zip(default["cases"][:count], huge["cases"], strict=False):
-        assert ours["input"] == theirs["input"]
-        prefix = f"{ours['input'].split(',')[0]}: " if count > 1 else ""
-        for row, other in zip(ours["providers"], theirs["providers"], strict=True):
-            assert row["name"] == other["name"]
-            expected[prefix + row["name"]] = figures(row, other)
-    assert readme_table(heading) == expected
