@@ -118,7 +118,7 @@ class Tiled(Inputs):
 
     def pieces(self, result: Result) -> Iterator[Result]:
         for place in self.places():
-            yield Result(result.loss, self.times**2 * result.gradient[place])  # exact, in any precision
+            yield Result(result.loss, self.times**2 * result.gradient[place])  # exact, of normal numbers
 
 
 def label_dtypes(classes: int) -> list[torch.dtype]:
