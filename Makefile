@@ -40,9 +40,8 @@ help: ## print this
 test: lint ## check style, then run the tests
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
-bench: $(STAMP) ## time the loss of fine and of coarse logits on this machine
-	$(PY) -m benchmarks.loss
-	$(PY) -m benchmarks.upsample --rounds 10
+bench: $(STAMP) ## time the loss on this machine: everyone who computes it, sizes, classes, types; ten minutes
+	$(PY) -m benchmarks
 
 # Installs nothing, so that it works where nothing can be: $(PYTHON) is taken as it is.
 gpu-check: ## build for the GPU that is here, test, sanitize and time on it, in nine minutes; without one, a dry run
@@ -78,5 +77,9 @@ $(STAMP): $(CXX_SRC) setup.py pyproject.toml | $(PY)
 	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt '$(TORCH)' 'setuptools>=77' ninja
 	@echo "==> building ial_cuda into $(VENV) (minutes, where nvcc compiles)"
 	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e '.[dev]'
+	@echo "==> installing what ial_cuda is compared with"
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > build/constraints.txt
+	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt -r benchmarks/peers.txt \
+		|| echo "==> not to be had for this torch: the benchmarks skip it"
 	@cat ial_cuda/_build.json
 	@$(TORCH_HERE) > $@

@@ -33,7 +33,7 @@ TOOL_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
 LOG_BYTES, TAIL_LINES = 1 << 20, 30
 #: With -v the log of a run that is ended tells what failed and where it was.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
-BENCHMARKS = ("loss", "upsample")
+BENCHMARKS = ("loss", "upsample", "step", "sweep")
 PRODUCTS = (
     *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png")),
     "summary.json",
@@ -313,10 +313,20 @@ def plan(backends: Sequence[str], output: Path) -> list[list[Stage]]:
         [tests("smoke", ["tests/test_oracle.py", "-k", f"({chosen}) and number_of_classes and 19"], 60)],
         [benchmark("loss", ["--device", "cuda", "--rounds", "100"], 170, output)],
         [benchmark("upsample", ["--device", "cuda", "--rounds", "100"], 130, output)],
+        [benchmark("step", ["--device", "cuda", "--rounds", "50"], 60, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", [*workers, "-k", f"({chosen}) and not test_cuda"], 140),
             *(sanitized(tool, chosen) for tool in SANITIZERS),
+        ],
+        # what it has not begun after a minute and a half it leaves, and says so
+        [
+            benchmark(
+                "sweep",
+                ["--device", "cuda", "--rounds", "30", "--seconds", "1", "--minutes", "1.5"],
+                130,
+                output,
+            )
         ],
         [tests("other tests", [*workers, "-k", f"not ({chosen})"], 180)],
     ]
@@ -331,11 +341,13 @@ def dry_plan(output: Path) -> list[list[Stage]]:
         [tests("smoke", ["tests/test_oracle.py", "-k", f"{few} and number_of_classes"], 60)],
         [benchmark("loss", [*briefly, "--shape", *shapes], 170, output)],
         [benchmark("upsample", [*briefly, "--size", "64x128"], 130, output)],
+        [benchmark("step", briefly, 60, output)],
         [
             tests("tests of the GPU", ["tests/test_cuda.py"], 140),
             tests("tests of its backends", ["tests/test_launches.py", "-k", f"{few} and every_tile"], 140),
             sanitized(None, few),
         ],
+        [benchmark("sweep", [*briefly, "--largest", "64"], 130, output)],
         [tests("other tests", ["tests/test_hierarchy.py"], 180)],
     ]
 

@@ -64,9 +64,11 @@ def test_a_dry_run(tmp_path):
         "smoke",
         "benchmark of loss",
         "benchmark of upsample",
+        "benchmark of step",
         "tests of the GPU",
         "tests of its backends",
         "sanitizer none",
+        "benchmark of sweep",
         "other tests",
     ]
     assert results.pop("build") == "skipped"
@@ -79,10 +81,10 @@ def test_a_dry_run(tmp_path):
     assert summary["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
     cases = [
         case
-        for name in ("loss", "upsample")
+        for name in ("loss", "upsample", "step", "sweep")
         for case in json.loads((tmp_path / f"{name}.json").read_text())["cases"]
     ]
-    assert len(cases) == 2 + 2
+    assert len(cases) == 2 + 2 + 1 + 1
     assert [case["input"] for case in summary["cases"]] == [case["input"] for case in cases]
     assert {file.name for file in tmp_path.iterdir()} == set(gpu_check.PRODUCTS)
     *_, table = ran.stdout.split("DRY RUN on the CPU")
