@@ -294,7 +294,9 @@ struct Block {
                 }
             }
         } else {
-            for (int j = 0; j < B; ++j) to[j] = values[(label[j] < 0 ? 0 : label[j]) * lanes + j % lanes];
+            alignas(64) I some_class[B];
+            IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
+            for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
         }
     }
 
