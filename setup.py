@@ -135,6 +135,8 @@ def compile_flags(plan: Plan) -> dict[str, list[str]]:
         # told: the runtime must be the one that torch brings, whose threads torch.set_num_threads sets. It is
         # libgomp, which lacks what clang calls.
         cxx.append("-fopenmp")
+        # A loop that clears a few hundred bytes is to stay one: "rep stos" takes long to start.
+        cxx.append("-fno-tree-loop-distribute-patterns")
     # Files are compiled side by side; where that leaves cores idle, so are a file's architectures.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, min(jobs // len(glob("csrc/*.cu")), len(plan.arch_list))) if plan.cuda else 1

@@ -11,8 +11,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <sstream>
+#include <type_traits>
 
 #include "ial_ops.h"
 
@@ -27,8 +29,9 @@
 namespace ial {
 
 // The pixels of a block, and of the blocks that take a short rest; how many rows of a block are fetched ahead
-// of the one being read; the lanes in which sums are kept; what a streaming store writes.
-constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32;
+// of the one being read; the lanes in which sums are kept; what a streaming store writes; how many classes of
+// a block are few.
+constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32, kFew = 4;
 
 // The cells of a block of coarse logits, and what its rows have besides, to hold the logit at the last one's
 // right.
@@ -95,6 +98,7 @@ struct BadLabels {
 
 #define IAL_INLINE IAL_TARGET inline __attribute__((always_inline))
 #define IAL_SIMD _Pragma("omp simd")
+#define IAL_UNROLL _Pragma("GCC unroll 8")
 
 #define IAL_ISA baseline
 #define IAL_TARGET
@@ -343,13 +347,16 @@ Tensor reduce_typed(const Inputs& inputs) {
 // Half of a usual last-level cache: a gradient of this size leaves little of itself there.
 constexpr size_t kStreamFrom = 16 << 20;
 
-// rows[levels, 3]: dL/dS, dL/dP2 and dL/dQ2 of image n.
-template <typename A>
-void load_rows(const Tensor& table, int64_t n, A* rows) {
-    const int64_t levels = table.size(1);
-    const double* from = table.const_data_ptr<double>() + n * levels * kStats;
-    for (int64_t k = 0; k < levels; ++k)
-        for (const Stat s : {kS, kP2, kQ2}) rows[k * 3 + s] = static_cast<A>(from[k * kStats + s]);
+// rows[3, C]: of each class in image n, its weight times dL/dS, dL/dP2 and dL/dQ2.
+template <typename T, typename A>
+void load_rows(const Problem<T>& problem, const Tensor& table, int64_t n, A* rows) {
+    const int64_t classes = problem.layout.classes;
+    const double* const of_image = table.const_data_ptr<double>() + n * problem.levels * kStats;
+    for (int64_t c = 0; c < classes; ++c) {
+        const double* from = of_image + problem.class_levels[c] * kStats;
+        for (const Stat s : {kS, kP2, kQ2})
+            rows[s * classes + c] = static_cast<A>(s == kS ? problem.weight[c] * from[s] : from[s]);
+    }
 }
 
 template <typename T>
@@ -358,10 +365,10 @@ void gradient_of_pixels(const Problem<T>& problem, const Tensor& table) {
     const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
     // Backwards, since the caches hold the end of what reduce has read.
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(2 * problem.layout.classes * kWide), rows(3 * problem.levels);
+        Buffer<A> buffer(2 * problem.layout.classes * kWide), rows(3 * problem.layout.classes);
         int64_t image = -1;
         for (int64_t i = last - 1; i >= first; --i) {
-            if (chunks.image(i) != image) load_rows(table, image = chunks.image(i), rows.aligned());
+            if (chunks.image(i) != image) load_rows(problem, table, image = chunks.image(i), rows.aligned());
             IAL_DISPATCH(gradient, problem, image, chunks.begin(i), chunks.end(i), buffer.aligned(),
                          rows.aligned());
         }
@@ -380,9 +387,9 @@ void gradient_of_cells(const Problem<T>& problem, const Upsampling& up, const Te
     A* const heads = kept.mutable_data_ptr<A>();
     A* const tails = heads + chunks.count * row;
     at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(call.buffer()), rows(3 * problem.levels), work(row);
+        Buffer<A> buffer(call.buffer()), rows(3 * up.classes), work(row);
         for (int64_t i = first; i < last; ++i) {
-            load_rows(table, chunks.image(i), rows.aligned());
+            load_rows(problem, table, chunks.image(i), rows.aligned());
             IAL_DISPATCH(gradient_cells, problem, coarse, chunks.image(i), chunks.begin(i), chunks.end(i),
                          buffer.aligned(), rows.aligned(), heads + i * row, tails + i * row, work.aligned());
         }

@@ -51,15 +51,25 @@ IAL_INLINE double exp_nonpositive(double x) {
     return e * __builtin_bit_cast(double, __builtin_bit_cast(int64_t, n) << 52);
 }
 
-// log(s) for s >= 1 or NaN: s = 2^e m with m in [sqrt(1/2), sqrt(2)), z = (m - 1) / (m + 1), |z| <= 0.172,
-// and log(m) = 2 (z + z^3/3 + z^5/5 + ...), cut where the next term is below half an ulp.
+// log(s) for s >= 1 or NaN: s = 2^e m with m in [sqrt(1/2), sqrt(2)). In float, where a division takes as
+// long as six multiplications, log(1 + f) = f - f^2/2 + f^3 q(f) with q the Chebyshev fit of degree 7 (2.0e-8
+// relative). In double, with z = (m - 1) / (m + 1), |z| <= 0.172, log(m) = 2 (z + z^3/3 + z^5/5 + ...), cut
+// where the next term is below half an ulp.
 IAL_INLINE float log_above_one(float s) {
     const int32_t bits = __builtin_bit_cast(int32_t, s) - 0x3f3504f3;
     const float m = __builtin_bit_cast(float, (bits & 0x7fffff) + 0x3f3504f3);
     const float e = static_cast<float>(bits >> 23);
-    const float z = (m - 1) / (m + 1), z2 = z * z;
-    const float series = 2 + z2 * (2.f / 3 + z2 * (2.f / 5 + z2 * (2.f / 7 + z2 * (2.f / 9))));
-    return s == s ? e * 0.693147180559945309f + z * series : s;
+    const float f = m - 1, f2 = f * f;
+    float q = -7.902743772e-02f;
+    q = q * f + 1.262231985e-01f;
+    q = q * f - 1.299818376e-01f;
+    q = q * f + 1.421449592e-01f;
+    q = q * f - 1.664128146e-01f;
+    q = q * f + 2.000104509e-01f;
+    q = q * f - 2.500030642e-01f;
+    q = q * f + 3.333333073e-01f;
+    const float log_m = (f - 0.5f * f2) + f * f2 * q;
+    return s == s ? e * 0.693147180559945309f + log_m : s;
 }
 
 IAL_INLINE double log_above_one(double s) {
@@ -146,6 +156,7 @@ template <typename T, int B>
 struct Block {
     using A = typename Problem<T>::A;
     using I = typename Problem<T>::I;
+    static constexpr I kNone = std::numeric_limits<I>::max();
 
     const Problem<T>& problem;
     const int classes;
@@ -153,8 +164,11 @@ struct Block {
                      // this one
     int count = 0;
     bool bad_labels = false;
-    alignas(64) A max[B], max_ahead[B], sum[B], w[B], logit[B];  // logit: the target's
-    alignas(64) I label[B], level[B];                            // the target's, -1 where it is no class
+    alignas(64) A max[B], max_ahead[B], sum[B], w[B];
+    alignas(64) I label[B];  // -1 where it is no class
+    I listed[kFew];          // the classes among them, if there are few
+    int classes_listed = 0;
+    bool few = true;
 
     IAL_INLINE Block(const Problem<T>& problem, A* buffer)
         : problem(problem),
@@ -198,39 +212,94 @@ struct Block {
         IAL_SIMD for (int j = 0; j < B; ++j) max[j] = max_ahead[j];
     }
 
+    // Labels that are neither a class nor ignore_index set bad_labels. Where all of a block fit the integers
+    // that they are held in, which the others hardly ever do, they are compared as such.
     template <typename L>
     IAL_INLINE void load_labels(const L* from, int64_t stride) {
-        const int64_t ignore = problem.ignore_index, classes = problem.layout.classes;
+        const int64_t ignore = problem.ignore_index;
+        const bool dense = count == B && stride == 1;
+        if (dense) prefetch(from + B);
+        if (dense && ignore == static_cast<I>(ignore) && copy_labels(from)) {
+            bad_labels = check_labels(label, static_cast<I>(ignore));
+        } else {
+            alignas(64) int64_t labels[B];
+            for (int j = 0; j < B; ++j) labels[j] = j < count ? from[j * stride] : ignore;
+            bad_labels = check_labels(labels, ignore);
+        }
+    }
+
+    // Whether all of them fit.
+    template <typename L>
+    IAL_INLINE bool copy_labels(const L* from) {
+        int64_t lost = 0;
+        _Pragma("omp simd reduction(| : lost)") for (int j = 0; j < B; ++j) {
+            label[j] = static_cast<I>(from[j]);
+            lost |= int64_t(from[j]) ^ int64_t(label[j]);
+        }
+        return lost == 0;
+    }
+
+    // label[j] = from[j], -1 where that is no class; whether one is not ignore_index either.
+    template <typename L>
+    IAL_INLINE bool check_labels(const L* from, L ignore) {
+        const L most = static_cast<L>(classes - 1);
         int bad = 0;
-        if (count == B && stride == 1) {
-            prefetch(from + B);
-            _Pragma("omp simd reduction(| : bad)") for (int j = 0; j < B; ++j) {
-                const int64_t y = from[j];
-                const bool is_class = y >= 0 && y < classes && y != ignore;
-                label[j] = is_class ? static_cast<I>(y) : I(-1);
-                bad |= !is_class && y != ignore;
+        _Pragma("omp simd reduction(| : bad)") for (int j = 0; j < B; ++j) {
+            const L y = from[j];
+            const bool is_class = y >= 0 && y <= most && y != ignore;
+            label[j] = is_class ? static_cast<I>(y) : I(-1);
+            bad |= !is_class && y != ignore;
+        }
+        return bad != 0;
+    }
+
+    // The least of the keys above `last`, or kNone; both are -1 or more. Unsigned, what is not above it comes
+    // last.
+    IAL_INLINE static I next_above(I last, const I* keys) {
+        using U = std::make_unsigned_t<I>;
+        const U first = U(last) + 1;
+        U least = U(-1);
+        _Pragma("omp simd reduction(min : least)") for (int j = 0; j < B; ++j) {
+            const U beyond = U(keys[j]) - first;
+            least = beyond < least ? beyond : least;
+        }
+        return least < U(kNone) ? I(first + least) : kNone;
+    }
+
+    // Pixels side by side are mostly of one to three classes, and what these have need not be looked up for
+    // each pixel.
+    IAL_INLINE void list_labels() {
+        listed[0] = 0;
+        classes_listed = 0;
+        few = true;
+        for (I y = next_above(-1, label); few && y != kNone; y = next_above(y, label)) {
+            few = classes_listed < kFew;
+            if (few) listed[classes_listed++] = y;
+        }
+    }
+
+    // to[j] = what values, [C, lanes] with 1 or B lanes, has for the class of pixel j; anything where it has
+    // none.
+    template <int lanes, typename V, typename U>
+    IAL_INLINE void select(const V* values, U* to) const {
+        if (few) {
+            const V* row = values + listed[0] * lanes;
+            IAL_SIMD for (int j = 0; j < B; ++j) to[j] = row[j % lanes];
+            for (int i = 1; i < classes_listed; ++i) {
+                const I y = listed[i];
+                row = values + y * lanes;
+                IAL_SIMD for (int j = 0; j < B; ++j) {
+                    const U value = row[j % lanes];
+                    to[j] = label[j] == y ? value : to[j];
+                }
             }
         } else {
-            for (int j = 0; j < B; ++j) {
-                const int64_t y = j < count ? from[j * stride] : ignore;
-                const bool is_class = y >= 0 && y < classes && y != ignore;
-                label[j] = is_class ? static_cast<I>(y) : I(-1);
-                bad |= !is_class && y != ignore;
-            }
-        }
-        bad_labels = bad != 0;
-    }
-
-    IAL_INLINE void look_up_labels() {
-        for (int j = 0; j < B; ++j) {
-            const I y = label[j] < 0 ? 0 : label[j];
-            logit[j] = x[y * B + j];
-            w[j] = label[j] < 0 ? 0 : problem.weight[y];
-            level[j] = label[j] < 0 ? -1 : problem.class_levels[y];
+            alignas(64) I some_class[B];
+            IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
+            for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
         }
     }
 
-    // The labels, -1 where they are no class, and each pixel's weight and target logit (0 there).
     IAL_INLINE void load_target(int64_t n, int64_t p) {
         const View& labels = problem.layout.target;
         const int64_t first = problem.layout.offset(labels, n, p);
@@ -244,12 +313,16 @@ struct Block {
             default:
                 load_labels(static_cast<const int64_t*>(problem.target) + first, labels.pixel);
         }
-        look_up_labels();
-        if (problem.pixel_weight) {
-            const View& weights = problem.layout.pixel_weight;
-            const A* from = problem.pixel_weight + problem.layout.offset(weights, n, p);
-            for (int j = 0; j < count; ++j) w[j] = label[j] < 0 ? 0 : w[j] * from[j * weights.pixel];
-        }
+        list_labels();
+    }
+
+    // w[j] = by_class[class of pixel j], times the pixel's weight; anything where it has no class.
+    IAL_INLINE void weigh(const A* by_class, int64_t n, int64_t p) {
+        select<1>(by_class, w);
+        if (!problem.pixel_weight) return;
+        const View& weights = problem.layout.pixel_weight;
+        const A* from = problem.pixel_weight + problem.layout.offset(weights, n, p);
+        for (int j = 0; j < count; ++j) w[j] *= from[j * weights.pixel];
     }
 
     // Labels that are neither a class nor ignore_index.
@@ -295,10 +368,11 @@ struct Block {
         }
     }
 
-    // sums[levels, kStats, kLanes] += the block's pixels, in one sweep for each level between its lowest and
-    // its highest; of most blocks these are the same.
+    // sums[levels, kStats, kLanes] += the block's pixels, in one sweep for each of a few classes, else for
+    // each level that they have.
     IAL_INLINE void accumulate(double* sums) {
-        alignas(64) A s[B], p2[B], q2[B], one[B];
+        alignas(64) A logit[B], s[B], p2[B], q2[B];
+        select<B>(x, logit);
         IAL_SIMD for (int j = 0; j < B; ++j) {
             const A shifted = logit[j] - max[j];
             const A pi = exp_nonpositive(shifted) / sum[j];
@@ -306,45 +380,50 @@ struct Block {
             p2[j] = pi * pi;
             q2[j] = (1 - pi) * (1 - pi);
         }
-        for (int j = 0; j < B; ++j) one[j] = 1;
-        I lowest = problem.levels, highest = -1;
-        _Pragma("omp simd reduction(min : lowest) reduction(max : highest)") for (int j = 0; j < B; ++j) {
-            lowest = level[j] < lowest ? level[j] : lowest;
-            highest = level[j] > highest ? level[j] : highest;
-        }
-        for (I k = lowest < 0 ? 0 : lowest; k <= highest; ++k) {
-            double* to = sums + k * kStats * kLanes;
-            add(s, k, to + kS * kLanes);
-            add(p2, k, to + kP2 * kLanes);
-            add(q2, k, to + kQ2 * kLanes);
-            add(one, k, to + kCount * kLanes);
-            add(w, k, to + kWeight * kLanes);
+        if (few) {
+            for (int i = 0; i < classes_listed; ++i)
+                add(s, p2, q2, label, listed[i], sums + problem.class_levels[listed[i]] * kStats * kLanes);
+        } else {
+            alignas(64) I level[B];
+            select<1>(problem.class_levels, level);
+            IAL_SIMD for (int j = 0; j < B; ++j) level[j] = label[j] < 0 ? I(-1) : level[j];
+            for (I k = next_above(-1, level); k != kNone; k = next_above(k, level))
+                add(s, p2, q2, level, k, sums + k * kStats * kLanes);
         }
     }
 
-    IAL_INLINE void add(const A* values, I k, double* to) {
-        alignas(64) A total[kLanes] = {};
-        for (int i = 0; i < B; i += kLanes)
-            IAL_SIMD for (int l = 0; l < kLanes; ++l) total[l] += level[i + l] == k ? values[i + l] : A(0);
-        IAL_SIMD for (int l = 0; l < kLanes; ++l) to[l] += total[l];
+    // to[kStats, kLanes] += the pixels of one key
+    IAL_INLINE void add(const A* s, const A* p2, const A* q2, const I* keys, I key, double* to) const {
+        alignas(64) A one[B];
+        IAL_SIMD for (int j = 0; j < B; ++j) one[j] = 1;
+        add(s, keys, key, to + kS * kLanes);
+        add(p2, keys, key, to + kP2 * kLanes);
+        add(q2, keys, key, to + kQ2 * kLanes);
+        add(one, keys, key, to + kCount * kLanes);
+        add(w, keys, key, to + kWeight * kLanes);
     }
 
-    // Of a block after softmax<true>(): dL/dx_c = scale x_c + [c = y] extra. rows: [levels, 3], the dL/dS,
-    // dL/dP2 and dL/dQ2 of each level
+    IAL_INLINE static void add(const A* values, const I* keys, I key, double* to) {
+        IAL_SIMD for (int l = 0; l < kLanes; ++l) {
+            A total = 0;
+            IAL_UNROLL for (int i = 0; i < B; i += kLanes) total += keys[i + l] == key ? values[i + l] : A(0);
+            to[l] += total;
+        }
+    }
+
+    // Of a block after softmax<true>(), weighed by dL/dS: dL/dx_c = scale x_c + [c = y] extra.
+    // rows: [3, C], the dL/dS, dL/dP2 and dL/dQ2 of each class, the first times the class's weight
     IAL_INLINE void differentiate(const A* rows, A* scale, A* extra) {
-        alignas(64) A ds[B], dp2[B], dq2[B];
-        for (int j = 0; j < B; ++j) {
-            const A* row = rows + (level[j] < 0 ? 0 : level[j]) * 3;
-            ds[j] = row[kS];
-            dp2[j] = row[kP2];
-            dq2[j] = row[kQ2];
-        }
+        alignas(64) A e[B], dp2[B], dq2[B];
+        select<B>(x, e);
+        select<1>(rows + kP2 * classes, dp2);
+        select<1>(rows + kQ2 * classes, dq2);
         const A cross = problem.cross;
         int spoilt = 0;
         _Pragma("omp simd reduction(| : spoilt)") for (int j = 0; j < B; ++j) {
-            const A pi = exp_nonpositive(logit[j] - max[j]) / sum[j];
-            const PixelGradient<A> pixel(ds[j], dp2[j], dq2[j], w[j], pi, cross);
-            scale[j] = label[j] < 0 ? 0 : pixel.scale / sum[j];
+            const A inverse = 1 / sum[j];
+            const PixelGradient<A> pixel(w[j], dp2[j], dq2[j], e[j] * inverse, cross);
+            scale[j] = label[j] < 0 ? 0 : pixel.scale * inverse;
             extra[j] = label[j] < 0 ? 0 : pixel.extra;
             spoilt |= label[j] < 0 && sum[j] != sum[j];
         }
@@ -390,6 +469,7 @@ struct Reduce {
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
         block.report(n, p, bad);
+        block.weigh(block.problem.weight, n, p);
         block.template softmax<false>(ahead);
         block.accumulate(sums);
     }
@@ -397,11 +477,12 @@ struct Reduce {
 
 template <typename A>
 struct Gradient {
-    const A* rows;  // [levels, 3]
+    const A* rows;  // [3, C]
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
+        block.weigh(rows + kS * block.classes, n, p);
         block.template softmax<true>(ahead);
         block.store_gradient(n, p, rows);
     }

@@ -36,7 +36,7 @@ struct CellBuffer {
 // Where the gradient of a row of cells goes: to the coarse logits above and below it.
 template <typename A>
 struct CellGradient {
-    const A* rows;     // [levels, 3]
+    const A* rows;     // [3, C]
     int64_t width;     // of what follows: logits, and room for those that a block has too many
     A *above, *below;  // [C, width]
 };
@@ -136,13 +136,17 @@ struct Cells {
             default:
                 load_labels(static_cast<const int64_t*>(problem.target) + line, labels.pixel, pixel);
         }
-        block.look_up_labels();
-        if (problem.pixel_weight) {
-            const Image& weights = coarse.up.pixel_weight;
-            const A* from = problem.pixel_weight + weights.offset(n, y, 0);
-            for (int i = 0; i < B; ++i)
-                if (block.label[i] >= 0) block.w[i] *= from[pixel[i] * weights.pixel];
-        }
+        block.list_labels();
+    }
+
+    // As Block has it.
+    IAL_INLINE void weigh(const A* by_class, int64_t n, int64_t y, const int32_t* pixel) {
+        block.template select<1>(by_class, block.w);
+        if (!problem.pixel_weight) return;
+        const Image& weights = coarse.up.pixel_weight;
+        const A* from = problem.pixel_weight + weights.offset(n, y, 0);
+        for (int i = 0; i < B; ++i)
+            if (block.label[i] >= 0) block.w[i] *= from[pixel[i] * weights.pixel];
     }
 
     // Labels that are neither a class nor ignore_index.
@@ -189,6 +193,7 @@ struct ReduceCells {
     template <typename T, typename A>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int, const int32_t* pixel, const A*) const {
         cells.report(n, y, pixel, bad);
+        cells.weigh(cells.problem.weight, n, y, pixel);
         cells.block.template softmax<false>(nullptr);
         cells.block.accumulate(sums);
     }
@@ -201,10 +206,12 @@ struct GradientCells {
     CellGradient<A> to;
 
     template <typename T>
-    IAL_INLINE void sweep(Cells<T>& cells, int64_t, int64_t, int k, const int32_t*, const A* f) const {
+    IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int k, const int32_t* pixel,
+                          const A* f) const {
         constexpr int B = Cells<T>::B, kRow = Cells<T>::kRow;
         auto& block = cells.block;
         alignas(64) A scale[B], extra[B];
+        cells.weigh(to.rows + kS * cells.classes, n, y, pixel);
         block.template softmax<true>(nullptr);
         block.differentiate(to.rows, scale, extra);
         const auto* const label = block.label;

@@ -207,8 +207,8 @@ IAL_D PixelGradient<typename Tile::A> differentiate(const Tile& tile, int j,
     using A = typename Tile::A;
     const GradientClass<A> its = by_class[tile.labels.some_class(j)];
     const A inverse = reciprocal(tile.sum[j]);
-    PixelGradient<A> pixel(its.ds, its.dp2, its.dq2, its.weight * tile.labels.pixel_weight(j),
-                           tile.own(j) * inverse, exact ? A(1) : A(0));
+    const A w = its.weight * tile.labels.pixel_weight(j);
+    PixelGradient<A> pixel(w * its.ds, its.dp2, its.dq2, tile.own(j) * inverse, exact ? A(1) : A(0));
     pixel.scale = tile.labels.has(j) ? pixel.scale * inverse : A(0);
     return pixel;
 }

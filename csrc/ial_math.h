@@ -85,8 +85,7 @@ template <typename T>
 struct PixelGradient {
     T scale, extra;
 
-    IAL_HD PixelGradient(T ds, T dp2, T dq2, T w, T pi, T cross) {
-        const T ce = w * ds;
+    IAL_HD PixelGradient(T ce, T dp2, T dq2, T pi, T cross) {
         const T reach = T(2) * pi * (pi * dp2 - (T(1) - pi) * dq2);
         scale = ce - cross * reach;
         extra = reach * (T(1) - (T(1) - cross) * pi) - ce;

@@ -47,6 +47,7 @@ BAD = {
     "label high": (dict(target=bad_label(5)), ValueError, "target has label 5 at (0, 2, 3), the first of 2 bad pixels, expected labels 0 to 4 or ignore_index=255"),
     "label negative": (dict(target=bad_label(-1)), ValueError, "target has label -1 at (0, 2, 3), the first of 2 bad pixels"),
     "label huge": (dict(target=bad_label(2**40)), ValueError, "target has label 1099511627776 at (0, 2, 3), the first of 2 bad pixels"),
+    "label beyond 32 bits": (dict(target=bad_label(2**32 + 1)), ValueError, "target has label 4294967297 at (0, 2, 3), the first of 2 bad pixels"),
     "label uint8": (dict(target=bad_label(254, torch.uint8)), ValueError, "target has label 254 at (0, 2, 3), the first of 2 bad pixels"),
     "label int32": (dict(target=bad_label(-7, torch.int32)), ValueError, "target has label -7 at (0, 2, 3), the first of 2 bad pixels"),
     "other ignore_index": (dict(ignore_index=-100), ValueError, "expected labels 0 to 4 or ignore_index=-100"),

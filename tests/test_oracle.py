@@ -114,7 +114,7 @@ def test_every_target(backend, dtype, strided):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("ignore_index", [255, -100, 2, 7])
+@pytest.mark.parametrize("ignore_index", [255, -100, 2, 7, 2**32 + 2])
 def test_every_ignore_index(backend, ignore_index):
     target = make_target((2, 30, 31), 5, ignore_index=ignore_index)
     check(backend, make_logits((2, 5, 30, 31), torch.float32), target, ignore_index=ignore_index)
@@ -134,6 +134,28 @@ def test_every_number_of_classes(backend, dtype, classes):
 def test_a_level_for_each_class(backend):
     hierarchy = Hierarchy([[c] for c in reversed(range(40))])
     check(backend, make_logits((2, 40, 8, 9)), make_target((2, 8, 9), 40), hierarchy, lambdas=0.1, alpha=0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("present", [0, 1, 2, 4, 5, 9])
+def test_few_and_many_classes_side_by_side(backend, dtype, present):
+    """Pixels of `present` classes beside void ones: mixed, in one run a class, and others in each image."""
+    generator = torch.Generator().manual_seed(present)
+    target = torch.full((2, 2, 150), 255)
+    for image in target:
+        some = torch.tensor([*torch.randperm(12, generator=generator)[:present].tolist(), 255])
+        image[:] = some[torch.randint(len(some), image.shape, generator=generator)]
+        image[1] = image[1].sort().values
+    check(
+        backend,
+        make_logits((2, 12, 2, 150), dtype),
+        target,
+        Hierarchy([[c, 11 - c] for c in range(6)]),
+        weight=torch.rand(12, generator=generator) + 0.5,
+        pixel_weight=torch.rand(target.shape, generator=generator),
+        lambdas=0.3,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
