@@ -26,22 +26,25 @@ from .questions import (
 )
 from .report import FLOOR, ONE_LEVEL, Report, describe_hardware, number
 
+#: Questions whose cases have no order.
+GROUPS = ("type of logits", "layout", "type of labels", "threads")
+
 
 def draw(
     reports: Sequence[Report], questions: Sequence[Question], machine: Mapping[str, Any], file: Path
 ) -> None:
     """For each device: the growth of costs, the other questions, and ratios by size and classes."""
     by_device = [list(group) for _, group in itertools.groupby(questions, lambda question: question.device)]
-    figure = Figure(figsize=(19, 22 * len(by_device)), layout="constrained")
+    figure = Figure(figsize=(19, 27 * len(by_device)), layout="constrained")
     figure.suptitle(f"Loss and gradient on {describe_hardware(machine)}")
     for part, asked in zip(figure.subfigures(len(by_device), squeeze=False)[:, 0], by_device, strict=True):
         answers = {question.what: question.answers(reports) for question in asked}
-        draw_device([axes for row in part.subplots(4, 3) for axes in row], answers)
+        draw_device([axes for row in part.subplots(5, 3) for axes in row], answers)
     figure.savefig(file, dpi=90)
 
 
 def draw_device(panels: Sequence[Axes], answers: Mapping[str, Mapping[str, Report]]) -> None:
-    """Twelve panels, less what was not measured."""
+    """A panel for each question and peer, less what was not measured."""
     size, grid = answers["pixels"], answers["pixels and classes"]
     time = partial(draw_growth, cost="median_ms", label="median ms")
     memory = partial(draw_growth, cost="extra_mib", label="MiB held beside logits, labels, gradient")
@@ -52,10 +55,7 @@ def draw_device(panels: Sequence[Axes], answers: Mapping[str, Mapping[str, Repor
         (answers["classes"], partial(time, x=classes, xlabel="classes")),
         (answers["images"], partial(time, x=images, xlabel="images")),
         (size, draw_parts),
-        *(
-            (answers[what], partial(draw_groups, what=what))
-            for what in ("type of logits", "layout", "type of labels")
-        ),
+        *((answers[what], partial(draw_groups, what=what)) for what in GROUPS),
         *((grid, partial(draw_ratios, name=name)) for name in peers_of(grid) if name != FLOOR),
     ]
     for axes, (found, drawing) in itertools.zip_longest(
@@ -113,6 +113,7 @@ def draw_groups(axes: Axes, answers: Mapping[str, Report], what: str) -> None:
         axes.bar(at, [row.median_ms for row in found.values()], width, align="edge", label=name)
     axes.set_xticks(range(len(answers)), list(answers))
     axes.set(xlabel=what, ylabel="median ms", yscale="log")
+    axes.margins(y=0.3)
     axes.legend(frameon=False, fontsize="small", ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
