@@ -55,7 +55,7 @@ def draw_device(panels: Sequence[Axes], answers: Mapping[str, Mapping[str, Repor
         (answers["classes"], partial(time, x=classes, xlabel="classes")),
         (answers["images"], partial(time, x=images, xlabel="images")),
         (size, draw_parts),
-        *((answers[what], partial(draw_groups, what=what)) for what in GROUPS),
+        *((answers[what], partial(draw_groups, what=what)) for what in GROUPS if what in answers),
         *((grid, partial(draw_ratios, name=name)) for name in peers_of(grid) if name != FLOOR),
     ]
     for axes, (found, drawing) in itertools.zip_longest(

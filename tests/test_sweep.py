@@ -131,6 +131,18 @@ def test_cases_for_which_there_is_no_time_are_told(tiny, tmp_path, capsys):
     assert not (tmp_path / "sweep.json").exists()
 
 
+def test_a_device_without_threads(tiny, tmp_path, monkeypatch):
+    """As a GPU is; and of images so small that most questions have no answer."""
+    asked = program.questions
+    monkeypatch.setattr(program, "questions", lambda *rest: asked(*rest)[:-1])
+    assert program.main([*ARGUMENTS, "--largest", "8", "--output", str(tmp_path)]) == 0
+    assert "threads" not in {question["what"] for question in read(tmp_path)["questions"]}
+    assert (tmp_path / "sweep.png").exists()
+    on_a_gpu = asked("cuda", 2)
+    assert {question.what for question in on_a_gpu} == set(questions.VALUES) - {"threads"}
+    assert on_a_gpu[0].cases[0].dtype == torch.bfloat16
+
+
 def test_few_rounds_of_what_is_slow():
     calls = []
     common.time_interleaved({"step": calls.append}, lambda: torch.ones(1), "cpu", 50, lambda: None, seconds=0)
