@@ -23,6 +23,7 @@ from .experiment.report import HIERARCHIES, report
 from .experiment.shares import profile
 from .experiment.training import train
 
+TABLE_WIDTH = 150  # rather too wide for the terminal than cut
 FULL_SIZE = {"camvid": (360, 480), "cityscapes": (1024, 2048)}  # of the profiled images
 
 
@@ -132,7 +133,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_report(arguments: argparse.Namespace) -> None:
-    report(arguments.folder, arguments.root, Console())
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH)
+    report(arguments.folder, arguments.root, console)
 
 
 def make_profile(arguments: argparse.Namespace) -> None:

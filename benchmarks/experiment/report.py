@@ -93,7 +93,11 @@ def load(folder: Path) -> tuple[str, Runs]:
         runs[recipe["network"]][run.title].append(run)
     if not runs:
         raise FileNotFoundError(f"{folder} has no {LOG} of a training that came to its end")
-    ordered = {name: dict(sorted(runs[name].items())) for name in NAMES if name in runs}
+    ordered = {
+        name: dict(sorted(runs[name].items(), key=lambda item: item[0].lower()))
+        for name in NAMES
+        if name in runs
+    }
     return next(iter(settings.values()))["data"], ordered
 
 

@@ -111,5 +111,5 @@ def evaluate(
 def update_at_logits(scores: Scores, logits: Tensor, labels: Tensor) -> None:
     """Adds predictions in training, at the logits' size; labels (N, H, W) are sampled where it is smaller."""
     if logits.shape[2:] != labels.shape[1:]:
-        labels = F.interpolate(labels[:, None].float(), logits.shape[2:], mode="nearest")[:, 0]
-    scores.update(logits.argmax(1), labels.long())
+        labels = F.interpolate(labels[:, None], logits.shape[2:], mode="nearest")[:, 0]
+    scores.update(logits.argmax(1), labels)

@@ -66,7 +66,11 @@ class Training:
         if recipe.compile:
             self._call = torch.compile(self._call)
 
-        options: dict[str, Any] = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        options: dict[str, Any] = {
+            "lr": recipe.learning_rate,
+            "weight_decay": recipe.weight_decay,
+            "fused": True,
+        }
         if recipe.optimizer == "adam":
             self.optimizer = torch.optim.Adam(self.network.parameters(), **options)
         else:
