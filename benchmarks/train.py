@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("run", help="one training; goes on from OUTPUT's checkpoint if it has one")
     command.set_defaults(main=run)
+    command.add_argument("--loss", choices=("cross-entropy", "ial"), default="ial")
     add_recipe(command)
     add_root(command)
     command.add_argument("--output", type=Path, required=True, help="folder of checkpoint, log, predictions")
@@ -50,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_root(command)
 
     command = commands.add_parser("profile", help="the share of the loss in a step, and peak memory")
-    command.set_defaults(main=make_profile)
+    command.set_defaults(main=make_profile, loss="ial")  # and the others beside it
     add_recipe(command)
     command.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON")
     command.add_argument("--rounds", type=at_least_2, default=10, help="at least 2, default 10")
@@ -68,7 +69,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Options of training; see `Recipe` for what they mean."""
     parser.add_argument("--network", choices=NETWORKS, default="enet")
     parser.add_argument("--data", choices=SOURCES, default="camvid")
-    parser.add_argument("--loss", choices=("cross-entropy", "ial"), default="ial")
     parser.add_argument("--weights", choices=("median", "none"), default="median", help="of the classes")
     parser.add_argument("--gradient", choices=("exact", "paper"), default="exact", help="of IAL")
     parser.add_argument("--factors", choices=("mean", "sum"), default="mean", help="of IAL, normalized by")
@@ -84,7 +84,6 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, help=network)
     parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="the network")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: all cores")
 
@@ -111,7 +110,6 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
         seed=arguments.seed,
         bf16=arguments.bf16,
         channels_last=arguments.channels_last,
-        compile=arguments.compile,
     )
 
 

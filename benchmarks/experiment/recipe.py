@@ -22,7 +22,6 @@ class Recipe:
         seed: of the network's start, the order, the augmentation and the dropout.
         bf16: autocast to bfloat16.
         channels_last: the memory format of the network and all that it computes.
-        compile: the network, by torch.compile.
     """
 
     data: str
@@ -43,7 +42,6 @@ class Recipe:
     seed: int
     bf16: bool
     channels_last: bool
-    compile: bool
 
     def as_json(self) -> dict[str, Any]:
         crop = None if self.crop is None else list(self.crop)

@@ -14,7 +14,7 @@ from ial_cuda import Hierarchy
 
 from ..common import Step, peak_bytes, time_interleaved
 from ..report import EXTRA, RATIO, Row, make_table, quotient
-from .losses import make_loss
+from .losses import Loss, make_loss
 from .processes import Processes
 from .recipe import Recipe
 from .training import Training
@@ -54,18 +54,24 @@ def measure(
     images, labels = make_batch(recipe.batch, size, hierarchy, ignore_index)
     images, labels = images.to(device), labels.to(device)
     weight = torch.linspace(0.5, 2, hierarchy.num_classes, device=device)
+    training = Training(recipe, hierarchy, ignore_index, weight, 10**6, processes)
+    training.take_step(images, labels)  # the optimizer's state is there from now on
+    logits = training.logits(images).detach().requires_grad_()
+    training.optimizer.zero_grad()  # what the next step frees does not count
     steps: dict[str, Step] = {}
     for name, (loss, backend) in CONTENDERS.items():
-        trained = replace(recipe, loss=loss)
-        training = Training(trained, hierarchy, ignore_index, weight, 10**6, processes, backend)
-        training.take_step(images, labels)  # the optimizer's state, and the logits' layout
-        logits = training.logits(images).detach().requires_grad_()
-        training.optimizer.zero_grad()  # what the first step frees does not count
-        criterion = make_loss(trained, hierarchy, ignore_index, weight, backend=backend)
-        steps[f"step, {name}"] = lambda images, training=training: training.take_step(images, labels)
-        steps[f"alone, {name}"] = lambda _, criterion=criterion, logits=logits: torch.autograd.grad(
-            criterion(logits, labels)[0], logits
-        )
+        recipe_of_it = replace(recipe, loss=loss)
+        criterion = make_loss(recipe_of_it, hierarchy, ignore_index, weight, backend=backend)
+
+        def step(images: Tensor, criterion: Loss = criterion) -> None:
+            training.loss = criterion
+            training.take_step(images, labels)
+            training.optimizer.zero_grad()  # as before: each step makes its gradients
+
+        def alone(_: Tensor, criterion: Loss = criterion) -> object:
+            return torch.autograd.grad(criterion(logits, labels)[0], logits)
+
+        steps |= {f"step, {name}": step, f"alone, {name}": alone}
     memory = {name: peak_bytes(step, images) for name, step in steps.items()}
     times = time_interleaved(steps, lambda: images, device.type, rounds, lambda: None)
     return [

@@ -36,7 +36,8 @@ class Training:
 
     Attributes:
         step: how many have been taken, of ``steps``.
-        network: without what `Processes.prepare` and torch.compile put around it.
+        network: without what `Processes.prepare` puts around it.
+        loss: of logits and labels, `losses.Loss`.
         rows: what was logged, a row for each call of `record`.
         evaluations: the scores of each evaluation.
     """
@@ -49,7 +50,6 @@ class Training:
         weight: Tensor | None,
         steps_per_epoch: int,
         processes: Processes,
-        backend: str = "auto",
     ) -> None:
         self.recipe, self.processes, self.ignore_index = recipe, processes, ignore_index
         self.step, self.steps_per_epoch = 0, steps_per_epoch
@@ -63,8 +63,6 @@ class Training:
         if recipe.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self._call = processes.prepare(self.network)
-        if recipe.compile:
-            self._call = torch.compile(self._call)
 
         options: dict[str, Any] = {
             "lr": recipe.learning_rate,
@@ -80,7 +78,7 @@ class Training:
         self.weight = None if weight is None else weight.to(processes.device)
         # The mean is over the pixels of all processes. Of a share of them each has the sum; see `_loss_of`.
         reduction = "mean" if processes.world == 1 else "sum"
-        self._loss = make_loss(recipe, hierarchy, ignore_index, self.weight, reduction, backend)
+        self.loss = make_loss(recipe, hierarchy, ignore_index, self.weight, reduction)
         self.scores = Scores(hierarchy, ignore_index).to(processes.device)
         self._forget()
 
@@ -118,7 +116,7 @@ class Training:
             return self._call(images)
 
     def _loss_of(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        loss, f = self._loss(logits, labels)
+        loss, f = self.loss(logits, labels)
         if self.processes.world > 1:
             total = self.processes.add(total_weight(labels, self.weight, self.ignore_index))
             loss = loss * (self.processes.world / total)  # DistributedDataParallel takes the mean
