@@ -309,7 +309,7 @@ def test_training_learns(tmp_path):
     assert log["rows"][-1]["loss"] < 0.7 * log["rows"][0]["loss"]
     assert log["rows"][-1]["learning_rate"] == 0
     assert [evaluation["step"] for evaluation in log["evaluations"]] == [16, 32]
-    assert log["evaluations"][-1]["accuracy"][0] > 50
+    assert log["evaluations"][-1]["accuracy"][0] > 25, "of eleven classes"
 
 
 def test_what_is_no_longer_finite_ends(camvid, tmp_path, capsys):
