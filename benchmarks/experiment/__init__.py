@@ -1,0 +1,1 @@
+"""The paper's experiment: three networks, two data sets, their losses, training, and what is told of it."""

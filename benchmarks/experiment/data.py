@@ -1,0 +1,207 @@
+"""CamVid and Cityscapes as they lie on disk, their augmentation, and the order in which they are seen.
+
+Which images a step sees, and how they are augmented, depends on the seed, the epoch and the image alone,
+never on the state of a generator: so training goes on exactly from any step, with any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ial_cuda import CAMVID, CITYSCAPES, Hierarchy
+
+#: Cityscapes' label ids in the order of their train ids; every other id is void.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+#: Mean and standard deviation of ImageNet's red, green and blue, as is usual.
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Pair(NamedTuple):
+    """The files of an image and of its label map."""
+
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split of a data set.
+
+    Attributes:
+        pairs: its files, sorted.
+        hierarchy: of its classes.
+        ignore_index: the label of void.
+        table: (256,) uint8, the label that each value of a label map stands for.
+    """
+
+    pairs: Sequence[Pair]
+    hierarchy: Hierarchy
+    ignore_index: int
+    table: np.ndarray
+
+    def image(self, index: int) -> Image.Image:
+        with Image.open(self.pairs[index].image) as image:
+            return image.convert("RGB")
+
+    def labels(self, index: int) -> Image.Image:
+        with Image.open(self.pairs[index].labels) as image:
+            return Image.fromarray(self.table[np.asarray(image)])
+
+    def label_maps(self) -> Iterator[np.ndarray]:
+        """All label maps (H, W), uint8, at full size, one by one."""
+        for index in range(len(self.pairs)):
+            yield np.asarray(self.labels(index))
+
+
+def camvid(root: Path, split: str) -> Source:
+    """CamVid as in SegNet's tutorial: ``root``/train and trainannot (or val, test), files of the same name.
+
+    Raises:
+        FileNotFoundError: a folder is not there or empty, or an image has no label map.
+    """
+    folder, annotated = root / split, root / f"{split}annot"
+    images = sorted(file for file in folder.glob("*") if file.suffix in (".png", ".jpg"))
+    pairs = [Pair(file, annotated / f"{file.stem}.png") for file in images]
+    return Source(checked(pairs, folder), CAMVID, CAMVID.num_classes, np.arange(256, dtype=np.uint8))
+
+
+def cityscapes(root: Path, split: str) -> Source:
+    """Cityscapes: ``root``/leftImg8bit/``split``/CITY/X_leftImg8bit.png, gtFine/…/X_gtFine_labelIds.png.
+
+    Raises:
+        FileNotFoundError: as `camvid`.
+    """
+    folder, annotated = root / "leftImg8bit" / split, root / "gtFine" / split
+    pairs = [
+        Pair(file, annotated / file.parent.name / file.name.replace("_leftImg8bit", "_gtFine_labelIds"))
+        for file in sorted(folder.glob("*/*_leftImg8bit.png"))
+    ]
+    void = 255
+    table = np.full(256, void, dtype=np.uint8)
+    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return Source(checked(pairs, folder), CITYSCAPES, void, table)
+
+
+def checked(pairs: Sequence[Pair], folder: Path) -> Sequence[Pair]:
+    if not pairs:
+        raise FileNotFoundError(f"{folder} has no images")
+    for pair in pairs:
+        if not pair.labels.is_file():
+            raise FileNotFoundError(f"{pair.image} has no label map {pair.labels}")
+    return pairs
+
+
+SOURCES = {"camvid": camvid, "cityscapes": cityscapes}
+
+
+class TrainingSet(Dataset):
+    """Augmented images and label maps, by (epoch, index): (h, w, 3) and (h, w), both uint8.
+
+    What is seen of an image is a window at a random place, ``zoom`` times smaller than ``size`` at ``scale``
+    with ``zoom`` uniform in [1, max_zoom], resized to ``size`` (images bilinearly, labels to the nearest) and
+    mirrored every other time. Without a crop and with max_zoom 1 that is the whole image.
+
+    Args:
+        source: what is read.
+        seed: of the augmentation.
+        scale: by which images are shrunk.
+        crop: ``size`` (h, w), in pixels of the shrunk image; None for all of it.
+        max_zoom: at least 1.
+
+    Raises:
+        ValueError: the crop is larger than the shrunk image.
+    """
+
+    def __init__(
+        self, source: Source, seed: int, scale: float, crop: tuple[int, int] | None, max_zoom: float
+    ) -> None:
+        self.source, self.seed, self.max_zoom = source, seed, max_zoom
+        full = np.array(source.image(0).size)  # (W, H), as Pillow has it
+        self.size = shrunk(full, scale) if crop is None else np.array(crop[::-1])
+        #: (w, h) of the window without zoom, in pixels of the file
+        self.window = full if crop is None else self.size / scale
+        if (self.window > full).any():
+            raise ValueError(f"crop is {crop}, larger than the images at scale {scale}: {full[::-1] * scale}")
+
+    def __len__(self) -> int:
+        return len(self.source.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        # 1 more, since a seed's trailing zeros do not count and (seed, epoch) is the order's.
+        random = np.random.default_rng((self.seed, epoch, index + 1))
+        image = self.source.image(index)
+        window = self.window / random.uniform(1, self.max_zoom)
+        corner = random.uniform(0, 1, 2) * (image.size - window)
+        box = (*corner, *np.minimum(corner + window, image.size))
+        size = tuple(self.size)
+        pair = (
+            np.asarray(image.resize(size, Image.Resampling.BILINEAR, box)),
+            np.asarray(self.source.labels(index).resize(size, Image.Resampling.NEAREST, box)),
+        )
+        if random.random() < 0.5:
+            pair = tuple(pixels[:, ::-1] for pixels in pair)
+        return tuple(torch.from_numpy(pixels.copy()) for pixels in pair)
+
+
+class EvaluationSet(Dataset):
+    """Images at ``scale`` (h, w, 3) and label maps at full size (H, W), both uint8, by index."""
+
+    def __init__(self, source: Source, scale: float) -> None:
+        self.source, self.scale = source, scale
+
+    def __len__(self) -> int:
+        return len(self.source.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.source.image(index)
+        image = image.resize(tuple(shrunk(image.size, self.scale)), Image.Resampling.BILINEAR)
+        return tuple(torch.from_numpy(np.array(pixels)) for pixels in (image, self.source.labels(index)))
+
+
+def shrunk(size: Sequence[int], scale: float) -> np.ndarray:
+    return np.rint(np.asarray(size) * scale).astype(int)
+
+
+class Batches(Sampler[list[tuple[int, int]]]):
+    """The keys of `TrainingSet` in the steps ``start`` to ``stop`` - 1: each epoch in an order of its own.
+
+    Args:
+        images: how many there are. Those that fill no batch are left out of the epoch.
+        batch: images a step, over all processes.
+        seed: of the order.
+        start, stop: steps, counted over the whole training.
+        rank, world: of the batch, this process sees every world-th image, from the rank-th on.
+    """
+
+    def __init__(
+        self, images: int, batch: int, seed: int, start: int, stop: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.images, self.batch, self.seed, self.steps = images, batch, seed, range(start, stop)
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            epoch, place = divmod(step, self.images // self.batch)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+            batch = order[place * self.batch :][: self.batch]
+            yield [(epoch, int(index)) for index in batch[self.rank :: self.world]]
+
+
+def as_input(images: Tensor, device: torch.device) -> Tensor:
+    """Normalised float32 images (N, 3, H, W), channels last, of (N, H, W, 3) uint8."""
+    images = images.to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
+    mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (images - mean) / deviation

@@ -1,0 +1,481 @@
+"""The paper's experiment, tiny: networks, data, scores, losses, training, resuming, processes, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ial_cuda import CAMVID, CITYSCAPES, importance_aware_loss
+
+pytest.importorskip("torchmetrics")
+train = pytest.importorskip("benchmarks.train", reason="needs ial_cuda[bench], and python -m pytest")
+
+from benchmarks.experiment import data, losses, networks, report, scores  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+VOID = 11
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The same number as in the processes that a test starts, so that results are the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_pair(image_file: Path, label_file: Path, labels: np.ndarray) -> None:
+    """A label map, and an image whose red tells the labels."""
+    for file in (image_file, label_file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(label_file)
+    Image.fromarray(np.stack([20 * labels, 255 - labels, labels], axis=-1)).save(image_file)
+
+
+@pytest.fixture(scope="module")
+def camvid(tmp_path_factory):
+    """Six images to train and three to test, 48 x 72, in regions of twelve pixels."""
+    root = tmp_path_factory.mktemp("camvid")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 3)):
+        for i in range(count):
+            labels = random.integers(0, VOID + 1, (4, 6), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
+            write_pair(root / split / f"{i}.png", root / f"{split}annot" / f"{i}.png", labels)
+    return root
+
+
+def arguments(root: Path, output: Path, *options: object) -> list[str]:
+    fixed = ["run", "--root", root, "--output", output, "--threads", 1, "--width", 0.05, "--workers", 0]
+    return [str(option) for option in (*fixed, *options)]
+
+
+def read_log(output: Path) -> dict:
+    return json.loads((output / "log.json").read_text())
+
+
+def read_state(output: Path) -> dict:
+    return torch.load(output / "checkpoint.pt", weights_only=True)
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# Networks
+
+
+@pytest.mark.parametrize(
+    ("network", "classes", "published", "tolerance"),
+    [
+        ("enet", 19, 0.37e6, 0.005e6),  # Table 3 of the ENet paper, rounded
+        ("segnet", 11, 29.46e6, 0.02e6),  # the same table
+        ("fcn8s", 21, 134e6, 0.5e6),  # Table 1 of the FCN paper, rounded
+    ],
+)
+def test_as_many_parameters_as_published(network, classes, published, tolerance):
+    with torch.device("meta"):
+        made = networks.NETWORKS[network].make(classes, 1.0)
+    assert sum(parameter.numel() for parameter in made.parameters()) == pytest.approx(
+        published, abs=tolerance
+    )
+
+
+@pytest.mark.parametrize("size", [(64, 96), (45, 67), (33, 31)], ids=str)
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_images_of_any_size(network, size):
+    made = networks.NETWORKS[network]
+    logits = made.make(11, 0.05).eval()(torch.randn(2, 3, *size))
+    expected = [-(-side // 8) for side in size] if made.coarse else size
+    assert logits.shape == (2, 11, *expected)
+
+
+def test_enet_has_the_layers_of_its_table():
+    """Five stages of 5, 9, 8, 3 and 2 bottlenecks; dilated by 2, 4, 8, 16 and asymmetric, twice each."""
+    enet = networks.ENet(19)
+    kinds = (networks.Bottleneck, networks.Down, networks.Up)
+    assert sum(isinstance(module, kinds) for module in enet.modules()) == 5 + 9 + 8 + 3 + 2
+    convolutions = [module for module in enet.modules() if isinstance(module, torch.nn.Conv2d)]
+    for dilation in (2, 4, 8, 16):
+        assert sum(layer.dilation == (dilation, dilation) for layer in convolutions) == 2
+    assert sum(layer.kernel_size == (5, 1) for layer in convolutions) == 4
+
+
+# Data
+
+
+def test_cityscapes(tmp_path):
+    ids = (
+        np.array([[7, 8, 11, 12], [33, 32, 0, 10], [26, 24, 34, 1]], dtype=np.uint8).repeat(4, 0).repeat(4, 1)
+    )
+    expected = [[0, 1, 2, 3], [18, 17, 255, 255], [13, 11, 255, 255]]
+    for split, city in (("train", "ulm"), ("train", "bonn"), ("val", "jena")):
+        stem = f"{split}/{city}/{city}_000000_000019_"
+        label_file = tmp_path / "gtFine" / f"{stem}gtFine_labelIds.png"
+        write_pair(tmp_path / "leftImg8bit" / f"{stem}leftImg8bit.png", label_file, ids)
+    source = data.cityscapes(tmp_path, "train")
+    assert [pair.image.parent.name for pair in source.pairs] == ["bonn", "ulm"]
+    assert (source.hierarchy, source.ignore_index) == (CITYSCAPES, 255)
+    image, labels = data.EvaluationSet(source, 1.0)[0]
+    assert (labels[::4, ::4] == torch.tensor(expected)).all()
+    assert image[..., 2].equal(torch.from_numpy(ids)), "the image of these labels"
+    assert len(data.cityscapes(tmp_path, "val").pairs) == 1
+
+    (tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ulm.*leftImg8bit.png has no label map .*labelIds.png"):
+        data.cityscapes(tmp_path, "train")
+    with pytest.raises(FileNotFoundError, match="test has no images"):
+        data.cityscapes(tmp_path, "test")
+
+
+def test_cityscapes_trains(tmp_path):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 2), ("val", 1)):
+        for i in range(count):
+            stem = f"{split}/ulm/ulm_{i:06}_000019_"
+            label_file = tmp_path / "gtFine" / f"{stem}gtFine_labelIds.png"
+            ids = random.integers(0, 34, (4, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+            write_pair(tmp_path / "leftImg8bit" / f"{stem}leftImg8bit.png", label_file, ids // 2 * 2 + 1)
+    options = ["--data", "cityscapes", "--split", "val", "--epochs", 1, "--batch", 2, "--weights", "none"]
+    assert train.main(arguments(tmp_path, tmp_path / "out", *options)) == 0
+    assert len(read_log(tmp_path / "out")["evaluations"][-1]["iou"]) == 19
+
+
+def test_image_and_labels_are_augmented_alike(camvid):
+    source = data.camvid(camvid, "train")
+    images = data.TrainingSet(source, seed=3, scale=0.5, crop=(16, 20), max_zoom=1.5)
+    seen = {}
+    for epoch in range(4):
+        for index in range(len(images)):
+            image, labels = seen[epoch, index] = images[epoch, index]
+            assert image.shape == (16, 20, 3) and labels.shape == (16, 20)
+            inside = (image[..., 2] == labels).float().mean()  # else between two regions
+            assert inside > 0.6, "the image's blue is the label"
+    assert any(not seen[0, i][1].equal(seen[1, i][1]) for i in range(len(images))), "epochs differ"
+    again = data.TrainingSet(source, seed=3, scale=0.5, crop=(16, 20), max_zoom=1.5)
+    assert again[3, 5][0].equal(seen[3, 5][0]), "whatever was asked for before"
+    other = data.TrainingSet(source, seed=4, scale=0.5, crop=(16, 20), max_zoom=1.5)
+    assert any(not other[0, i][1].equal(seen[0, i][1]) for i in range(len(images)))
+
+
+def test_without_augmentation_there_is_the_whole_image_or_its_mirror(camvid):
+    source = data.camvid(camvid, "train")
+    images = data.TrainingSet(source, seed=0, scale=1.0, crop=None, max_zoom=1.0)
+    full = torch.from_numpy(np.array(source.labels(2)))
+    seen = [images[epoch, 2][1] for epoch in range(8)]
+    mirrored = [labels.equal(full.flip(1)) for labels in seen]
+    assert all(flipped or labels.equal(full) for flipped, labels in zip(mirrored, seen, strict=True))
+    assert 0 < sum(mirrored) < 8
+
+
+def test_crop_larger_than_the_image_is_refused(camvid):
+    with pytest.raises(ValueError, match=r"crop is \(30, 20\), larger than"):
+        data.TrainingSet(data.camvid(camvid, "train"), seed=0, scale=0.5, crop=(30, 20), max_zoom=1.0)
+
+
+def test_order_depends_on_seed_and_step_alone():
+    all_steps = list(data.Batches(10, 4, seed=1, start=0, stop=6))
+    assert list(data.Batches(10, 4, seed=1, start=3, stop=6)) == all_steps[3:]
+    for epoch in range(3):
+        keys = [key for batch in all_steps[2 * epoch : 2 * epoch + 2] for key in batch]
+        assert {e for e, _ in keys} == {epoch} and len({index for _, index in keys}) == 8
+    shares = [list(data.Batches(10, 4, seed=1, start=0, stop=6, rank=rank, world=2)) for rank in (0, 1)]
+    for batch, first, second in zip(all_steps, *shares, strict=True):
+        assert batch == [first[0], second[0], first[1], second[1]]
+    assert list(data.Batches(10, 4, seed=2, start=0, stop=6)) != all_steps
+
+
+@pytest.mark.skipif("IAL_CAMVID" not in os.environ, reason="IAL_CAMVID is not set")
+def test_real_camvid():
+    root = Path(os.environ["IAL_CAMVID"])
+    source = data.camvid(root, "train")
+    assert (len(source.pairs), len(data.camvid(root, "test").pairs)) == (367, 233)
+    image, labels = data.TrainingSet(source, seed=0, scale=0.5, crop=None, max_zoom=1.25)[0, 17]
+    assert image.shape == (180, 240, 3) and labels.shape == (180, 240)
+    assert labels.max() <= VOID and len(labels.unique()) > 5
+    image, labels = data.EvaluationSet(source, 0.5)[17]
+    assert image.shape == (180, 240, 3) and labels.shape == (360, 480)
+
+
+# Scores
+
+
+def test_scores_by_hand():
+    """Void counts nowhere, and a class that is neither there nor found has no score."""
+    labels = torch.tensor([[0, 0, 0, 0], [8, 8, 9, VOID]])
+    found = torch.tensor([[0, 0, 0, 8], [8, 8, 8, 10]])
+    counted = scores.Scores(CAMVID, VOID)
+    counted.update(found, labels)
+    got = counted.as_json()
+    iou = dict(enumerate(got["iou"]))
+    assert {c: value for c, value in iou.items() if value is not None} == {0: 75.0, 8: 50.0, 9: 0.0}
+    assert got["group_iou"] == [75.0, None, None, 25.0]
+    assert got["mean_iou"] == pytest.approx(125 / 3, abs=1e-3)
+    assert (got["accuracy"][0], got["accuracy"][8], got["accuracy"][9]) == (75.0, 100.0, 0.0)
+    assert got["mean_accuracy"] == pytest.approx(175 / 3, abs=1e-3)
+
+
+# Losses
+
+
+LOSSES = {
+    "cross-entropy": ["--loss", "cross-entropy", "--weights", "none"],
+    "cross-entropy, weighted": ["--loss", "cross-entropy"],
+    "IAL": [],
+    "IAL, paper": ["--gradient", "paper"],
+    "IAL, sum": ["--factors", "sum"],
+}
+
+
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_five_steps(network, options, camvid, tmp_path):
+    options = ["--network", network, "--epochs", 5, "--batch", 6, "--interval", 1, *options]
+    if "sum" in options:
+        options += ["--optimizer", "adam"]  # whose steps do not grow with the loss
+    assert train.main(arguments(camvid, tmp_path, *options)) == 0
+    log = read_log(tmp_path)
+    assert [row["step"] for row in log["rows"]] == [1, 2, 3, 4, 5]
+    for row in log["rows"]:
+        assert math.isfinite(row["loss"]) and 0 <= row["train_iou"] <= 100
+        assert (row["f"] is None) == ("cross-entropy" in options)
+    first = log["rows"][0]
+    if network == "fcn8s" and "none" in options:
+        assert first["loss"] == pytest.approx(math.log(11)), "its scores start at zero"
+    if "--gradient" in options or not options[6:]:
+        assert all(0 < f < 0.75 for f in first["f"]), "at most (1 + lambda) / 2"
+    if "sum" in options:
+        assert first["f"][0] > 100, "it grows with the image"
+    (evaluation,) = log["evaluations"]
+    assert evaluation["step"] == 5 and 0 <= evaluation["mean_iou"] <= 100
+    assert {file.stem for file in (tmp_path / "predictions").iterdir()} == {"0", "1", "2"}
+
+
+def make_recipe(*options: str):
+    return train.make_recipe(train.make_parser().parse_args(["run", "--output", ".", *options]))
+
+
+@pytest.mark.parametrize("network", ["enet", "fcn8s"])
+@pytest.mark.parametrize("loss", ["ial", "cross-entropy"])
+def test_loss_of_all_is_the_sum_over_the_total_weight(network, loss):
+    """What processes compute with; and the losses are those that their names say."""
+    torch.manual_seed(0)
+    recipe = make_recipe("--network", network, "--loss", loss)
+    coarse = networks.NETWORKS[network].coarse
+    logits = torch.randn(2, 11, *((3, 4) if coarse else (24, 32)))
+    labels = torch.randint(VOID + 1, (2, 24, 32), dtype=torch.uint8)
+    weight = torch.rand(11) + 0.5
+    mean, f = losses.make_loss(recipe, CAMVID, VOID, weight)(logits, labels)
+    total, _ = losses.make_loss(recipe, CAMVID, VOID, weight, reduction="sum")(logits, labels)
+    torch.testing.assert_close(total / losses.total_weight(labels, weight, VOID), mean)
+    valid = (labels != VOID).sum()
+    assert losses.total_weight(labels, None, VOID) == valid
+    fine = F.interpolate(logits, (24, 32), mode="bilinear") if coarse else logits
+    if loss == "cross-entropy":
+        assert f is None
+        expected = F.cross_entropy(fine, labels.long(), weight, ignore_index=VOID)
+    else:
+        assert f.shape == (2, 3)
+        expected = importance_aware_loss(fine, labels, CAMVID, weight=weight, ignore_index=VOID)
+    torch.testing.assert_close(mean, expected)
+
+
+def test_training_learns(tmp_path):
+    """Sky above, road and car below, each in its colour: ENet finds that out, with images channels last."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("test", 2)):
+        for i in range(count):
+            labels = np.full((48, 72), 3, dtype=np.uint8)
+            labels[: random.integers(16, 32)] = 0
+            labels[32:, random.integers(20, 52) :] = 8
+            write_pair(tmp_path / split / f"{i}.png", tmp_path / f"{split}annot" / f"{i}.png", labels)
+    options = ["--width", 0.25, "--batch", 3, "--epochs", 16, "--learning-rate", 0.005, "--channels-last"]
+    options += ["--weights", "none", "--evaluate-every", 8]
+    assert train.main(arguments(tmp_path, tmp_path / "out", *options)) == 0
+    log = read_log(tmp_path / "out")
+    assert log["rows"][-1]["loss"] < 0.7 * log["rows"][0]["loss"]
+    assert log["rows"][-1]["learning_rate"] == 0
+    assert [evaluation["step"] for evaluation in log["evaluations"]] == [16, 32]
+    assert log["evaluations"][-1]["accuracy"][0] > 25, "of eleven classes"
+
+
+def test_what_is_no_longer_finite_ends(camvid, tmp_path, capsys):
+    options = ["--network", "fcn8s", "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", 4]
+    assert train.main(arguments(camvid, tmp_path, *options, "--batch", 6)) == 1
+    assert "the loss is nan in the steps" in capsys.readouterr().err
+
+
+def test_what_cannot_be(camvid, tmp_path, capsys):
+    assert train.main(arguments(camvid, tmp_path, "--batch", 7)) == 1
+    assert "batch is 7, more than the 6 images" in capsys.readouterr().err
+    assert train.main(arguments(camvid, tmp_path, "--split", "val")) == 1
+    assert "val has no images" in capsys.readouterr().err
+
+
+# Resuming, and several processes
+
+
+def start(*command: object) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-m", *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_killed_and_resumed_is_as_never_killed(camvid, tmp_path):
+    options = ["--epochs", 10, "--batch", 2, "--interval", 1]  # 30 steps of ENet, with dropout and momenta
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = start("benchmarks.train", *arguments(camvid, killed, *options))
+    deadline = time.monotonic() + 60
+    while not (killed / "log.json").exists() or len(read_log(killed)["rows"]) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 3 <= read_state(killed)["step"] < 30
+    assert train.main(arguments(camvid, killed, *options, "--workers", 1)) == 0  # which read the same
+    assert train.main(arguments(camvid, whole, *options)) == 0
+
+    resumed, expected = read_state(killed), read_state(whole)
+    assert resumed["step"] == expected["step"] == 30
+    for name, value in expected["network"].items():
+        assert value.equal(resumed["network"][name]), name
+    for parameter, momenta in expected["optimizer"]["state"].items():
+        for name, value in momenta.items():
+            assert value.equal(resumed["optimizer"]["state"][parameter][name]), name
+    assert without_times(resumed["rows"]) == without_times(expected["rows"])
+    assert read_log(killed)["evaluations"] == read_log(whole)["evaluations"]
+
+
+def test_ended_training_stays_and_others_are_refused(camvid, tmp_path, capsys):
+    options = ["--epochs", 1, "--batch", 6]
+    assert train.main(arguments(camvid, tmp_path, *options)) == 0
+    before = read_log(tmp_path)
+    (tmp_path / "log.json").unlink()  # as if killed between checkpoint and log
+    assert train.main(arguments(camvid, tmp_path, *options)) == 0
+    assert read_log(tmp_path) == before
+    assert train.main(arguments(camvid, tmp_path, *options, "--seed", 1)) == 1
+    assert "another training, with seed=0, expected seed=1" in capsys.readouterr().err
+
+
+def test_two_processes_are_as_one(camvid, tmp_path):
+    """Weighted mean, batch statistics and dropout of the whole batch, and scores over all images.
+
+    By SGD: Adam's first steps are the gradient's signs, which rounding decides where the gradient is zero.
+    """
+    options = ["--epochs", 3, "--batch", 4, "--optimizer", "sgd", "--learning-rate", 0.02]
+    one, two = tmp_path / "one", tmp_path / "two"
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "benchmarks.train"]
+    process = start(*torchrun, *arguments(camvid, two, *options), "--distributed")
+    assert train.main(arguments(camvid, one, *options)) == 0
+    assert process.wait() == 0
+    assert read_log(two)["processes"] == 2
+    got, expected = read_state(two), read_state(one)
+    for name, value in expected["network"].items():
+        torch.testing.assert_close(got["network"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for ours, theirs in zip(got["rows"], expected["rows"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["f"] == pytest.approx(theirs["f"], rel=1e-4)
+        assert ours["train_iou"] == pytest.approx(theirs["train_iou"], abs=0.1)
+    assert got["evaluations"][0]["iou"] == pytest.approx(expected["evaluations"][0]["iou"], abs=0.1)
+
+
+# Report and profile
+
+
+@pytest.fixture
+def logged(tmp_path):
+    """Logs of two losses, two seeds each, and of a training that has not ended."""
+
+    def write(name: str, loss: str, seed: int, iou: float, steps: int = 2, **others: object) -> None:
+        recipe = make_recipe("--loss", loss, "--seed", str(seed)).as_json() | others
+        rows = [
+            {"step": step, "epoch": float(step), "f": [0.5, 0.3, 0.2] if loss == "ial" else None}
+            for step in (1, 2)
+        ]
+        classes = [iou] * 8 + [iou, iou + 3, None]
+        evaluation = {"step": 2, "split": "test", "iou": classes, "accuracy": [2 * iou] * 11}
+        log = {"recipe": recipe, "steps": steps, "rows": rows, "evaluations": [evaluation]}
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log.json").write_text(json.dumps(log))
+        (folder / "predictions").mkdir()
+        Image.fromarray(np.zeros((48, 72), np.uint8)).save(folder / "predictions" / "1.png")
+
+    write("a", "cross-entropy", 0, 30.0)
+    write("b", "cross-entropy", 1, 32.0)
+    write("c", "ial", 0, 40.0)
+    write("d", "ial", 1, 40.0)
+    write("e", "ial", 2, 90.0, steps=3)
+    return tmp_path, write
+
+
+def test_report(logged, camvid, capsys):
+    folder, write = logged
+    assert train.main(["report", str(folder), "--root", str(camvid)]) == 0
+    tables = (folder / "tables.md").read_text().split("\n\n| |")
+    assert len(tables) == 5, "tables 1 and 2, of IoU and of accuracy"
+    rows = {
+        row.split(" | ")[0]: row.split(" | ")[1:]
+        for row in tables[2].splitlines()
+        if row.startswith("| ENet")
+    }
+    assert list(rows) == [
+        "| ENet, paper",
+        "| ENet, paper, IAL",
+        "| ENet, cross-entropy (2 seeds)",
+        "| ENet, IAL (2 seeds)",
+    ]
+    # Car, pedestrian, bicyclist (which no image has), their mean, the mean over all.
+    assert rows["| ENet, cross-entropy (2 seeds)"][3:] == [
+        "31.0 ± 1.4",
+        "34.0 ± 1.4",
+        "",
+        "32.5 ± 1.4",
+        "31.3 ± 1.4 |",
+    ]
+    assert "62.0 ± 2.8" in tables[3]
+    assert "Column/Pole" in capsys.readouterr().out
+    for picture in ("iou.png", "factors.png", "predictions-enet.png"):
+        assert Image.open(folder / picture).size > (300, 200)
+
+    write("f", "ial", 3, 40.0, epochs=7)
+    with pytest.raises(ValueError, match=r"f.log.json differs from the runs before it in \['epochs'\]"):
+        report.load(folder)
+
+
+def test_the_papers_means_are_of_its_figures():
+    """Their last column is the mean of the eleven classes, up to rounding: none is mistyped here."""
+    for rows in report.PAPER.values():
+        for figures in rows.values():
+            assert np.mean(figures[:-1]) == pytest.approx(figures[-1], abs=0.06)
+
+
+def test_nothing_to_report(tmp_path, capsys):
+    assert train.main(["report", str(tmp_path)]) == 1
+    assert "has no log.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("network", ["enet", "fcn8s"])
+def test_profile(network, tmp_path):
+    options = ["--network", network, "--crop", 48, 64, "--batch", 2, "--width", 0.05, "--rounds", 2]
+    file = tmp_path / "profile.json"
+    assert (
+        train.main([str(option) for option in ["profile", *options, "--threads", 1, "--output", file]]) == 0
+    )
+    measured = json.loads(file.read_text())
+    extra = {row["name"]: row["extra_mib"] for row in measured["rows"]}
+    assert set(measured["share_percent"]) == {"IAL, ial_cuda", "IAL, reference", "F.cross_entropy"}
+    assert all(0 < share < 100 for share in measured["share_percent"].values())
+    assert extra["alone, IAL, ial_cuda"] < extra["alone, IAL, reference"]
+    assert extra["step, IAL, ial_cuda"] <= extra["step, IAL, reference"]
