@@ -14,7 +14,7 @@ MINUTES = 9.5
 #: Each with its options; the sweep gets what time is left.
 PROGRAMS = {
     "loss": ("--rounds", "20"),
-    "upsample": ("--rounds", "10"),
+    "upsample": ("--rounds", "10", "--seconds", "10"),
     "step": ("--rounds", "10"),
     "sweep": (),
 }

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ial_cuda import _ops
 
-from .common import describe_machine
+from .common import LEAST_ROUNDS, describe_machine
 from .compare import first_line
 from .providers import DTYPES, kernels
 from .report import Row
@@ -55,7 +55,7 @@ def at_least_2(text: str) -> int:
     return int(text)
 
 
-def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+def make_parser(program: str, description: str | None, seconds: float = math.inf) -> argparse.ArgumentParser:
     """The options of a program that goes over cases."""
     parser = make_plain_parser(program, description)
     parser.add_argument(
@@ -63,6 +63,13 @@ def make_parser(program: str, description: str | None) -> argparse.ArgumentParse
     )
     parser.add_argument(
         "--minutes", type=float, default=math.inf, metavar="M", help="after which no case is begun"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=seconds,
+        metavar="S",
+        help=f"for the rounds of a case, which get fewer, but {LEAST_ROUNDS} at least; default {seconds}",
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     return parser
@@ -96,7 +103,7 @@ def run(
     """Measures the cases one by one, and tells and writes what came out of each; the program's exit code.
 
     Args:
-        measure: of a case, with ``rounds``, ``compile_peers`` and ``progress``.
+        measure: of a case, with ``rounds``, ``seconds``, ``compile_peers`` and ``progress``.
         write: all reports so far, to the folder; returns the picture's file.
         conclude: tells what takes all reports to tell, and draws it, to the folder.
     """
@@ -121,7 +128,11 @@ def run(
                 continue
             try:
                 report = measure(
-                    case, rounds=arguments.rounds, compile_peers=arguments.compile, progress=progress
+                    case,
+                    rounds=arguments.rounds,
+                    seconds=arguments.seconds,
+                    compile_peers=arguments.compile,
+                    progress=progress,
                 )
             except Exception as error:  # too little memory, say: the other cases may do
                 console.print(f"{case} fails: {first_line(error)}", style="red", soft_wrap=True)

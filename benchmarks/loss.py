@@ -93,7 +93,7 @@ def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
     return parts | {"step on one pixel": Part(lambda _: step(pixel))}
 
 
-def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
+def measure(case: Case, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress) -> Report:
     """Checks all providers, times those that are right, and then measures their memory."""
     inputs = Inputs(case.shape, case.dtype, case.device)
     providers = make_providers(case.device, compile_peers=compile_peers)
@@ -104,7 +104,7 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     parts = our_parts(kernels(case.device), inputs) | copies if providers[0] in timed else copies
     both = {FLOOR: floor(inputs)} | parts
     others = {name: part.step for name, part in both.items()}
-    timing = time_all(timed, others, providers[0].name, inputs, case.device, rounds, advance)
+    timing = time_all(timed, others, providers[0].name, inputs, case.device, rounds, advance, seconds)
     for provider in timed:
         extra = peak_bytes(provider.step(inputs), inputs.logits()) - inputs.written.nbytes
         rows[provider.name] = with_speed(

@@ -4,6 +4,7 @@ and of labels, layout, threads. Every provider is checked in every case before i
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -43,6 +44,8 @@ ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 #: Larger images repeat a tile of this side; of many classes a smaller one, for its truth is in float64.
 TILE_SIDE, TILE_LOGITS = 512, 64 << 20
+#: Cases with more logits take most of the time.
+LARGE = 100_000_000
 #: After which time no round of a case is begun, if there were a few.
 SECONDS = 4.0
 
@@ -129,12 +132,13 @@ class Kind:
 class Sweep:
     """Measures case after case, and remembers what the next one can use."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def __init__(self) -> None:
         self.kind: Kind | None = None
         self.held: dict[tuple[str, int], float] = {}  # by provider and classes, in times of the logits
 
-    def measure(self, case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
+    def measure(
+        self, case: Case, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress
+    ) -> Report:
         """Checks all providers, times those that are right, and then measures their memory."""
         if self.kind is None or Kind.key(case) != Kind.key(self.kind.case):
             self.kind = Kind(case, compile_peers=compile_peers)
@@ -148,7 +152,7 @@ class Sweep:
             timed = right(providers, rows)
             steps = {name: part.step for name, part in parts.items()}
             ours = providers[0].name
-            timing = time_all(timed, steps, ours, inputs, case.device, rounds, advance, self.seconds)
+            timing = time_all(timed, steps, ours, inputs, case.device, rounds, advance, seconds)
         for provider in timed:
             held = peak_bytes(provider.step(inputs), inputs.logits())
             self.held[provider.name, case.shape[1]] = held / inputs.written.nbytes
@@ -184,24 +188,19 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def make_cases(device: str | None, number_of_threads: int) -> list[Case]:
-    """Each case of all questions once, those that share their kind one after another."""
+    """Each case of all questions once, those that share their kind one after another, the large ones last."""
     cases: dict[Case, None] = {}
     for name in devices(device):
         asked = [case for question in questions(name, number_of_threads) for case in question.cases]
         kinds = {Kind.key(case): place for place, case in reversed(list(enumerate(asked)))}
-        cases |= dict.fromkeys(sorted(asked, key=lambda case: kinds[Kind.key(case)]))
+        cases |= dict.fromkeys(
+            sorted(asked, key=lambda case: (math.prod(case.shape) > LARGE, kinds[Kind.key(case)]))
+        )
     return list(cases)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser("sweep", __doc__)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=SECONDS,
-        metavar="S",
-        help=f"for the rounds of a case, which get fewer, but three at least; default {SECONDS}",
-    )
+    parser = make_parser("sweep", __doc__, SECONDS)
     parser.add_argument("--largest", type=int, default=SIDES[-1], metavar="SIDE", help="of the images")
     arguments = parser.parse_args(argv)
     cases = [
@@ -215,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(
         arguments,
         cases,
-        Sweep(arguments.seconds).measure,
+        Sweep().measure,
         show,
         partial(write, questions=asked),
         partial(conclude, questions=asked),

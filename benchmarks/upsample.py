@@ -71,7 +71,7 @@ def make_providers(case: Case, *, compile_peers: bool) -> list[Provider]:
     return providers
 
 
-def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress) -> Report:
+def measure(case: Case, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress) -> Report:
     """Checks all providers, times those that are right, and then measures their memory."""
     torch.compiler.reset()  # one function is compiled for eight sizes only
     inputs = Inputs(case.shape, case.dtype, case.device, RATIO)
@@ -79,7 +79,7 @@ def measure(case: Case, *, rounds: int, compile_peers: bool, progress: Progress)
     advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
     rows = examine_all(providers, inputs, judge_all(providers, inputs), advance)
     timed = right(providers, rows)
-    timing = time_all(timed, {}, providers[0].name, inputs, case.device, rounds, advance)
+    timing = time_all(timed, {}, providers[0].name, inputs, case.device, rounds, advance, seconds)
     for provider in timed:
         step = provider.step(inputs)
         extra, process = (peak(step, inputs.logits()) for peak in (peak_bytes, peak_process_bytes))

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -422,16 +423,28 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
 // A large gradient is a fresh mapping each time. In pages of 4 KiB its page faults cost several times the
 // kernel that writes it, and since that writes all classes at once, its threads would meet in every page: so
 // huge pages are asked for, and touched first by one thread each. It is only advice: where the system refuses
-// it, nothing is lost.
+// it, nothing is lost. A huge page takes 0.1 to 0.3 ms, but several where the system must first make room for
+// it, or a virtual machine's host find memory: more than 512 small ones. Who meets such pages leaves the rest
+// to be small.
+constexpr std::chrono::microseconds kPatience{1000}, kHugePageTime{600};
+
 void prefault(const Tensor& tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr uintptr_t kHuge = 2 << 20;
     const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
     const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
     const int64_t pages = (int64_t(address + tensor.nbytes()) - int64_t(begin)) / int64_t(kHuge);
-    if (pages < 1 || madvise(reinterpret_cast<void*>(begin), pages * kHuge, MADV_HUGEPAGE) != 0) return;
-    at::parallel_for(0, pages, 1, [begin](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) *reinterpret_cast<volatile char*>(begin + i * kHuge) = 0;
+    const auto page = [begin](int64_t i) { return reinterpret_cast<void*>(begin + i * kHuge); };
+    if (pages < 1 || madvise(page(0), pages * kHuge, MADV_HUGEPAGE) != 0) return;
+    at::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int64_t i = first, done = 1; i < last; ++i, ++done) {
+            *static_cast<volatile char*>(page(i)) = 0;
+            if (std::chrono::steady_clock::now() - start > kPatience + done * kHugePageTime) {
+                madvise(page(i + 1), (last - i - 1) * kHuge, MADV_NOHUGEPAGE);
+                return;
+            }
+        }
     });
 #endif
 }
