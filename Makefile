@@ -70,7 +70,7 @@ $(PY):
 	@$(PYTHON) -m venv $(VENV)
 
 # The constraint keeps pip from ever replacing a torch that it finds.
-$(STAMP): $(CXX_SRC) setup.py pyproject.toml | $(PY)
+$(STAMP): $(CXX_SRC) setup.py pyproject.toml benchmarks/peers.txt | $(PY)
 	@mkdir -p build
 	@$(PY) -c 'from importlib import metadata as m; print(*("torch==" + d.version for d in m.distributions(name="torch")))' > build/constraints.txt
 	@echo "==> $(VENV) has $$(grep torch build/constraints.txt || echo 'no torch yet'), wanted is $(TORCH)"
@@ -79,7 +79,9 @@ $(STAMP): $(CXX_SRC) setup.py pyproject.toml | $(PY)
 	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt --no-build-isolation -e '.[dev]'
 	@echo "==> installing what ial_cuda is compared with"
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > build/constraints.txt
-	@$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt -r benchmarks/peers.txt \
-		|| echo "==> not to be had for this torch: the benchmarks skip it"
+	@grep -v '^#' benchmarks/peers.txt | while read -r peer; do \
+		$(PY) -m pip install -q --disable-pip-version-check -c build/constraints.txt "$$peer" \
+			|| echo "==> without $$peer: the benchmarks skip it"; \
+	done
 	@cat ial_cuda/_build.json
 	@$(TORCH_HERE) > $@

@@ -151,4 +151,4 @@ def run(
         console.print(f"Out of time for {'; '.join(map(str, late))}", soft_wrap=True)
     if picture:
         console.print(f"Picture: {picture}", soft_wrap=True)
-    return int(failed or any(row.refused for report in reports for row in report.providers))
+    return int(failed or any(row.refused and row.ours for report in reports for row in report.providers))

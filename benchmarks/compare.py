@@ -19,14 +19,20 @@ Judges = Mapping[Loss, tuple[Result, Result]]
 
 
 def judge(eager: Loss, inputs: Inputs) -> tuple[Result, Result]:
-    """Eager PyTorch in the precision of the loss it returns, and the truth: eager in float64."""
+    """Eager PyTorch in the precision of the loss it returns, and the truth: eager in float64.
+
+    Where that precision is too small for the loss, as the pixels of a float16 image are for their sum, what
+    eager gives is no standard, and float32 is.
+    """
     target, weight = inputs.targets[torch.int64], inputs.weight
 
     def in_precision(dtype: torch.dtype) -> Result:
         step = loss_and_gradient(eager, target, weight)
         return step(inputs.source.to(dtype).detach().requires_grad_())
 
-    return in_precision(eager(inputs.source, target, weight).dtype), in_precision(torch.float64)
+    loss = eager(inputs.source, target, weight)
+    precision = loss.dtype if loss.isfinite() else torch.float32
+    return in_precision(precision), in_precision(torch.float64)
 
 
 def first_line(error: Exception) -> str:

@@ -194,7 +194,7 @@ def make_cases(device: str | None, number_of_threads: int) -> list[Case]:
         asked = [case for question in questions(name, number_of_threads) for case in question.cases]
         kinds = {Kind.key(case): place for place, case in reversed(list(enumerate(asked)))}
         cases |= dict.fromkeys(
-            sorted(asked, key=lambda case: (math.prod(case.shape) > LARGE, kinds[Kind.key(case)]))
+            sorted(asked, key=lambda case: (max(math.prod(case.shape), LARGE), kinds[Kind.key(case)]))
         )
     return list(cases)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import importlib
 import inspect
@@ -83,11 +84,11 @@ def test_each_kind_is_compiled_once():
     cases = program.make_cases("cpu", 4)
     assert len(set(cases)) == len(cases)
     kinds = [program.Kind.key(case) for case in cases]
-    large = [math.prod(case.shape) > program.LARGE for case in cases]
-    assert large == sorted(large), "last"
-    for some in (kinds[: large.index(True)], kinds[large.index(True) :]):
-        changes = sum(one != other for one, other in itertools.pairwise(some))
-        assert changes == len(set(some)) - 1
+    sizes = [max(math.prod(case.shape), program.LARGE) for case in cases]
+    assert sizes == sorted(sizes), "the large ones last"
+    others = kinds[: bisect.bisect_right(sizes, program.LARGE)]
+    changes = sum(one != other for one, other in itertools.pairwise(others))
+    assert changes == len(set(others)) - 1
     grid = {(case.shape[1], case.shape[2]) for case in cases}
     assert grid >= {(classes, side) for classes in (2, 11, 19, 59, 150) for side in (256, 512, 1024, 2048)}
     assert [case.threads for case in cases if case.threads] == [1, 2]
@@ -113,6 +114,21 @@ def test_the_truth_of_a_tile_is_that_of_the_whole(loss, layout):
     got.gradient[1, 3, 17, 30] += 1e-4
     refused = [common.why_refused(piece, *judges) for piece in whole.pieces(got)]
     assert [place for place, reason in enumerate(refused) if reason] == [4 * (17 // 8) + 30 // 8]
+
+
+def test_a_loss_that_overflows_is_no_standard():
+    """The weights of 300 x 300 pixels are more than float16 can add up; ours adds in float32."""
+    given = inputs.Inputs((1, 3, 300, 300), torch.float16, "cpu")
+    judges = compare.judge(providers.cross_entropy, given)
+    assert compare.examine(
+        providers.Provider("F.cross_entropy", providers.cross_entropy, providers.cross_entropy),
+        given,
+        *judges,
+    ).refused
+    ours = providers.our_loss("cpu", program.Hierarchy.flat)
+    assert compare.examine(
+        providers.Provider("ial_cuda cpu", ours, providers.cross_entropy), given, *judges
+    ) == (compare.Row("ial_cuda cpu"))
 
 
 def test_who_would_need_more_memory_than_there_is_is_skipped(tiny, tmp_path, monkeypatch, capsys):
