@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -202,11 +203,12 @@ def make_cases(device: str | None, number_of_threads: int) -> list[Case]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("sweep", __doc__, SECONDS)
     parser.add_argument("--largest", type=int, default=SIDES[-1], metavar="SIDE", help="of the images")
+    parser.add_argument("--only", default="", metavar="REGEX", help="the cases in whose names this is found")
     arguments = parser.parse_args(argv)
     cases = [
         case
         for case in make_cases(arguments.device, arguments.threads)
-        if max(case.shape[2:]) <= arguments.largest
+        if max(case.shape[2:]) <= arguments.largest and re.search(arguments.only, str(case))
     ]
     asked = [
         question for name in devices(arguments.device) for question in questions(name, arguments.threads)
