@@ -35,7 +35,8 @@ LOG_BYTES, TAIL_LINES = 1 << 20, 30
 PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARKS = ("loss", "upsample", "step", "sweep")
 PRODUCTS = (
-    *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png")),
+    *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png") if name != "step"),
+    "step.json",
     "summary.json",
     "log.txt",
 )

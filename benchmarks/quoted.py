@@ -21,8 +21,7 @@ NOT_RESULTS = {
     "10 to 13": "predicted",
     "75 to 95": "predicted",
     "goal of 10": "a goal",
-    "4.6 ns in reduce and 5 in gradient": "of a profile that is not stored",
-    "AMD EPYC (Zen 5": "the name of a processor",
+    "(Zen 5": "the name of a processor",
     "first step by 5 of them": "a bound",
 }
 #: By unit: the kind of number, and how many of the unit one of the stored makes.
