@@ -189,11 +189,17 @@ COLUMNS = (RATIO, ("GB/s", "gb_per_s", 1), EXTRA)
 GPU_COLUMNS = (GRAPH, ("% of copy", "copy_percent", 1), ("/ copy", "copy_ratio", 2))
 
 
-def make_table(title: str, rows: Sequence[Row], device: str, columns: Sequence[Column]) -> Table:
+def plain_table(title: str, columns: Sequence[str]) -> Table:
+    """Names at the left, and columns of figures."""
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(no_wrap=True)
-    for heading in ("median ms", "10–90 %", *(heading for heading, _, _ in columns)):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def make_table(title: str, rows: Sequence[Row], device: str, columns: Sequence[Column]) -> Table:
+    table = plain_table(title, ["median ms", "10–90 %", *(heading for heading, _, _ in columns)])
     digits = 3 if device == "cuda" else 2
     for row in rows:
         if row.refused or row.skipped:
@@ -209,12 +215,7 @@ def make_table(title: str, rows: Sequence[Row], device: str, columns: Sequence[C
 
 
 def make_goal_table(goals: Sequence[Goal]) -> Table:
-    table = Table(
-        title="Goals", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    table.add_column(no_wrap=True)
-    for heading in ("goal", "measured", "as a graph", "reached"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = plain_table("Goals", ["goal", "measured", "as a graph", "reached"])
     for goal in goals:
         table.add_row(
             goal.what,

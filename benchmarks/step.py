@@ -75,8 +75,8 @@ def why_another(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None
     return None
 
 
-def measure(device: str, rounds: int, *, compile_steps: bool) -> tuple[str, list[Row]]:
-    """The input in words, and a row for each loss, eager and compiled."""
+def measure(device: str, rounds: int, seconds: float, *, compile_steps: bool) -> tuple[str, str, list[Row]]:
+    """The input and the labels' origin in words, and a row for each loss, eager and compiled."""
     size = SIZES[device]
     inputs = Inputs((1, CLASSES, *size), torch.float32, device)
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -95,13 +95,13 @@ def measure(device: str, rounds: int, *, compile_steps: bool) -> tuple[str, list
             rows[label] = Row(label, refused=why_another(done, first))
             if not rows[label].refused:
                 steps[label] = training.step
-    times = time_interleaved(steps, lambda: images, device, rounds, lambda: None)
+    times = time_interleaved(steps, lambda: images, device, rounds, lambda: None, seconds)
     for label, step in steps.items():
         ours = times.get("step, ial_cuda" + ", compiled" * label.endswith(", compiled"))
         extra = round(peak_bytes(step, images) / 2**20, 2)
         rows[label] = timed(label, times[label], ours, extra)
-    text = f"training step, 1x{CLASSES}x{size[0]}x{size[1]} float32 on {device}, {inputs.origin} labels"
-    return text, list(rows.values())
+    text = f"training step, 1x{CLASSES}x{size[0]}x{size[1]} float32 on {device}"
+    return text, inputs.origin, list(rows.values())
 
 
 def timed(label: str, times: Times, ours: Times | None, extra_mib: float) -> Row:
@@ -110,11 +110,10 @@ def timed(label: str, times: Times, ours: Times | None, extra_mib: float) -> Row
     return Row(label, **asdict(times), ratio=ratio, extra_mib=extra_mib)
 
 
-def as_json(text: str, rows: Sequence[Row]) -> dict[str, Any]:
-    input_, _, labels = text.rpartition(", ")
+def as_json(text: str, origin: str, rows: Sequence[Row]) -> dict[str, Any]:
     return {
-        "input": input_,
-        "labels": labels.removesuffix(" labels"),
+        "input": text,
+        "labels": origin,
         "gpu_before": {},
         "gpu_after": {},
         "goals": [],
@@ -129,10 +128,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     for device in devices(arguments.device):
-        text, rows = measure(device, arguments.rounds, compile_steps=arguments.compile)
-        console.print(make_table(text, rows, device, (RATIO, EXTRA)))
+        text, origin, rows = measure(
+            device, arguments.rounds, arguments.seconds, compile_steps=arguments.compile
+        )
+        console.print(make_table(f"{text}, {origin} labels", rows, device, (RATIO, EXTRA)))
         show_reasons(rows, console)
-        cases.append(as_json(text, rows))
+        cases.append(as_json(text, origin, rows))
         write_json(
             output / "step.json",
             {"machine": describe_machine(), "rounds": arguments.rounds, "cases": cases},

@@ -7,13 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .common import write_csv, write_json
 from .questions import Question, exponents, peers_of, ratio_grid, rows_of
-from .report import Report, Row, goals, number, show_reasons
+from .report import Report, Row, goals, number, plain_table, show_reasons
 from .sweep_picture import draw
 
 PICTURE = "sweep.png"
@@ -26,14 +25,6 @@ def show(report: Report, console: Console) -> None:
         peers = ", ".join(f"{name.split(' / ')[0]} {ratio:.2f}" for name, ratio in report.ratios.items())
         console.print(f"{report.case}: {ours.median_ms:.3f} ms; {peers}", highlight=False, soft_wrap=True)
     show_reasons(report.providers, console)
-
-
-def plain_table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def make_question_table(question: Question, answers: Mapping[str, Report]) -> Table:
