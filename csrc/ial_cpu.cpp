@@ -10,21 +10,18 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <sstream>
 #include <type_traits>
 
+#include "ial_memory.h"
 #include "ial_ops.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
 #define IAL_X86 1
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 
 namespace ial {
@@ -345,8 +342,9 @@ Tensor reduce_typed(const Inputs& inputs) {
                             });
 }
 
-// Half of a usual last-level cache: a gradient of this size leaves little of itself there.
-constexpr size_t kStreamFrom = 16 << 20;
+// From here on a gradient takes longer to write through the caches, which first read each line of it, than
+// past them, even with what its next reader then waits for memory.
+constexpr size_t kStreamFrom = 6 << 20;
 
 // rows[3, C]: of each class in image n, its weight times dL/dS, dL/dP2 and dL/dQ2.
 template <typename T, typename A>
@@ -420,35 +418,6 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
         gradient_of_pixels(problem, table);
 }
 
-// A large gradient is a fresh mapping each time. In pages of 4 KiB its page faults cost several times the
-// kernel that writes it, and since that writes all classes at once, its threads would meet in every page: so
-// huge pages are asked for, and touched first by one thread each. It is only advice: where the system refuses
-// it, nothing is lost. A huge page takes 0.1 to 0.3 ms, but several where the system must first make room for
-// it, or a virtual machine's host find memory: more than 512 small ones. Who meets such pages leaves the rest
-// to be small.
-constexpr std::chrono::microseconds kPatience{1000}, kHugePageTime{600};
-
-void prefault(const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kHuge = 2 << 20;
-    const auto address = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-    const uintptr_t begin = (address + kHuge - 1) / kHuge * kHuge;
-    const int64_t pages = (int64_t(address + tensor.nbytes()) - int64_t(begin)) / int64_t(kHuge);
-    const auto page = [begin](int64_t i) { return reinterpret_cast<void*>(begin + i * kHuge); };
-    if (pages < 1 || madvise(page(0), pages * kHuge, MADV_HUGEPAGE) != 0) return;
-    at::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
-        const auto start = std::chrono::steady_clock::now();
-        for (int64_t i = first, done = 1; i < last; ++i, ++done) {
-            *static_cast<volatile char*>(page(i)) = 0;
-            if (std::chrono::steady_clock::now() - start > kPatience + done * kHugePageTime) {
-                madvise(page(i + 1), (last - i - 1) * kHuge, MADV_NOHUGEPAGE);
-                return;
-            }
-        }
-    });
-#endif
-}
-
 Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                   const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
                   std::string_view gradient, bool, std::optional<bool> align_corners) {
@@ -473,8 +442,7 @@ Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& tar
     const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
     inputs.check();
     inputs.check_table(table);
-    Tensor grad = at::empty_like(logits);
-    prefault(grad);
+    Tensor grad = empty_gradient(logits);
     gradient_into(inputs, table, gradient, grad, /*fresh=*/true);
     return grad;
 }

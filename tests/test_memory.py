@@ -1,0 +1,147 @@
+"""A large gradient's memory on the CPU: kept from one step to the next, and never that of two tensors."""
+
+from __future__ import annotations
+
+import re
+import resource
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import make_logits, make_target
+
+from ial_cuda import Hierarchy, _ops, importance_aware_loss
+
+pytestmark = [
+    pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}"),
+    pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's own memory is taken"),
+]
+
+CLASSES, SIDE = 11, 512  # 11.5 MB in float32
+HIERARCHY = Hierarchy([[0, 1, 2], [3, 4, 5, 6, 7], [8, 9, 10]])
+
+
+def gradient(side=SIDE, dtype=torch.float32, seed=0):
+    logits = make_logits((1, CLASSES, side, side), dtype, seed=seed).requires_grad_()
+    loss = importance_aware_loss(logits, make_target((1, side, side), CLASSES), HIERARCHY, backend="cpu")
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmRSS:\s+(\d+) kB$", status, re.M)[1])
+
+
+def test_the_next_gradient_has_the_memory_of_the_last():
+    first = gradient()
+    expected, place = first.clone(), first.data_ptr()
+    first.fill_(float("nan"))
+    del first
+    second = gradient()
+    assert second.data_ptr() == place
+    assert torch.equal(second, expected)
+
+
+def test_memory_that_is_kept_need_not_be_found_again():
+    """Of 46 MB there are 22 huge pages at the least, and each would be a fault."""
+    logits, target = (
+        make_logits((1, CLASSES, 1024, 1024), torch.float32),
+        make_target((1, 1024, 1024), CLASSES),
+    )
+    table = torch.ones(1, HIERARCHY.num_levels, 5, dtype=torch.float64)
+    faults = []
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ops.ial_cuda.gradient(
+            logits, table, target, None, None, HIERARCHY.class_levels, 255, "exact", None
+        )
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert min(faults[1:]) < 11
+
+
+def test_gradients_alive_at_once_have_memory_of_their_own():
+    first, second = gradient(seed=1), gradient(seed=2)
+    expected = first.clone()
+    assert first.data_ptr() != second.data_ptr()
+    second.fill_(float("nan"))
+    assert torch.equal(first, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_smaller_gradients_fit_and_larger_ones_do_not(dtype):
+    half, whole = 256 if dtype == torch.float64 else 512, 512 if dtype == torch.float64 else 1024
+    large = gradient(whole, dtype)
+    place = large.data_ptr()
+    del large
+    small = gradient(half, dtype)
+    assert small.data_ptr() == place
+    expected = small.clone()
+    large = gradient(whole, dtype)
+    assert large.data_ptr() != place
+    del large
+    assert torch.equal(small, expected)
+    del small  # its memory is that of a large one, too
+    assert gradient(2 * whole, dtype).isfinite().all()
+
+
+def test_no_more_than_the_largest_is_kept():
+    gradient(1024)
+    before = resident()
+    for side in (256, 512, 1024) * 5:
+        several = [gradient(side, seed=seed) for seed in range(3)]
+        del several
+    most = 4 * CLASSES * 1024**2
+    assert resident() - before < most, "what was kept before may have been given up, so that all of it is new"
+
+
+def test_layouts_and_resizing():
+    """The gradient is a tensor like any other: strides of its logits, and its storage may grow."""
+    logits = make_logits((2, CLASSES, 300, 200), torch.float32)
+    for given in (logits.contiguous(memory_format=torch.channels_last), logits.transpose(2, 3)):
+        leaf = given.clone().requires_grad_()
+        loss = importance_aware_loss(leaf, make_target(leaf[:, 0].shape, CLASSES), HIERARCHY, backend="cpu")
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert grad.stride() == torch.empty_like(leaf).stride()
+        shared = grad.clone().share_memory_()
+        assert torch.equal(shared, grad)
+    flat = grad.as_strided((grad.numel(),), (1,))
+    expected = flat.clone()
+    flat.resize_(4 * grad.numel())
+    assert torch.equal(flat[: expected.numel()], expected)
+
+
+def test_threads_at_once():
+    """What one thread frees another may take meanwhile; nobody's values are touched."""
+    expected = [gradient(256, seed=seed) for seed in range(4)]
+    wrong = []
+
+    def work(seed):
+        for _ in range(10):
+            if not torch.equal(gradient(256, seed=seed), expected[seed]):
+                wrong.append(seed)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_memory_that_there_is_not():
+    """An error that says so, instead of a killed process."""
+    logits = torch.zeros(1, 1, 1, 1).expand(1, 1 << 20, 1 << 20, 1 << 10)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for a gradient of 4503599627370496 bytes"):
+        torch.ops.ial_cuda.gradient(
+            logits,
+            torch.zeros(1, 1, 5, dtype=torch.float64),
+            torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1 << 20, 1 << 10),
+            None,
+            None,
+            [0] * (1 << 20),
+            255,
+            "exact",
+            None,
+        )
