@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,17 @@ def make_ours(
     ]
 
 
+def compile_anew(function: Callable[..., Any], *, dynamic: bool = False, fullgraph: bool = False) -> Any:
+    """`torch.compile`, to code that this process makes.
+
+    The caches that torch keeps on disk do not tell instruction sets apart (seen in 2.14): what a process made
+    that was held to a narrower one, as some tests are, would be found there, and be ten times slower.
+    """
+    torch.compiler.config.force_disable_caches = True
+    warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")  # as was asked for
+    return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph)
+
+
 def make_peers(
     name: str,
     eager: Loss,
@@ -131,6 +143,6 @@ def make_peers(
     """A loss in plain PyTorch as it is and, if asked for, under torch.compile."""
     peers = [Provider(name, eager, eager, labels, captured=captured)]
     if compiled:
-        loss = torch.compile(eager, dynamic=dynamic)
+        loss = compile_anew(eager, dynamic=dynamic)
         peers.append(Provider(f"{name}, compiled", loss, eager, labels, compiled=True, captured=captured))
     return peers

@@ -17,7 +17,7 @@ from .command import devices, make_parser
 from .common import Step, Times, describe_machine, peak_bytes, time_interleaved, write_json
 from .compare import first_line
 from .inputs import Inputs
-from .providers import Loss, cross_entropy, kernels, our_loss, reference_loss
+from .providers import Loss, compile_anew, cross_entropy, kernels, our_loss, reference_loss
 from .report import EXTRA, RATIO, Row, make_table, quotient, show_reasons
 
 CLASSES = 19
@@ -39,7 +39,7 @@ class Training:
             return loss(self.network(images), target, weight)
 
         self.loss_of: Callable[[Tensor], Tensor] = (
-            torch.compile(loss_of, dynamic=False, fullgraph=True) if compiled else loss_of
+            compile_anew(loss_of, fullgraph=True) if compiled else loss_of
         )
 
     def step(self, images: Tensor) -> Tensor:

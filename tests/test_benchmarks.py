@@ -378,3 +378,12 @@ def test_a_compiler_that_fails_is_a_reason_to_skip():
     assert row == report.Row(
         provider.name, skipped="torch.compile fails: InvalidCxxCompiler: no compiler in …"
     )
+
+
+def test_compiled_code_is_never_what_another_process_left(monkeypatch, tmp_path):
+    """torch would find the code of a narrower instruction set in its caches on disk, and take it."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    double = providers.compile_anew(lambda x: 2 * x)
+    assert double(torch.ones(3)).tolist() == [2, 2, 2]
+    assert not (tmp_path / "fxgraph").exists()
