@@ -105,7 +105,7 @@ def time_interleaved(
         rounds: at least 2, after some that do not count.
         on_round: called after each round, those for warming up included.
         seconds: after which no round is begun, if there were `LEAST_ROUNDS`. A round that takes a third of
-            them warms up enough.
+            them warms up enough, and one that takes all of them needs no other before it, and counts.
     """
     stopwatch = {"cpu": _time_cpu, "cuda": _time_cuda}[device]
     shuffle = random.Random(0).shuffle
@@ -120,14 +120,18 @@ def time_interleaved(
         on_round()
         return time.monotonic() - start
 
-    warm_ups = 0
-    while warm_ups < WARM_UP_ROUNDS:
-        warm_ups += 1
-        if run_round() > seconds / 3:
+    warm_ups = done = 0
+    while warm_ups < WARM_UP_ROUNDS and not done:
+        elapsed = run_round()
+        if elapsed > seconds:
+            done = 1
+        else:
+            warm_ups += 1
+        if elapsed > seconds / 3:
             break
-    for done in range(1, rounds + 1):
-        if run_round() > seconds and done >= LEAST_ROUNDS:
-            break
+    while done < rounds and (done < LEAST_ROUNDS or elapsed <= seconds):
+        elapsed = run_round()
+        done += 1
     return {
         name: _summary(taken[warm_ups:], in_two=isinstance(steps[name], InTwo))
         for name, taken in times.items()

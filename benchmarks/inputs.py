@@ -19,8 +19,8 @@ from .common import Result
 IGNORE_INDEX = 255
 #: The hierarchies of the paper, by their number of classes.
 HIERARCHIES = {hierarchy.num_classes: hierarchy for hierarchy in (CITYSCAPES, CAMVID)}
-#: How many tiles of a result are compared with the truth.
-CHECKED = 16
+#: How many tiles of a result are compared with the truth at the most, and how many logits, but for two tiles.
+CHECKED, CHECKED_LOGITS = 16, 96 << 20
 #: The classes of CamVid's label maps, without void, as train ids of Cityscapes.
 CAMVID_AS_CITYSCAPES = [10, 2, 5, 0, 1, 8, 7, 4, 13, 11, 18]
 
@@ -119,9 +119,10 @@ class Tiled(Inputs):
                 yield ..., slice(top, top + self.side), slice(left, left + self.side)
 
     def pieces(self, result: Result) -> Iterator[Result]:
-        """Of `CHECKED` tiles, the first and the last among them: of hundreds it would take minutes."""
+        """Of some tiles, the first and the last among them: of hundreds it would take minutes."""
         places = list(self.places())
-        chosen = {round(at * (len(places) - 1) / (CHECKED - 1)) for at in range(CHECKED)}
+        checked = max(2, min(CHECKED, CHECKED_LOGITS // self.source.numel()))
+        chosen = {round(at * (len(places) - 1) / (checked - 1)) for at in range(checked)}
         for place in [places[at] for at in sorted(chosen)]:
             yield Result(result.loss, self.times**2 * result.gradient[place])  # exact, of normal numbers
 

@@ -168,10 +168,26 @@ def test_a_device_without_threads(tiny, tmp_path, monkeypatch):
 def test_few_rounds_of_what_is_slow():
     calls = []
     common.time_interleaved({"step": calls.append}, lambda: torch.ones(1), "cpu", 50, lambda: None, seconds=0)
-    assert len(calls) == 1 + common.LEAST_ROUNDS
+    assert len(calls) == common.LEAST_ROUNDS, "whoever has so little time does not warm up"
     calls.clear()
     common.time_interleaved({"step": calls.append}, lambda: torch.ones(1), "cpu", 50, lambda: None)
     assert len(calls) == common.WARM_UP_ROUNDS + 50
+
+
+def test_tiles_that_are_compared(monkeypatch):
+    tile = inputs.Inputs((1, 3, 4, 4), torch.float32, "cpu")
+    whole = inputs.Tiled(tile, 8)
+    result = common.Result(torch.zeros(()), torch.arange(64.0).view(1, 1, 8, 8).repeat_interleave(4, 2))
+    result = common.Result(result.loss, result.gradient.repeat_interleave(4, 3).expand(1, 3, 32, 32))
+
+    def compared():
+        return [int(piece.gradient[0, 0, 0, 0]) // 64 for piece in whole.pieces(result)]
+
+    assert len(compared()) == inputs.CHECKED
+    monkeypatch.setattr(inputs, "CHECKED_LOGITS", 5 * 48)
+    assert compared() == [0, 16, 32, 47, 63]
+    monkeypatch.setattr(inputs, "CHECKED_LOGITS", 1)
+    assert compared() == [0, 63], "never less than the first and the last"
 
 
 def test_exponents():
