@@ -28,8 +28,8 @@ namespace ial {
 
 // The pixels of a block, and of the blocks that take a short rest; how many rows of a block are fetched ahead
 // of the one being read; the lanes in which sums are kept; what a streaming store writes; how many classes of
-// a block are few.
-constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32, kFew = 4;
+// a block are few; the pixels and classes that are transposed at once.
+constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamBytes = 32, kFew = 4, kTile = 8;
 
 // The cells of a block of coarse logits, and what its rows have besides, to hold the logit at the last one's
 // right.

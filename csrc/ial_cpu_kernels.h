@@ -132,6 +132,13 @@ IAL_INLINE void narrow_lanes(const A* from, T* to, int lanes) {
 
 // narrow_lanes past the caches: what is too large for its reader to find there need not be read before it is
 // written.
+#if IAL_X86_VECTORS
+IAL_INLINE void stream_lanes(const float* from, c10::Half* to, int lanes) {
+    for (int j = 0; j < lanes; j += 8)
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), _mm256_cvtps_ph(_mm256_loadu_ps(from + j), 0));
+}
+#endif
+
 template <typename T, typename A>
 IAL_INLINE void stream_lanes(const A* from, T* to, int lanes) {
 #if IAL_X86_VECTORS
@@ -150,6 +157,42 @@ IAL_INLINE bool aligned(const void* address) {
     return reinterpret_cast<uintptr_t>(address) % kStreamBytes == 0;
 }
 
+// to[j * to_stride + i] = from[i * from_stride + j] of kTile x kTile numbers. Of channels_last logits a
+// pixel's classes lie side by side, and one by one they would take longer to move than all that is computed
+// of them.
+#if IAL_X86_VECTORS
+IAL_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m256 v[kTile];  // the first four of rows i and i + 4, then their last four
+    for (int i = 0; i < kTile; ++i) {
+        const float* const row = from + i % 4 * from_stride + i / 4 * 4;
+        v[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)),
+                                    _mm_loadu_ps(row + 4 * from_stride), 1);
+    }
+    for (int i = 0; i < kTile; i += 4, to += 4 * to_stride) {
+        const __m256 a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+        const __m256 c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+        _mm256_storeu_ps(to, _mm256_shuffle_ps(a, c, 0x44));
+        _mm256_storeu_ps(to + to_stride, _mm256_shuffle_ps(a, c, 0xee));
+        _mm256_storeu_ps(to + 2 * to_stride, _mm256_shuffle_ps(b, d, 0x44));
+        _mm256_storeu_ps(to + 3 * to_stride, _mm256_shuffle_ps(b, d, 0xee));
+    }
+}
+
+template <typename T>
+IAL_INLINE void transpose(const T* from, int64_t from_stride, float* to, int64_t to_stride) {
+    alignas(64) float tile[kTile * kTile];
+    for (int i = 0; i < kTile; ++i) widen_lanes(from + i * from_stride, tile + i * kTile, kTile);
+    transpose(tile, kTile, to, to_stride);
+}
+
+template <typename T>
+IAL_INLINE void transpose(const float* from, int64_t from_stride, T* to, int64_t to_stride) {
+    alignas(64) float tile[kTile * kTile];
+    transpose(from, from_stride, tile, kTile);
+    for (int i = 0; i < kTile; ++i) narrow_lanes(tile + i * kTile, to + i * to_stride, kTile);
+}
+#endif
+
 // B pixels of one row of one image, and what the two kernels need of them. Lanes past `count` hold
 // leftovers, under labels that are no class.
 template <typename T, int B>
@@ -157,6 +200,7 @@ struct Block {
     using A = typename Problem<T>::A;
     using I = typename Problem<T>::I;
     static constexpr I kNone = std::numeric_limits<I>::max();
+    static constexpr bool kTiles = IAL_X86_VECTORS && std::is_same_v<A, float>;
 
     const Problem<T>& problem;
     const int classes;
@@ -185,13 +229,31 @@ struct Block {
             for (int c = 0; c < classes; ++c) load_row(from + c * view.channel, x + c * B, max);
             return;
         }
-        for (int j = 0; j < count; ++j)
-            for (int c = 0; c < classes; ++c) x[c * B + j] = widen(from[j * view.pixel + c * view.channel]);
+        if (in_tiles(view)) {
+            if constexpr (kTiles)
+                for (int j = 0; j < B; j += kTile)
+                    for (int i = 0; i < classes; i += kTile) {
+                        const int c = last_tile(i);
+                        transpose(from + j * view.pixel + c, view.pixel, x + c * B + j, B);
+                    }
+        } else {
+            for (int j = 0; j < count; ++j)
+                for (int c = 0; c < classes; ++c)
+                    x[c * B + j] = widen(from[j * view.pixel + c * view.channel]);
+        }
         for (int c = 0; c < classes; ++c) {
             A* row = x + c * B;
             IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
         }
     }
+
+    // Whether the pixels' classes can be moved as tiles.
+    IAL_INLINE bool in_tiles(const View& view) const {
+        return kTiles && count == B && view.channel == 1 && classes >= kTile;
+    }
+
+    // Where a tile of classes begins that ends with the last one at the latest: it may repeat some.
+    IAL_INLINE int last_tile(int c) const { return c < classes - kTile ? c : classes - kTile; }
 
     IAL_INLINE void load_row(const T* from, A* row, A* max) {
         widen_lanes(from, row, B);
@@ -455,8 +517,18 @@ struct Block {
             }
         }
         if (dense) return;
-        for (int j = 0; j < count; ++j)
-            for (int c = 0; c < classes; ++c) narrow(x[c * B + j], to + j * view.pixel + c * view.channel);
+        if (in_tiles(view)) {
+            if constexpr (kTiles)
+                for (int j = 0; j < B; j += kTile)
+                    for (int i = 0; i < classes; i += kTile) {
+                        const int c = last_tile(i);
+                        transpose(x + c * B + j, B, to + j * view.pixel + c, view.pixel);
+                    }
+        } else {
+            for (int j = 0; j < count; ++j)
+                for (int c = 0; c < classes; ++c)
+                    narrow(x[c * B + j], to + j * view.pixel + c * view.channel);
+        }
     }
 };
 

@@ -100,6 +100,18 @@ def test_every_layout(backend, dtype, layout):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [7, 8, 9, 19])
+def test_every_number_of_classes_side_by_side(backend, dtype, classes):
+    """Of a pixel, channels_last, whole or some of more: vector code takes eight at once."""
+    hierarchy = Hierarchy([range(0, classes, 2), range(1, classes, 2)])
+    target = make_target((2, 7, 31), classes)
+    whole = make_logits((2, classes + 3, 7, 31), dtype).to(memory_format=torch.channels_last)
+    for logits in (whole[:, 3:].contiguous(memory_format=torch.channels_last), whole[:, 2:-1]):
+        check(backend, logits, target, hierarchy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
 def test_every_target(backend, dtype, strided):
