@@ -278,6 +278,7 @@ def describe_machine() -> dict[str, Any]:
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "huge_pages": _huge_pages(),
         "torch_asks_for_huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
