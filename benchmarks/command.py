@@ -97,14 +97,14 @@ def run(
     cases: Sequence[C],
     measure: Callable[..., R],
     show: Callable[[R, Console], None],
-    write: Callable[[Sequence[R], Mapping[str, Any], int, Path], Path],
+    write: Callable[[Sequence[R], Mapping[str, Any], int, Path], Path | None],
     conclude: Callable[[Sequence[R], Mapping[str, Any], Path, Console], None] = lambda *_: None,
 ) -> int:
     """Measures the cases one by one, and tells and writes what came out of each; the program's exit code.
 
     Args:
         measure: of a case, with ``rounds``, ``seconds``, ``compile_peers`` and ``progress``.
-        write: all reports so far, to the folder; returns the picture's file.
+        write: all reports so far, to the folder; returns the picture's file, if there is one.
         conclude: tells what takes all reports to tell, and draws it, to the folder.
     """
     if not cases:

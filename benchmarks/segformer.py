@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -23,9 +22,10 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from ial_cuda import upsampled_cross_entropy
 
 from .command import make_plain_parser
-from .common import Step, describe_machine, peak_bytes, time_interleaved, write_json
+from .common import Step, describe_machine, write_json
 from .inputs import IGNORE_INDEX
-from .report import EXTRA, RATIO, Row, make_table, quotient
+from .report import Row
+from .shares import measure_shares, report_shares
 
 STEPS = 3
 
@@ -144,23 +144,15 @@ def measure(trainings: Mapping[str, Training], setting: Setting, rounds: int) ->
     """A training step with each loss, and each loss with its gradient alone: time and peak memory."""
     images, labels = make_batch(0, setting)
     logits = trainings[OURS].network(images).logits.detach().requires_grad_()
-    steps: dict[str, Step] = {}
+    steps: dict[str, tuple[Step, Step]] = {}
     for name, (_, alone) in LOSSES.items():
         training = trainings[name]
         training.optimizer.zero_grad()  # what the first step frees does not count
-        steps[f"step, {name}"] = lambda images, training=training: training.step(images, labels)
-        steps[f"alone, {name}"] = lambda _, loss=alone: torch.autograd.grad(loss(logits, labels), logits)
-    memory = {name: peak_bytes(step, images) for name, step in steps.items()}
-    times = time_interleaved(steps, lambda: images, "cpu", rounds, lambda: None)
-    return [
-        Row(
-            name,
-            **asdict(times[name]),
-            ratio=quotient(times[name].median_ms, times[f"{name.split(',')[0]}, {OURS}"].median_ms),
-            extra_mib=round(memory[name] / 2**20, 2),
+        steps[name] = (
+            lambda images, training=training: training.step(images, labels),
+            lambda _, loss=alone: torch.autograd.grad(loss(logits, labels), logits),
         )
-        for name in sorted(steps, reverse=True)
-    ]
+    return measure_shares(steps, OURS, images, "cpu", rounds)
 
 
 def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[str, Any] | None:
@@ -181,18 +173,12 @@ def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[s
     rows = measure(trainings, setting, rounds)
     height, width = setting.size
     title = f"{name}: MiT-B0, {setting.classes} classes, one {height}x{width} image, on the CPU"
-    console.print(make_table(title, rows, "cpu", (RATIO, EXTRA)))
-    medians = {row.name: row.median_ms for row in rows}
-    shares = {loss: round(100 * medians[f"alone, {loss}"] / medians[f"step, {loss}"], 1) for loss in LOSSES}
-    for loss, share in shares.items():
-        console.print(f"{loss}: {share} % of its step", highlight=False)
     return {
         "name": name,
         "classes": setting.classes,
         "size": setting.size,
         "differences": [difference._asdict() for difference in differences],
-        "share_percent": shares,
-        "rows": [asdict(row) for row in rows],
+        **report_shares(title, rows, "cpu", console),
     }
 
 

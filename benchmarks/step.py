@@ -4,23 +4,25 @@ pass, the optimizer. Before that, loss and parameters after one are compared wit
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
-from .command import devices, make_parser
-from .common import Step, Times, describe_machine, peak_bytes, time_interleaved, write_json
+from .command import add_task, devices, make_parser, run
+from .common import WARM_UP_ROUNDS, Step, peak_bytes, time_interleaved, write_json
 from .compare import first_line
 from .inputs import Inputs
 from .providers import Loss, compile_anew, cross_entropy, kernels, our_loss, reference_loss
 from .report import EXTRA, RATIO, Row, make_table, quotient, show_reasons
 
 CLASSES = 19
+OURS, COMPILED = "ial_cuda", ", compiled"
 SIZES = {"cpu": (256, 512), "cuda": (1024, 2048)}
 
 
@@ -57,7 +59,7 @@ def losses(device: str) -> dict[str, tuple[Loss, Loss]]:
     """Each, and the one in plain PyTorch whose steps it must take."""
     ours = our_loss(kernels(device)[0])
     return {
-        "ial_cuda": (ours, reference_loss),
+        OURS: (ours, reference_loss),
         "reference": (reference_loss, reference_loss),
         "F.cross_entropy": (cross_entropy, cross_entropy),
     }
@@ -75,70 +77,76 @@ def why_another(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None
     return None
 
 
-def measure(device: str, rounds: int, seconds: float, *, compile_steps: bool) -> tuple[str, str, list[Row]]:
-    """The input and the labels' origin in words, and a row for each loss, eager and compiled."""
+@dataclass(frozen=True)
+class Report:
+    """What came out of a device."""
+
+    case: str
+    labels: str
+    device: str
+    providers: list[Row]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "input": self.case,
+            "labels": self.labels,
+            "gpu_before": {},
+            "gpu_after": {},
+            "goals": [],
+            "providers": [asdict(row) for row in self.providers],
+        }
+
+
+def measure(device: str, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress) -> Report:
+    """A row for each loss, eager and compiled."""
     size = SIZES[device]
+    case = f"training step, 1x{CLASSES}x{size[0]}x{size[1]} float32 on {device}"
     inputs = Inputs((1, CLASSES, *size), torch.float32, device)
     images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    variants = (False, True) if compile_peers else (False,)
+    advance = add_task(progress, case, len(losses(device)) * len(variants) + WARM_UP_ROUNDS + rounds)
     rows, steps = {}, dict[str, Step]()
     for name, (loss, eager) in losses(device).items():
         expected = Training(eager, inputs, compiled=False)
         first = expected.step(images), expected.state()
-        for compiled in (False, True) if compile_steps else (False,):
-            label = f"step, {name}{', compiled' if compiled else ''}"
+        for compiled in variants:
+            label = f"{name}{COMPILED * compiled}"
             training = Training(loss, inputs, compiled=compiled)
             try:
                 done = training.step(images), training.state()
             except Exception as error:
                 rows[label] = Row(label, skipped=first_line(error))
-                continue
-            rows[label] = Row(label, refused=why_another(done, first))
-            if not rows[label].refused:
-                steps[label] = training.step
-    times = time_interleaved(steps, lambda: images, device, rounds, lambda: None, seconds)
+            else:
+                rows[label] = Row(label, refused=why_another(done, first))
+                if not rows[label].refused:
+                    steps[label] = training.step
+            advance()
+    times = time_interleaved(steps, lambda: images, device, rounds, advance, seconds)
     for label, step in steps.items():
-        ours = times.get("step, ial_cuda" + ", compiled" * label.endswith(", compiled"))
-        extra = round(peak_bytes(step, images) / 2**20, 2)
-        rows[label] = timed(label, times[label], ours, extra)
-    text = f"training step, 1x{CLASSES}x{size[0]}x{size[1]} float32 on {device}"
-    return text, inputs.origin, list(rows.values())
+        ours = times.get(OURS + COMPILED * label.endswith(COMPILED))  # with compiled ones ours, compiled
+        rows[label] = Row(
+            label,
+            **asdict(times[label]),
+            ratio=quotient(times[label].median_ms, ours and ours.median_ms),
+            extra_mib=round(peak_bytes(step, images) / 2**20, 2),
+        )
+    return Report(case, inputs.origin, device, list(rows.values()))
 
 
-def timed(label: str, times: Times, ours: Times | None, extra_mib: float) -> Row:
-    """Compiled steps as multiples of ours compiled, eager ones of ours eager."""
-    ratio = quotient(times.median_ms, ours and ours.median_ms)
-    return Row(label, **asdict(times), ratio=ratio, extra_mib=extra_mib)
+def show(report: Report, console: Console) -> None:
+    title = f"{report.case}, {report.labels} labels"
+    console.print(make_table(title, report.providers, report.device, (RATIO, EXTRA)))
+    show_reasons(report.providers, console)
 
 
-def as_json(text: str, origin: str, rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "input": text,
-        "labels": origin,
-        "gpu_before": {},
-        "gpu_after": {},
-        "goals": [],
-        "providers": [asdict(row) for row in rows],
-    }
+def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> None:
+    cases = [report.as_json() for report in reports]
+    write_json(output / "step.json", {"machine": machine, "rounds": rounds, "cases": cases})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser("step", __doc__).parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    console, cases = Console(), []
-    output: Path = arguments.output
-    output.mkdir(parents=True, exist_ok=True)
-    for device in devices(arguments.device):
-        text, origin, rows = measure(
-            device, arguments.rounds, arguments.seconds, compile_steps=arguments.compile
-        )
-        console.print(make_table(f"{text}, {origin} labels", rows, device, (RATIO, EXTRA)))
-        show_reasons(rows, console)
-        cases.append(as_json(text, origin, rows))
-        write_json(
-            output / "step.json",
-            {"machine": describe_machine(), "rounds": arguments.rounds, "cases": cases},
-        )
-    return int(not cases or any(row["refused"] for case in cases for row in case["providers"]))
+    return run(arguments, devices(arguments.device), measure, show, write)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ial_cuda import Hierarchy
 
-from ..common import Step, peak_bytes, time_interleaved
-from ..report import EXTRA, RATIO, Row, make_table, quotient
+from ..common import Step
+from ..shares import measure_shares, report_shares
 from .losses import Loss, make_loss
 from .processes import Processes
 from .recipe import Recipe
@@ -41,15 +41,16 @@ def make_batch(
     return images, labels.to(torch.uint8).contiguous()
 
 
-def measure(
+def profile(
     recipe: Recipe,
     size: Sequence[int],
     hierarchy: Hierarchy,
     ignore_index: int,
     processes: Processes,
     rounds: int,
-) -> list[Row]:
-    """A training step with each loss, and each loss with its gradient alone: time and peak memory."""
+    console: Console,
+) -> Mapping[str, Any]:
+    """A training step with each loss, and each loss with its gradient alone: shown, and as JSON."""
     device = processes.device
     images, labels = make_batch(recipe.batch, size, hierarchy, ignore_index)
     images, labels = images.to(device), labels.to(device)
@@ -58,7 +59,7 @@ def measure(
     training.take_step(images, labels)  # the optimizer's state is there from now on
     logits = training.logits(images).detach().requires_grad_()
     training.optimizer.zero_grad()  # what the next step frees does not count
-    steps: dict[str, Step] = {}
+    steps: dict[str, tuple[Step, Step]] = {}
     for name, (loss, backend) in CONTENDERS.items():
         recipe_of_it = replace(recipe, loss=loss)
         criterion = make_loss(recipe_of_it, hierarchy, ignore_index, weight, backend=backend)
@@ -71,44 +72,12 @@ def measure(
         def alone(_: Tensor, criterion: Loss = criterion) -> object:
             return torch.autograd.grad(criterion(logits, labels)[0], logits)
 
-        steps |= {f"step, {name}": step, f"alone, {name}": alone}
-    memory = {name: peak_bytes(step, images) for name, step in steps.items()}
-    times = time_interleaved(steps, lambda: images, device.type, rounds, lambda: None)
-    return [
-        Row(
-            name,
-            **asdict(times[name]),
-            ratio=quotient(times[name].median_ms, times[f"{name.split(',')[0]}, {OURS}"].median_ms),
-            extra_mib=round(memory[name] / 2**20, 1),
-        )
-        for name in sorted(steps, reverse=True)
-    ]
-
-
-def profile(
-    recipe: Recipe,
-    size: Sequence[int],
-    hierarchy: Hierarchy,
-    ignore_index: int,
-    processes: Processes,
-    rounds: int,
-    console: Console,
-) -> Mapping[str, Any]:
-    """What is measured of a network, shown; as JSON."""
-    rows = measure(recipe, size, hierarchy, ignore_index, processes, rounds)
-    device = processes.device.type
+        steps[name] = step, alone
     title = f"{recipe.network}, width {recipe.width}, {recipe.batch} images {size[0]}x{size[1]} on {device}"
-    console.print(make_table(title, rows, device, (RATIO, EXTRA)))
-    medians = {row.name: row.median_ms for row in rows}
-    shares = {
-        name: round(100 * medians[f"alone, {name}"] / medians[f"step, {name}"], 2) for name in CONTENDERS
-    }
-    for name, share in shares.items():
-        console.print(f"{name}: {share} % of its step", highlight=False)
+    rows = measure_shares(steps, OURS, images, device.type, rounds)
     return {
         "recipe": recipe.as_json(),
         "size": list(size),
-        "device": device,
-        "share_percent": shares,
-        "rows": [asdict(row) for row in rows],
+        "device": device.type,
+        **report_shares(title, rows, device.type, console),
     }
