@@ -342,9 +342,9 @@ Tensor reduce_typed(const Inputs& inputs) {
                             });
 }
 
-// From here on a gradient takes longer to write through the caches, which first read each line of it, than
-// past them, even with what its next reader then waits for memory.
-constexpr size_t kStreamFrom = 6 << 20;
+// From here on a gradient is written past the caches: through them each line is first read, and by the time
+// that a network's next step writes there again it is in none.
+constexpr size_t kStreamFrom = 2 << 20;
 
 // rows[3, C]: of each class in image n, its weight times dL/dS, dL/dP2 and dL/dQ2.
 template <typename T, typename A>
