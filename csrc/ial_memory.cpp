@@ -23,7 +23,7 @@
 
 namespace ial {
 
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE)
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_FREE) && defined(MADV_WIPEONFORK)
 
 namespace {
 
@@ -64,6 +64,14 @@ struct Mapping {
     Mapping(const Mapping&) = delete;
     ~Mapping() { munmap(begin, size); }
 
+    // The contents are nobody's, and Linux may have the pages. Nor does a fork share them, as those that load
+    // data do: a page that is shared would be copied when it is written next, a huge one as 512 small ones.
+    void give_up() {
+        madvise(begin, size, MADV_FREE);
+        madvise(begin, size, MADV_WIPEONFORK);
+    }
+    void take() { madvise(begin, size, MADV_KEEPONFORK); }
+
     static constexpr size_t kSmall = 64 << 10;  // a multiple of every usual page
 };
 
@@ -74,7 +82,7 @@ std::atomic<Mapping*> parked{nullptr};
 void park(void* context) {
     std::unique_ptr<Mapping> freed(static_cast<Mapping*>(context));
     c10::profiledCPUMemoryReporter().Delete(freed->begin);
-    madvise(freed->begin, freed->size, MADV_FREE);
+    freed->give_up();
     std::unique_ptr<Mapping> other(parked.exchange(nullptr));
     if (other && other->size > freed->size) freed.swap(other);
     other.reset(parked.exchange(freed.release()));  // what another thread left there meanwhile
@@ -83,7 +91,9 @@ void park(void* context) {
 struct GradientAllocator final : c10::Allocator {
     c10::DataPtr allocate(size_t bytes) override {
         std::unique_ptr<Mapping> mapping(parked.exchange(nullptr));
-        if (!mapping || mapping->size < bytes) {
+        if (mapping && mapping->size >= bytes) {
+            mapping->take();
+        } else {
             mapping.reset();  // first, so that both are never there at once
             mapping = std::make_unique<Mapping>(bytes);
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import sys
@@ -44,21 +45,45 @@ def test_the_next_gradient_has_the_memory_of_the_last():
     assert torch.equal(second, expected)
 
 
-def test_memory_that_is_kept_need_not_be_found_again():
-    """Of 46 MB there are 22 huge pages at the least, and each would be a fault."""
-    logits, target = (
-        make_logits((1, CLASSES, 1024, 1024), torch.float32),
-        make_target((1, 1024, 1024), CLASSES),
-    )
+def faults_of_gradients(count):
+    """Page faults of one gradient after another, each of 46 MB: 22 huge pages, or 11264 small ones."""
+    shape = (1, 1024, 1024)
+    logits, target = make_logits((1, CLASSES, *shape[1:]), torch.float32), make_target(shape, CLASSES)
     table = torch.ones(1, HIERARCHY.num_levels, 5, dtype=torch.float64)
     faults = []
-    for _ in range(4):
+    for _ in range(count):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ops.ial_cuda.gradient(
             logits, table, target, None, None, HIERARCHY.class_levels, 255, "exact", None
         )
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-    assert min(faults[1:]) < 11
+    return faults
+
+
+def test_memory_that_is_kept_need_not_be_found_again():
+    assert min(faults_of_gradients(4)[1:]) < 11
+
+
+def test_a_process_that_is_forked():
+    """As those are that load data: it shares no page that is kept, and has gradients of its own."""
+    alive = gradient(seed=1)
+    expected = alive.clone()
+    faults_of_gradients(1)  # which leaves what the next one takes
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(writing)
+        torch.set_num_threads(1)  # OpenMP's are not there
+        right = torch.equal(alive, expected) and torch.equal(gradient(seed=1), expected)
+        os.read(reading, 1)  # until the parent has done its part
+        os._exit(0 if right else 1)
+    os.close(reading)
+    (faults,) = faults_of_gradients(1)
+    again = gradient(seed=1)
+    os.close(writing)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(again, expected)
+    assert faults < 1000, "the stack's and the heap's, which are shared"
 
 
 def test_gradients_alive_at_once_have_memory_of_their_own():
