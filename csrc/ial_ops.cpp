@@ -444,12 +444,17 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // and
 //   dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
+    // Whatever strides the compiler finds best: it would otherwise copy the channels_last logits of its
+    // convolutions.
+    const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
-        "int ignore_index, str gradient, bool inplace, bool? align_corners=None) -> Tensor");
+        "int ignore_index, str gradient, bool inplace, bool? align_corners=None) -> Tensor",
+        any_layout);
     m.def(
         "gradient(Tensor logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
-        "int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) -> Tensor");
+        "int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) -> Tensor",
+        any_layout);
     m.def(
         "gradient_(Tensor(a!) logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
         "int[] class_levels, int ignore_index, str gradient) -> ()");

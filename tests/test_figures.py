@@ -70,10 +70,12 @@ def test_what_is_excepted_is_there():
     assert [phrase for phrase in quoted.NOT_RESULTS if phrase not in texts] == []
 
 
-def test_folders_tell_who_had_huge_pages():
+def test_folders_tell_who_had_help():
+    """From the C library, which kept everybody's memory, or from huge pages for torch's own tensors."""
     for file in (ROOT / "benchmarks/results").glob("cpu-*/*.json"):
-        for_all = json.loads(file.read_text())["machine"]["torch_asks_for_huge_pages"]
-        assert for_all == file.parent.name.endswith("huge-pages-for-all"), file
+        machine, folder = json.loads(file.read_text())["machine"], file.parent.name
+        assert bool(machine.get("malloc")) == folder.endswith("memory-kept-for-all"), file
+        assert machine["torch_asks_for_huge_pages"] == folder.endswith("huge-pages-for-all"), file
 
 
 TABLE = """Before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from cases import (
     make_target,
     run,
 )
+from torch._inductor.utils import run_and_get_code
 
 from ial_cuda import CITYSCAPES, ImportanceAwareLoss, _ops, importance_aware_loss
 
@@ -101,6 +103,24 @@ def test_compiled_equals_eager(backend, dynamic):
         tolerance = dict(rtol=1e-5, atol=1e-9) if backend == "reference" else dict(rtol=0, atol=0)
         torch.testing.assert_close(loss, expected, **tolerance)
         torch.testing.assert_close(grad, expected_grad, **tolerance)
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
+def test_compiled_convolutions_need_no_copies(backend):
+    """Inductor has them channels_last, and transposes their output for operators that mind strides."""
+    torch._dynamo.reset()
+    convolution = torch.nn.Conv2d(3, 19, 3, padding=1)
+    images, target = torch.randn(2, 3, *SPATIAL), make_target((2, *SPATIAL), 19)
+
+    def step(images):
+        return importance_aware_loss(convolution(images), target, CITYSCAPES, backend=backend)
+
+    loss, codes = run_and_get_code(lambda: torch.compile(step, fullgraph=True)(images))
+    (read,) = re.findall(r"(\w+) = extern_kernels.convolution", codes[0])
+    assert f"torch.ops.ial_cuda.reduce.default({read}," in codes[0]
+    gradient = torch.autograd.grad(loss, convolution.weight)[0]
+    (expected,) = torch.autograd.grad(step(images), convolution.weight)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)  # pixels are added in another order
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
