@@ -21,7 +21,6 @@ NOT_RESULTS = {
     "10 to 13": "predicted",
     "75 to 95": "predicted",
     "goal of 10": "a goal",
-    "(Zen 5": "the name of a processor",
     "first step by 5 of them": "a bound",
 }
 #: By unit: the kind of number, and how many of the unit one of the stored makes.
