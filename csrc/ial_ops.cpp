@@ -441,8 +441,7 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
 // table: dL/dstats from the incoming gradient of the loss.
 // fused: reduce, combine, and for an incoming gradient of 1 table and gradient: loss, factors, stats, table
-// and
-//   dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
+//   and dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     // Whatever strides the compiler finds best: it would otherwise copy the channels_last logits of its
     // convolutions.
