@@ -58,8 +58,9 @@ IAL_D float larger(float a, float b) { return fmaxf(a, b); }
 IAL_D double larger(double a, double b) { return fmax(a, b); }
 
 // Logits in the unit in which a power is the machine's, for as many powers of one as there are: octaves for
-// float. e^x = power(to_unit(x)).
-IAL_D float to_unit(float x) { return x * 1.44269504f; }
+// float. e^x = power(to_unit(x)). __fmul_rn is never merged with an addition, so that the result does not
+// depend on what is done with it.
+IAL_D float to_unit(float x) { return __fmul_rn(x, 1.44269504f); }
 IAL_D double to_unit(double x) { return x; }
 IAL_D float from_unit(float x) { return x * 0.693147181f; }
 IAL_D double from_unit(double x) { return x; }
@@ -129,11 +130,12 @@ IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
         *reinterpret_cast<P*>(to) = pack;
 }
 
-// Past what the caches keep: nobody reads it again soon.
+// Past what the caches keep: nobody reads it again soon. __stcs reaches global memory only, and a tile of one
+// pixel may go to a slab in shared memory: its store is a plain one.
 template <typename T, int V>
 IAL_D void stream_pack(T* to, const Pack<T, V>& pack) {
     using P = Pack<T, V>;
-    if constexpr (sizeof(P) == 8 || sizeof(P) == 16)
+    if constexpr (V > 1 && (sizeof(P) == 8 || sizeof(P) == 16))
         __stcs(reinterpret_cast<Word<P>*>(to), as<Word<P>>(pack));
     else
         store_pack(to, pack);

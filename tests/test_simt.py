@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from cases import HIERARCHY, make_logits, make_target, poisoned, run
+from cases import HIERARCHY, check, make_logits, make_target, poisoned, run
 from torch.profiler import ProfilerActivity, profile
 
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
@@ -133,38 +135,83 @@ def test_auto_takes_one_launch_where_it_wins(change, fused, monkeypatch):
     assert ("ial_simt::reduce" in names) == (not fused)
 
 
-def test_under_sanitizers(tmp_path):
-    """Every kernel once more where an access out of bounds, or undefined behaviour, ends the process."""
-    if simt.SANITIZED:
-        pytest.skip("this is that process")
-    libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
-    selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
-    # one of the two backends: they upsample with the same kernels
-    selected += " or (not simt_fused and (interpolate_then_loss or upsample and every_number or bad_labels))"
+def test_more_sums_than_a_block_has_room_for():
+    """A GeForce RTX 5090: 99 KiB for a block, fewer than the sums of 158 images need, which are pooled."""
+    hierarchy = Hierarchy([[level] for level in range(7)] + [[7, 8, 9, 10]])
+    logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
+    with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
+        check("simt_fused", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
+        fuses = torch.ops.ial_simt.fuses
+        assert not fuses(logits, target, None, 8, "batch")
+        assert fuses(logits[:157], target[:157], None, 8, "batch")
+
+
+SPACES = ["global", "shared", "local"]
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [("__stcs", "global"), ("__ldcg", "global"), ("__cvta_generic_to_shared", "shared")],
+)
+def test_an_instruction_reaches_its_address_space_only(instruction, expected, space):
+    error = pytest.raises(RuntimeError, match=f"simt: {instruction} on an address in {space} memory")
+    with contextlib.nullcontext() if space == expected else error:
+        torch.ops.ial_simt.touch(instruction, SPACES.index(space))
+    check("simt", make_logits((1, 5, 7)), make_target((1, 7), 5))
+
+
+def test_no_instruction_for_memory_is_hidden_from_the_emulator():
+    """What inline PTX does, the emulator does not see: its address space would not be looked at."""
+    for source in sorted((ROOT / "csrc").iterdir()):
+        for template in re.findall(r'\basm\b[^(]*\(\s*"([^"]*)"', source.read_text()):
+            assert not re.search(r"\b(ld|st|red|atom|cp|prefetch|mbarrier)\b", template), (
+                source.name,
+                template,
+            )
+
+
+def tests_of(build, files, selected, **environment):
+    """Runs tests in a process that has another build of the library; returns how many passed."""
+    if simt.BUILD != "plain":
+        pytest.skip(f"this is the process of the {simt.BUILD} build")
+    command = [sys.executable, "-m", "pytest", "-qs", "-x", "-p", "no:cacheprovider", "-k", selected]
     child = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-qs",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "tests/test_oracle.py",
-            "tests/test_launches.py",
-            "tests/test_upsample.py",
-            "-k",
-            f"simt and ({selected})",
-        ],
+        [*command, *(f"tests/test_{name}.py" for name in files)],
         cwd=ROOT,
-        env=os.environ
-        | {
-            "IAL_SIMT_SANITIZE": "1",
-            "LD_PRELOAD": " ".join(libraries),
-            "ASAN_OPTIONS": "detect_leaks=0",
-        },
+        env=os.environ | {"IAL_SIMT_BUILD": build} | environment,
         capture_output=True,
         text=True,
     )
     assert child.returncode == 0, (child.stdout + child.stderr)[-5000:]
-    assert int(re.search(r"(\d+) passed", child.stdout).group(1)) > 100
+    return int(re.search(r"(\d+) passed", child.stdout).group(1))
+
+
+def test_under_sanitizers():
+    """Every kernel once more where an access out of bounds, or undefined behaviour, ends the process."""
+    libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
+    selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
+    # one of the two backends: they upsample with the same kernels
+    selected += " or (not simt_fused and (interpolate_then_loss or upsample and every_number or bad_labels))"
+    passed = tests_of(
+        "sanitized",
+        ["oracle", "launches", "upsample"],
+        f"simt and ({selected})",
+        LD_PRELOAD=" ".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+    assert passed > 100
+
+
+def test_with_contracted_products():
+    """Every kernel once more where a product is merged with an addition and not rounded, as nvcc does it."""
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
+        pytest.skip("simt: a processor without FMA")
+    selected = "every_tile or dtype_and_rank or huge or itself or every_dtype or not_finite or ignored_pixels"
+    selected += " or one_launch or trained or options"
+    passed = tests_of(
+        "contracted",
+        ["oracle", "ops", "launches", "upsample"],
+        f"simt and ({selected})",
+    )
+    assert passed > 100

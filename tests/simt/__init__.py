@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,19 @@ from ial_cuda import _ops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SANITIZED = bool(os.environ.get("IAL_SIMT_SANITIZE"))
+#: Which build of the library this process has, a key of `_FLAGS`.
+BUILD = os.environ.get("IAL_SIMT_BUILD", "plain")
+SANITIZED = BUILD == "sanitized"
+_FMA = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []  # elsewhere it is there
+_SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+#: The compiler's and the linker's.
+_FLAGS = {
+    "plain": (["-O1"], []),
+    # what address finds anyway takes undefined long to compile
+    "sanitized": (["-O1", *_SANITIZERS, "-fno-sanitize=null,object-size,vptr"], _SANITIZERS),
+    # a product is merged with an addition wherever that can be, as nvcc does: g++ does so from -O2 on
+    "contracted": (["-O2", *_FMA, "-ffp-contract=fast"], []),
+}
 
 
 @functools.cache
@@ -27,20 +42,17 @@ def load() -> None:
         pytest.skip("simt: no C++ compiler")
     ninja = pytest.importorskip("ninja")
     os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
-    name = "ial_simt_sanitized" if SANITIZED else "ial_simt"
+    name = f"ial_simt_{BUILD}"
     build = ROOT / "build" / f"{name}-torch-{torch.__version__}"
     build.mkdir(parents=True, exist_ok=True)
-    flags = ["-O1", "-g0", "-fvisibility=hidden", "-DIAL_LIBRARY=ial_simt", "-Wno-unknown-pragmas"]
-    sanitizers = []
-    if SANITIZED:  # what address finds anyway takes undefined long to compile
-        sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-        sanitizers += ["-fno-sanitize=null,object-size,vptr"]
+    compiler_flags, linker_flags = _FLAGS[BUILD]
+    common = ["-g0", "-fvisibility=hidden", "-DIAL_LIBRARY=ial_simt", "-Wno-unknown-pragmas"]
     cpp_extension.load(
         name=name,
         sources=[str(ROOT / "csrc" / "ial_ops.cpp"), str(HERE / "simt.cpp")],
         extra_include_paths=[str(ROOT / "csrc"), str(HERE)],
-        extra_cflags=flags + sanitizers,
-        extra_ldflags=sanitizers,
+        extra_cflags=common + compiler_flags,
+        extra_ldflags=linker_flags,
         build_directory=str(build),
         is_python_module=False,
         with_cuda=False,
@@ -54,6 +66,16 @@ def sanitizer_library(name: str) -> str:
     if not os.path.isabs(path):
         pytest.skip(f"simt: the compiler has no lib{name}.so")
     return os.path.realpath(path)
+
+
+@contextlib.contextmanager
+def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[None]:
+    """Another device than the small one, for what is launched meanwhile."""
+    before = torch.ops.ial_simt.set_device(multiprocessors, l2_bytes, shared_bytes)
+    try:
+        yield
+    finally:
+        torch.ops.ial_simt.set_device(*before)
 
 
 def register() -> None:

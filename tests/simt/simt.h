@@ -1,7 +1,8 @@
 // CUDA's words on a CPU, enough to run this project's kernels: blocks one after another, their threads as
 // fibres that change over at barriers and shuffles only; those of a cooperative launch in turns, from one
 // grid barrier to the next. A barrier that is missing shows: what it waits for has not happened. Memory
-// ordering does not: there is one real thread.
+// ordering does not: there is one real thread. Instructions for one address space refuse addresses of
+// another.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -12,11 +13,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -74,13 +77,10 @@ inline float approximate(float y, float x, float error) {
 }
 inline float ex2_approx_ftz(float x) { return x == 0 ? 1 : approximate(std::exp2(x), x, 0x1p-22f); }
 inline float rcp_approx_ftz(float x) { return approximate(1 / x, x, 0x1p-23f); }
-template <typename T>
-void __stcs(T* to, T value) {
-    *to = value;
-}
-template <typename T>
-T __ldcg(const T* from) {
-    return *from;
+// Through memory, so that g++ cannot merge the product with an addition either.
+inline float __fmul_rn(float a, float b) {
+    volatile float product = a * b;
+    return product;
 }
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -121,6 +121,7 @@ inline Block* block;               // the one that runs
 inline Barrier grid;
 inline ucontext_t scheduler;
 inline bool progress;
+inline std::exception_ptr failure;  // of a thread
 
 inline std::string skipped;  // "file:line" of a barrier that is left out, to see whether a test fails
 inline unsigned turn = 0;    // blocks start their threads in ascending and in descending order in turn
@@ -166,8 +167,32 @@ T shuffle_xor(T value, int mask) {
     return value;
 }
 
+// A thread's stack is its local memory; a kernel's parameters are there too.
+enum Space { kGlobal, kShared, kLocal };
+
+inline Space space_of(const void* address) {
+    const auto is_in = [&](const void* from, size_t bytes) {
+        return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(from) < bytes;
+    };
+    if (is_in(ial::gpu::ial_shared, kMostSharedBytes)) return kShared;
+    return is_in(block->fibres[threadIdx.x].stack.get(), kStack) ? kLocal : kGlobal;
+}
+
+// For an instruction that reaches one address space only.
+inline void expect(Space expected, const void* address, const std::string& instruction) {
+    constexpr const char* kNames[] = {"global", "shared", "local"};
+    const Space space = space_of(address);
+    if (space != expected)
+        throw std::logic_error("simt: " + instruction + " on an address in " + kNames[space] + " memory");
+}
+
+// An exception must not leave the fibre's stack.
 inline void run_fibre() {
-    kernel();
+    try {
+        kernel();
+    } catch (...) {
+        failure = std::current_exception();
+    }
     block->fibres[threadIdx.x].done = true;
     progress = true;
 }
@@ -213,6 +238,7 @@ inline bool run(Block& its) {
             if (its.fibres[threadIdx.x].done) continue;
             its.done = false;
             swapcontext(&scheduler, &its.fibres[threadIdx.x].context);
+            if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
         }
         further |= progress;
     } while (progress);
@@ -220,12 +246,14 @@ inline bool run(Block& its) {
     return further;
 }
 
+constexpr const char* kRefused = "simt: a launch that CUDA refuses";
+
 template <typename... Parameters, typename... Arguments>
 void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int threads, size_t shared,
             const Arguments&... arguments) {
     if (size.x == 0 || size.y == 0 || threads % kWarp != 0 ||
         shared > (cooperative ? kMostSharedBytes : kSharedBytes) || (cooperative && size.y > 1))
-        throw std::logic_error("simt: a launch that CUDA refuses");
+        throw std::logic_error(kRefused);
     kernel = [&] { function(arguments...); };
     gridDim = size;
     blockDim = dim3(threads);
@@ -255,6 +283,22 @@ void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int th
 }
 
 }  // namespace simt
+
+template <typename T>
+void __stcs(T* to, T value) {
+    simt::expect(simt::kGlobal, to, "__stcs");
+    *to = value;
+}
+template <typename T>
+T __ldcg(const T* from) {
+    simt::expect(simt::kGlobal, from, "__ldcg");
+    return *from;
+}
+// The way to every instruction of PTX for shared memory.
+inline size_t __cvta_generic_to_shared(const void* address) {
+    simt::expect(simt::kShared, address, "__cvta_generic_to_shared");
+    return reinterpret_cast<size_t>(address);
+}
 
 #define __syncthreads() simt::syncthreads(__FILE__, __LINE__)
 #define __syncwarp() simt::syncwarp(__FILE__, __LINE__)
