@@ -63,7 +63,8 @@ template <typename A>
 struct Corners {
     A top_left, top_right, bottom_left, bottom_right;
 
-    // That of the pixel at fractions y and x. Every use rounds alike: a pixel's own logit equals itself.
+    // That of the pixel at fractions y and x. Every use must round alike, so that a pixel's own logit equals
+    // itself: no product is left for the compiler to merge with an addition.
     IAL_D A interpolate(A y, A x) const {
         const A left = multiply_add(y, bottom_left - top_left, top_left);
         const A right = multiply_add(y, bottom_right - top_right, top_right);

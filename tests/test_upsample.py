@@ -197,11 +197,28 @@ def test_cross_entropy(backend, reduction, align_corners):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_huge_logits(backend, dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e4, 1e5, 3e9])
+@pytest.mark.parametrize("alike", [False, True], ids=["random", "signs"])
+def test_huge_logits(backend, dtype, size, alike):
     """Where the most likely class changes between two coarse logits, the maximum of none of them is near."""
-    logits = make_logits((2, 5, 6, 9), dtype).sign() * 1e4
+    logits = make_logits((2, 5, 6, 9), spread=1.0)
+    logits = (size * (logits.sign() if alike else logits)).to(dtype)
     check_upsampled(backend, logits, make_target((2, 23, 31), 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e5, 3e9])
+@pytest.mark.parametrize("ratio", [4, 2.7])
+def test_an_own_logit_equals_itself(backend, dtype, size, ratio):
+    """A pixel that is right beyond doubt costs nothing, exactly, however large its logits are: the sum of its
+    softmax is e^0. A logit that is interpolated twice, and rounds differently, shows."""
+    logits = size * make_logits((2, 5, 6, 9), spread=1.0)
+    logits[:, 2] = size * (10 + make_logits((2, 6, 9), spread=1.0, seed=1))
+    target = torch.full((2, *sizes(ratio, (6, 9))), 2)
+    loss, grad, _ = run(backend, logits.to(dtype), target, Hierarchy.flat(5), upsample="bilinear")
+    assert loss == 0 and (grad == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
