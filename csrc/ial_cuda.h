@@ -36,8 +36,9 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    const Arguments&... arguments) const {
-        C10_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                            static_cast<int>(shared)));
+        // The limit belongs to the kernel, not to the launch: other threads may launch it with other sizes.
+        C10_CUDA_CHECK(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         launch(kernel, grid, threads, shared, true, arguments...);
     }
 

@@ -33,10 +33,8 @@ constexpr size_t kSlabBytes = kSharedBytes / 2;
 // Classes that a tile of 16 bytes a row keeps in registers; more go in tiles of half the width.
 constexpr int kWideClasses = 24;
 
-// Levels up to which the fused kernel has room for its sums, and the shared memory of a block that it takes
-// them to be in.
+// Levels up to which the fused kernel leaves room for logits beside its sums.
 constexpr int kMostFusedLevels = 8;
-constexpr int kLeastFusedSharedBytes = 96 << 10;
 
 inline void check_limits(int64_t classes, int levels) {
     TORCH_CHECK_VALUE(classes <= kMaxClasses, "logits has ", classes, " classes, expected at most ",
@@ -296,6 +294,11 @@ struct GradientUpsampled {
 template <typename Launcher>
 int64_t on_chip_bytes(const Launcher& launcher) {
     return int64_t(launcher.multiprocessors()) * launcher.shared_bytes() + launcher.l2_bytes();
+}
+
+// The shared memory without which the fused kernel does not start, for the tile with the most threads.
+inline size_t least_fused_bytes(int64_t classes, int levels, int64_t pooled_images) {
+    return FusedShared<Tile<float, 4, 11>>(classes, levels, pooled_images, 0).end;
 }
 
 // The arguments that combine and table share on the device.

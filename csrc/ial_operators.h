@@ -171,13 +171,15 @@ struct Operators {
     static bool has_one_launch(const Launcher& launcher, const Tensor& logits, const Tensor& target,
                                const OptionalTensor& pixel_weight, int64_t levels,
                                std::string_view factor_scope) {
+        const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
         return logits.scalar_type() != at::kDouble && logits.numel() > 0 && logits.is_contiguous() &&
                target.is_contiguous() && (!pixel_weight || pixel_weight->is_contiguous()) &&
                target.numel() / target.size(0) * logits.itemsize() % 16 == 0 &&
                aligned(logits.const_data_ptr(), 16) && logits.size(1) <= kMostClasses &&
                levels <= kMostFusedLevels && launcher.cooperative() &&
-               launcher.shared_bytes() >= kLeastFusedSharedBytes &&
-               (!is_pooled(factor_scope) || logits.size(0) <= launcher.multiprocessors());
+               pooled_images <= launcher.multiprocessors() &&
+               least_fused_bytes(logits.size(1), levels, pooled_images) <=
+                   static_cast<size_t>(launcher.shared_bytes());
     }
 
     // Whether it will be faster than several: an image, or all that are pooled, stay on the chip.
