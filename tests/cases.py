@@ -102,19 +102,31 @@ def poisoned():
         torch.use_deterministic_algorithms(False)
 
 
+def move(tensor, device):
+    """The tensor on a device, with its strides and its offset: `Tensor.to` makes a dense one of it."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.detach().as_strided((size,), (1,), 0).to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
     """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
     device = device_of(backend)
-    leaf = logits.to(device).detach()
-    leaf = leaf.requires_grad_() if leaf is not logits else logits.detach().requires_grad_()
+    leaf = move(logits, device).requires_grad_()
     weights = {
-        name: options.pop(name).to(device)
+        name: move(options.pop(name), device)
         for name in ("weight", "pixel_weight")
         if options.get(name) is not None
     }
     with poisoned():
         loss, components = importance_aware_loss(
-            leaf, target.to(device), hierarchy, backend=backend, return_components=True, **weights, **options
+            leaf,
+            move(target, device),
+            hierarchy,
+            backend=backend,
+            return_components=True,
+            **weights,
+            **options,
         )
         upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
