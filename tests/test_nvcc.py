@@ -122,6 +122,25 @@ def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
         assert len(stores) == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
 
 
+@pytest.mark.parametrize("dtype", ["d", *DTYPES])
+def test_a_pixel_is_stored_to_shared_memory_too(dtype):
+    """Where its channels lie side by side: STG, a store to global memory, must not be the only one."""
+    usage = next(iter(resources().values()))
+    name, _ = only(usage, f"_ZN3ial3gpu{KERNELS['gradient']}INS0_4TileI{dtype}Li1ELi32EE")
+    code = cuobjdump("-sass", "-fun", name)
+    assert len(re.findall(r"\bST\.", code)) >= 32 * code.count("Function :"), "a store for each class of a turn"
+
+
+@pytest.mark.parametrize("kernel", ["23reduce_upsampled_kernel", "25gradient_upsampled_kernel"])
+@pytest.mark.parametrize(("dtype", "side"), [(dtype, side) for dtype in DTYPES for side in (2, 4)], ids=str)
+def test_octaves_are_rounded_before_they_are_used(kernel, dtype, side):
+    """log2(e) x, merged with an addition in one place and not in another, is no longer one number."""
+    usage = next(iter(resources().values()))
+    name, _ = only(usage, f"_ZN3ial3gpu{kernel}INS0_5ChunkI{dtype}Li{side}EE")
+    uses = re.findall(r"\b(F\w+)[^;]*\b1\.4426950", cuobjdump("-sass", "-fun", name))
+    assert len(uses) >= 4 and set(uses) == {"FMUL"}
+
+
 def test_sums_of_other_blocks_are_read_past_l1():
     """L1 may hold what was there before the grid's barrier."""
     assert "LDG.E.64.STRONG.GPU" in machine_code("fused", "13__nv_bfloat16")
