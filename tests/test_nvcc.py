@@ -128,7 +128,7 @@ def test_a_pixel_is_stored_to_shared_memory_too(dtype):
     usage = next(iter(resources().values()))
     name, _ = only(usage, f"_ZN3ial3gpu{KERNELS['gradient']}INS0_4TileI{dtype}Li1ELi32EE")
     code = cuobjdump("-sass", "-fun", name)
-    assert len(re.findall(r"\bST\.", code)) >= 32 * code.count("Function :"), "a store for each class of a turn"
+    assert len(re.findall(r"\bST\.", code)) >= 32 * code.count("Function :")
 
 
 @pytest.mark.parametrize("kernel", ["23reduce_upsampled_kernel", "25gradient_upsampled_kernel"])
