@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -36,25 +37,34 @@ def judge(eager: Loss, inputs: Inputs) -> tuple[Result, Result]:
 
 
 def first_line(error: Exception) -> str:
-    """What happened, without the files, which would name somebody's folders."""
-    return re.sub(r"\S*/\S*", "…", (str(error) or repr(error)).splitlines()[0])
+    """What happened, short and without the files, which would name somebody's folders."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or repr(error)
+    return textwrap.shorten(re.sub(r"\S*/\S*", "…", lines.splitlines()[0]), 160, placeholder=" …")
 
 
 def examine(provider: Provider, inputs: Inputs, standard: Result, truth: Result) -> Row:
-    """The provider's row before it is timed, with a reason where it will not be. Warms up the compiler."""
+    """The provider's row before it is timed, with a reason where it will not be. Warms up the compiler.
+
+    On a GPU the second call is judged: launchers of kernels find their caches then, and go another way.
+    """
+    row = Row(provider.name)
     try:
-        result = provider.step(inputs)(inputs.logits())
+        step = provider.step(inputs)
+        if inputs.written.is_cuda:
+            step(inputs.logits())
+        result = step(inputs.logits())
     except torch.OutOfMemoryError as error:
-        return Row(provider.name, skipped=first_line(error))
+        return replace(row, skipped=first_line(error))
     except Exception as error:
+        reason = f"raises {type(error).__name__}: {first_line(error)}"
         if provider.compiled:
-            return Row(provider.name, skipped=f"torch.compile fails: {first_line(error)}")
-        return Row(provider.name, refused=f"raises {type(error).__name__}: {first_line(error)}")
+            reason = f"torch.compile fails: {first_line(error)}"
+        return replace(row, refused=reason) if row.ours else replace(row, skipped=reason)
     # Compiled code adds pixels one by one in float32, and what is alike is rounded alike: its sums err by
     # somewhat more than a random walk, and are not wrong.
     ulps = 4 * math.sqrt(inputs.targets[torch.int64].numel()) if provider.compiled else 4
     reasons = (why_refused(piece, standard, truth, ulps=ulps) for piece in inputs.pieces(result))
-    return Row(provider.name, refused=next(filter(None, reasons), None))
+    return replace(row, refused=next(filter(None, reasons), None))
 
 
 def judge_all(providers: Sequence[Provider], inputs: Inputs) -> Judges:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .compare import first_line
 from .inputs import IGNORE_INDEX
 from .providers import Loss, Provider, cross_entropy
 
@@ -46,11 +48,54 @@ def one_against_all_focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
     return terms.where(valid.unsqueeze(1), 0).sum() / (valid.sum() * logits.shape[1])
 
 
+def rows_of(logits: Tensor) -> Tensor:
+    """(N·H·W, C), which contiguous logits are copied to."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1]).contiguous()
+
+
+def weights_of_pixels(target: Tensor, weight: Tensor) -> Tensor:
+    """In float32; 0 for void pixels."""
+    table = weight.new_zeros(max(len(weight), IGNORE_INDEX + 1), dtype=torch.float32)
+    table[: len(weight)] = weight
+    table[IGNORE_INDEX] = 0
+    return table[target]
+
+
+def _flag_gems(package: Any) -> Loss:
+    """The library averages in a single block. Where a label is ignored, it reads the logit of that label all
+    the same, beyond the logits: void pixels get a class that there is, and no weight."""
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        weights = weights_of_pixels(target, weight)
+        valid = target.clamp(max=logits.shape[1] - 1)
+        return (package.cross_entropy_loss(logits, valid, reduction="none") * weights).sum() / weights.sum()
+
+    return loss
+
+
+def _quack(package: Any) -> Loss:
+    """The library's own mean looks up the weight of an ignored label, beyond the weights."""
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        classes, itemsize = logits.shape[1], logits.dtype.itemsize
+        if math.gcd(classes * itemsize, 16) < 4:
+            raise ValueError(f"cp.async copies 4, 8 or 16 bytes, a row has {classes * itemsize}")
+        total = package.cross_entropy(
+            rows_of(logits),
+            target.flatten(),
+            weight=weight.float(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        return total / weights_of_pixels(target, weight).sum()
+
+    return loss
+
+
 def _liger(package: Any) -> Loss:
     def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])  # a copy, of contiguous logits
         criterion = package.LigerCrossEntropyLoss(weight=weight.float(), ignore_index=IGNORE_INDEX)
-        return criterion(rows, target.flatten())
+        return criterion(rows_of(logits), target.flatten())
 
     return loss
 
@@ -87,6 +132,8 @@ class Library(NamedTuple):
 
 #: The focal losses do more than cross-entropy, and none of those that know no class weights does less for it.
 LIBRARIES = (
+    Library("FlagGems cross-entropy", "flag_gems", _flag_gems, cross_entropy, ("cuda",)),
+    Library("quack cross-entropy", "quack.cross_entropy", _quack, cross_entropy, ("cuda",)),
     Library("Liger cross-entropy", "liger_kernel.transformers", _liger, cross_entropy, ("cuda",)),
     Library(
         "smp SoftCrossEntropyLoss",
@@ -115,9 +162,13 @@ def make_libraries(
         missing, loss = None, eager
         if device not in on:
             missing = f"runs on {', '.join(on)} only"
-        elif importlib.util.find_spec(package) is None:
-            missing = f"{package} is not installed"
         else:
-            loss = make(importlib.import_module(module))
+            try:
+                if importlib.util.find_spec(package) is None:
+                    missing = f"{package} is not installed"
+                else:
+                    loss = make(importlib.import_module(module))
+            except Exception as error:  # whatever a package does when it is imported
+                missing = f"{package} cannot be used: {type(error).__name__}: {first_line(error)}"
         providers.append(Provider(prefix + name, after(loss), after(eager), missing=missing, captured=False))
     return providers

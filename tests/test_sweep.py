@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import math
+import sys
 import types
 
 import pytest
@@ -198,7 +199,11 @@ def test_exponents():
     assert growth.Line("ours", [1, 10], [0, 5]).exponent is None
 
 
-@pytest.mark.parametrize("library", libraries.LIBRARIES[1:], ids=lambda library: library.name)
+ON_THE_CPU = [library for library in libraries.LIBRARIES if "cpu" in library.devices]
+ON_A_GPU = {library.name: library for library in libraries.LIBRARIES if library not in ON_THE_CPU}
+
+
+@pytest.mark.parametrize("library", ON_THE_CPU, ids=lambda library: library.name)
 def test_libraries_compute_what_they_are_said_to(library):
     package = pytest.importorskip(library.module.partition(".")[0])
     assert package is not None
@@ -208,23 +213,75 @@ def test_libraries_compute_what_they_are_said_to(library):
     assert common.why_refused(got, *compare.judge(library.eager, given)) is None
 
 
-def test_the_rows_that_liger_gets():
-    """Its kernel runs on a GPU alone; here cross-entropy in PyTorch stands in for it."""
+class Liger:
+    def __init__(self, weight, ignore_index):
+        self.options = weight, ignore_index
 
-    class Criterion:
-        def __init__(self, weight, ignore_index):
-            self.options = weight, ignore_index
+    def __call__(self, rows, target):
+        weight, ignore_index = self.options
+        return torch.nn.functional.cross_entropy(rows, target, weight, ignore_index=ignore_index)
 
-        def __call__(self, rows, target):
-            weight, ignore_index = self.options
-            return torch.nn.functional.cross_entropy(rows, target, weight, ignore_index=ignore_index)
 
-    liger = libraries.LIBRARIES[0]
-    given = inputs.Inputs((2, 7, 16, 24), torch.float32, "cpu")
-    got = result(given, liger.make(types.SimpleNamespace(LigerCrossEntropyLoss=Criterion)))
-    assert common.why_refused(got, *compare.judge(liger.eager, given)) is None
-    real = pytest.importorskip(liger.module, reason="needs liger-kernel")
-    assert {"weight", "ignore_index"} <= set(inspect.signature(real.LigerCrossEntropyLoss).parameters)
+def flag_gems(inp, target, weight=None, reduction="mean", ignore_index=-100, label_smoothing=0.0):
+    """Has no label that is not a class: the library would read beyond the logits."""
+    assert target.min() >= 0 and target.max() < inp.shape[1] and inp.is_contiguous()
+    assert reduction == "none", "its own mean is slow"
+    return torch.nn.functional.cross_entropy(inp, target, weight, reduction=reduction)
+
+
+def quack(
+    x,
+    target,
+    lse_partial=None,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    inplace_backward=False,
+):
+    assert x.is_contiguous() and x.shape == (len(target), len(weight)) and weight.dtype == torch.float32
+    assert reduction == "sum", "its own mean would read beyond the weights"
+    return torch.nn.functional.cross_entropy(
+        x.float(), target, weight, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+#: Their kernels run on a GPU alone. Here cross-entropy in PyTorch stands in for each, under its name.
+STAND_INS = {
+    "FlagGems cross-entropy": ("cross_entropy_loss", flag_gems),
+    "quack cross-entropy": ("cross_entropy", quack),
+    "Liger cross-entropy": ("LigerCrossEntropyLoss", Liger),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 16, 24), (1, 300, 16, 24)], ids=str)
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_what_libraries_on_a_gpu_get(name, shape):
+    library, stand_in = ON_A_GPU[name], types.SimpleNamespace(**dict([STAND_INS[name]]))
+    given = inputs.Inputs(shape, torch.float32, "cpu")
+    given.targets[torch.int64][:, :4] = inputs.IGNORE_INDEX
+    got = result(given, library.make(stand_in))
+    assert common.why_refused(got, *compare.judge(library.eager, given)) is None
+
+
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_libraries_on_a_gpu_are_as_their_stand_ins(name):
+    function, stand_in = STAND_INS[name]
+    try:
+        real = getattr(importlib.import_module(ON_A_GPU[name].module), function)
+    except Exception as error:  # some cannot be imported without a GPU
+        pytest.skip(f"{type(error).__name__}: {compare.first_line(error)}")
+    assert set(inspect.signature(stand_in).parameters) <= set(inspect.signature(real).parameters)
+
+
+@pytest.mark.parametrize(("classes", "reason"), [(19, "a row has 38"), (20, None)])
+def test_rows_that_quack_cannot_copy(classes, reason):
+    quack_row = ON_A_GPU["quack cross-entropy"]
+    loss = quack_row.make(types.SimpleNamespace(cross_entropy=quack))
+    given = inputs.Inputs((1, classes, 16, 24), torch.bfloat16, "cpu")
+    provider = providers.Provider(quack_row.name, loss, quack_row.eager)
+    row = compare.examine(provider, given, *compare.judge(quack_row.eager, given))
+    assert row.refused is None
+    assert row.skipped == (reason and f"raises ValueError: cp.async copies 4, 8 or 16 bytes, {reason}")
 
 
 def test_a_library_that_is_not_there_is_skipped(monkeypatch):
@@ -232,6 +289,30 @@ def test_a_library_that_is_not_there_is_skipped(monkeypatch):
     rows = {provider.name: provider.missing for provider in libraries.make_libraries("cpu")}
     assert rows["MONAI FocalLoss"] == "monai is not installed"
     assert rows["Liger cross-entropy"] == "runs on cuda only"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (
+            r"raise RuntimeError('\n\x1b[91mNo device in /dev/x\x1b[0m!\nCheck it.')",
+            "RuntimeError: No device in …",
+        ),
+        ("import sys; sys.modules[__name__].__spec__ = None; 1 / 0", "ZeroDivisionError: division by zero"),
+        ("", "ModuleNotFoundError: No module named 'broken_library.losses'"),
+        ("assert 0, 'far ' * 99", "AssertionError: far far"),
+    ],
+)
+def test_a_library_that_cannot_be_imported_is_skipped(monkeypatch, tmp_path, code, reason):
+    (tmp_path / "broken_library").mkdir()
+    (tmp_path / "broken_library" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = ON_THE_CPU[0]._replace(module="broken_library.losses")
+    monkeypatch.setattr(libraries, "LIBRARIES", (broken,))
+    (provider,) = libraries.make_libraries("cpu")
+    sys.modules.pop("broken_library", None)
+    assert provider.missing.startswith(f"broken_library cannot be used: {reason}")
+    assert len(provider.missing) < 250 and provider.missing.isprintable()
 
 
 @pytest.fixture
