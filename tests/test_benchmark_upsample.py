@@ -103,17 +103,45 @@ def test_growth_is_fitted():
 
 def test_goals():
     peer = upsample_report.PEERS["cross-entropy"]
-    rows = [row("ial_cuda cuda", 0.06, 0.05, 4.0), row(peer, 0.6, 0.55), row(f"{peer}, compiled", 0.2)]
-    found = upsample_report.goals(report_of("cross-entropy", "cuda", torch.bfloat16, (1024, 2048), rows))
-    assert [(goal.bound, goal.measured, goal.as_graph, goal.reached) for goal in found] == [
-        (8, 10, 11, True),
-        (4, 3.333, None, False),
-        (70, 60, 50, True),
-        (2, pytest.approx(4 / (19 * 256 * 512 * 2 / 2**20), abs=1e-3), None, True),
+    rows = [
+        row("ial_cuda cuda", 0.08, 0.07, 4.0),
+        row("ial_cuda triton", 0.09),
+        row(peer, 0.6, 0.55),
+        row(f"{peer}, compiled", 0.07),
     ]
-    rows[2] = upsample_report.Row(rows[2].name, skipped="no compiler")
+    case = ("cuda", torch.bfloat16, (1024, 2048))
+    found = upsample_report.goals(report_of("cross-entropy", *case, rows))
+    assert [(goal.what, goal.bound, goal.measured, goal.as_graph, goal.reached) for goal in found] == [
+        ("ial_cuda cuda: µs", 87, 80, pytest.approx(70), True),
+        (
+            f"ial_cuda cuda / best peer, {peer}, compiled",
+            1.06,
+            pytest.approx(0.08 / 0.07, abs=1e-3),
+            pytest.approx(0.07 / 0.55, abs=1e-3),
+            False,
+        ),
+        (
+            "ial_cuda cuda: extra memory / logits",
+            2,
+            pytest.approx(4 / (19 * 256 * 512 * 2 / 2**20), abs=1e-3),
+            None,
+            True,
+        ),
+    ]
+    alone = upsample_report.goals(report_of("IAL", *case, rows))
+    assert [goal.bound for goal in alone] == [87, 2], "the reference is no peer"
+    rows = [rows[0], rows[2], upsample_report.Row(rows[3].name, skipped="no compiler")]
     on_cpu = upsample_report.goals(report_of("cross-entropy", "cpu", torch.float32, (512, 1024), rows))
-    assert [(goal.bound, goal.reached) for goal in on_cpu] == [(10, True), (6, None), (2, True)]
+    assert [(goal.bound, goal.reached) for goal in on_cpu] == [(10, False), (6, None), (2, True)]
+
+
+@pytest.mark.parametrize("dtype", upsample_report.PEER_BOUNDS, ids=str)
+def test_the_arithmetic_of_goals(dtype):
+    """In bytes and µs: something of the fine logits' size written and read, labels read three times."""
+    pixels = 1024 * 2048
+    peer_us = 1e6 * (2 * 19 * pixels * dtype.itemsize + 3 * 8 * pixels) / 3.0e12 + 12
+    bound = upsample_report.PEER_BOUNDS[dtype]
+    assert bound == pytest.approx(87 / peer_us, abs=0.0051)  # it has two digits after the point
 
 
 @pytest.mark.parametrize("text", ["64", "64x126", "0x64", "4x8x8"])

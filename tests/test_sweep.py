@@ -19,7 +19,7 @@ from ial_cuda import _ops
 
 program = pytest.importorskip("benchmarks.sweep", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import __main__ as everything  # noqa: E402  (which need the same)
-from benchmarks import common, compare, growth, inputs, libraries, providers, questions, step  # noqa: E402
+from benchmarks import common, compare, growth, inputs, libraries, providers, questions, report, step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
 
@@ -189,6 +189,17 @@ def test_tiles_that_are_compared(monkeypatch):
     assert compared() == [0, 16, 32, 47, 63]
     monkeypatch.setattr(inputs, "CHECKED_LOGITS", 1)
     assert compared() == [0, 63], "never less than the first and the last"
+
+
+def test_goals_on_a_gpu_count_the_labels_of_the_case():
+    shape = (1, 19, 512, 512)
+    rows, copy = [report.Row(name) for name in report.OURS[:2]], report.Row(report.COPY, median_ms=0.01)
+
+    def bounds(labels):
+        case = questions.Case("cuda", torch.bfloat16, shape, labels)
+        return [goal.bound for goal in report.goals(report.Report(case, "synthetic", rows, [copy]))]
+
+    assert bounds(torch.uint8)[:3] == bounds(torch.int64)[3:] != bounds(torch.int64)[:3]
 
 
 def test_exponents():
