@@ -4,6 +4,46 @@ import interpreted  # noqa: F401  before a test imports Triton, be it through to
 import pytest
 import simt
 
+from ial_cuda import _ops
+
+pytest_plugins = ["gpu_process"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backends",
+        type=lambda names: names.split(","),
+        metavar="NAME,...",
+        help="run only the tests whose parameter `backend` or marker `backends` names one of these",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "backends(name, ...): for --backends, of a test that has no parameter `backend`"
+    )
+    if config.option.backends:
+        import cases  # noqa: F401  registers the emulated ones
+
+        for name in config.option.backends:
+            if name not in _ops.unavailable:
+                known = ", ".join(_ops.unavailable)
+                raise pytest.UsageError(f"--backends has {name!r}, expected some of {known}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.option.backends
+    if chosen:
+        config.hook.pytest_deselected(items=[item for item in items if not backends_of(item) & {*chosen}])
+        items[:] = [item for item in items if backends_of(item) & {*chosen}]
+
+
+def backends_of(item: pytest.Item) -> set[str]:
+    callspec = getattr(item, "callspec", None)
+    if callspec and "backend" in callspec.params:
+        return {callspec.params["backend"]}
+    return {name for marker in item.iter_markers("backends") for name in marker.args}
+
 
 @pytest.fixture(autouse=True)
 def _load_simt(request: pytest.FixtureRequest) -> None:

@@ -145,6 +145,7 @@ def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
         assert row["copy_percent"] == pytest.approx(percent, abs=0.051)  # one digit after the point
 
 
+@pytest.mark.backends("cuda", "fused")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_tiny_run_on_cuda(tmp_path):
     if not program.kernels("cuda"):

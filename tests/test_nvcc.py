@@ -17,6 +17,8 @@ from ial_cuda import _ops
 if _ops.unavailable["cuda"] is not None:
     pytest.skip(f"no CUDA kernels: {_ops.unavailable['cuda']}", allow_module_level=True)
 
+pytestmark = pytest.mark.backends("cuda", "fused")
+
 DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # as g++ mangles them: pixels of a tile
 KERNELS = {"reduce": "13reduce_kernel", "gradient": "15gradient_kernel", "fused": "12fused_kernel"}
 
