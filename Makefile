@@ -26,14 +26,14 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test bench gpu-check lint format sdist clean
+.PHONY: help test bench gpu-check gpu-bench lint format sdist clean
 
 help: ## print this
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /:/' | awk -F: '{ printf "make %-9s %s\n", $$1, $$2 }'
 	@echo
 	@echo "VENV=$(VENV)  an environment to use; a torch in it is left as it is. Else one is created there."
 	@echo "TORCH='$(TORCH)'  what to install where there is no torch.  PYTHON=$(PYTHON)  creates the environment,"
-	@echo "and runs gpu-check as it is.  OUT=$(OUT)  is where gpu-check leaves its results."
+	@echo "and runs gpu-check and gpu-bench as it is.  OUT=$(OUT)  is where they leave their results."
 	@echo "IAL_CAMVID  the CamVid data set's folder, for the tests and benchmarks that use it."
 
 # Two at a time: emulated kernels run on one thread. Those of the others must not spin while they wait.
@@ -44,8 +44,11 @@ bench: $(STAMP) ## time the loss on this machine: everyone who computes it, size
 	$(PY) -m benchmarks
 
 # Installs nothing, so that it works where nothing can be: $(PYTHON) is taken as it is.
-gpu-check: ## build for the GPU that is here, test, sanitize and time on it, in nine minutes; without one, a dry run
-	$(PYTHON) -m benchmarks.gpu_check --output $(OUT)
+gpu-check: ## build for the GPU that is here, run the tests and compute-sanitizer on it, in nine minutes; without one, a dry run
+	$(PYTHON) -m benchmarks.gpu_check check --output $(OUT)
+
+gpu-bench: ## run the benchmarks on the GPU that is here, in nine minutes; without one, a dry run
+	$(PYTHON) -m benchmarks.gpu_check bench --output $(OUT)
 
 lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff check

@@ -1,234 +1,309 @@
-"""All that a machine with a GPU can tell, in under nine minutes: the extension built for it, the benchmark,
-the tests, compute-sanitizer. Stages run in order of value, each within a bound; a failed one stops no other.
+"""Tests and benchmarks on a GPU, in two calls of under nine minutes each.
 
-It takes the Python it is run by, with torch and pytest, and installs nothing; a stage that lacks something is
-skipped. Without a GPU it is a dry run: the same stages on the CPU, where tests/simt runs the CUDA kernels.
+`check` builds the extension for this GPU, tests it and runs compute-sanitizer. `bench` runs the benchmarks.
+Stages run in order of value, each within a bound. A stage that fails stops no other.
+
+It uses the Python that runs it and installs nothing. A stage that lacks a program is skipped. Without a GPU
+it is a dry run: the same stages on the CPU, where tests/simt runs the CUDA kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
-import tempfile
-import time
+import sysconfig
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-#: Seconds for all stages together.
-TOTAL = 530
+from benchmarks.stages import ROOT, TOOL_PATH, Check, Stage
+
+#: Seconds for all stages together. Of them, for the first import of torch, which reads gigabytes.
+TOTAL, PROBE_SECONDS = 530, 240
+#: For the tests of CUDA and for those of Triton, which run beside the four sanitizers.
+WORKERS = max(2, ((os.cpu_count() or 2) - 4) // 2)
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: The tools of the CUDA toolkit, which is not always on PATH.
-TOOL_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
-#: A log keeps its beginning and its end.
-LOG_BYTES, TAIL_LINES = 1 << 20, 30
-#: With -v the log of a run that is ended tells what failed and where it was.
-PYTEST = (sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider")
 BENCHMARKS = ("loss", "upsample", "step", "sweep")
-PRODUCTS = (
-    *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png") if name != "step"),
-    "step.json",
-    "summary.json",
-    "log.txt",
-)
+#: The stages of each call. `bench` has the smoke tests too: they name what is broken before it is timed.
+STAGES = {
+    "check": ("build", "info", "smoke", "cuda", "triton", *SANITIZERS),
+    "bench": ("build", "info", "smoke", *BENCHMARKS),
+}
+PRODUCTS = {
+    "check": ("machine.json",),
+    "bench": (
+        "machine.json",
+        *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png") if name != "step"),
+        "step.json",
+    ),
+}
+#: What both calls need, and the oldest version of it.
+REQUIRED = {"torch": "2.11", "numpy": "1", "pytest": "8", "hypothesis": "6", "setuptools": "77"}
+#: Seconds after which a test counts as hung: its stack is printed, and a worker of pytest-xdist is replaced.
+HANGS = 150
 
 PROBE = """
-import torch
-print("%d.%d" % torch.cuda.get_device_capability() if torch.cuda.is_available() else "")
+import json, torch
+there = torch.cuda.is_available()
+capability = "%d.%d" % torch.cuda.get_device_capability() if there else None
+print(json.dumps([capability, torch.__version__, torch.version.cuda]))
 """
-# What is there for a device, into a file.
 INFO = """
 import json, sys
 from pathlib import Path
-from benchmarks.common import describe_machine
+from benchmarks import common, gpu_check
 from ial_cuda import _ops
-device = {device!r}
 print(_ops.describe())
-backends = [name for name in _ops.kernels(device) if _ops.unavailable[name] is None]
-Path({file!r}).write_text(json.dumps(dict(machine=describe_machine(), backends=backends)))
-sys.exit(_ops.unavailable[device])
+machine = {{name: value for name, value in common.describe_machine().items() if value is not None}}
+Path({file!r}).write_text(json.dumps(gpu_check.versions() | machine))
+sys.exit(_ops.unavailable[{device!r}])
 """
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A command, and the seconds after which it is killed."""
+class Found(NamedTuple):
+    """What torch says of itself and of the GPU."""
 
-    name: str
-    command: Sequence[str]
-    seconds: float
-    env: Mapping[str, str] = field(default_factory=dict)
-    modules: Sequence[str] = ()  # what it needs
-    programs: Sequence[str] = ()
-    skip: str | None = None  # why it has nothing to do
-
-    def why_not(self) -> str | None:
-        missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
-        missing += [name for name in self.programs if shutil.which(name, path=TOOL_PATH) is None]
-        return f"no {', '.join(missing)} here" if missing else self.skip
+    capability: str | None  # of the GPU
+    torch: str
+    torch_cuda: str | None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    name: str
-    result: str  # ok, failed, timed out or skipped
-    why: str = ""
-    seconds: float = 0.0
-    tail: str = ""  # the end of its log, where it is not ok
-
-
-class Running:
-    """A stage's process, in a group of its own so that its children end with it."""
-
-    def __init__(self, stage: Stage, log: Path, seconds: float) -> None:
-        self.stage, self.log, self.seconds = stage, log, seconds
-        self.start = time.monotonic()
-        with log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                stage.command,
-                cwd=ROOT,
-                env={**os.environ, "PATH": TOOL_PATH, "PYTHONUNBUFFERED": "1", **stage.env},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def taken(self) -> float:
-        return time.monotonic() - self.start
-
-    def kill(self) -> None:
-        """The group, of which something may be left when the process itself has ended."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def outcome(self) -> Outcome | None:
-        """None while it runs within its bound."""
-        code = self.process.poll()
-        if code is None and self.taken < self.seconds:
-            return None
-        taken = round(self.taken, 1)
-        self.kill()
-        if code is None:
-            return Outcome(self.stage.name, "timed out", f"after {self.seconds:.0f} s", taken, tail(self.log))
-        if code:
-            why = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-            return Outcome(self.stage.name, "failed", why, taken, tail(self.log))
-        why = last_line(self.log)
-        # Tests that were all skipped have shown nothing.
-        result = "skipped" if "skipped" in why and "passed" not in why else "ok"
-        return Outcome(self.stage.name, result, why, taken)
-
-
-def tail(log: Path) -> str:
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-    return "\n".join(line[:300] for line in lines)
-
-
-def last_line(log: Path) -> str:
-    """What a program that went well says last, as pytest and compute-sanitizer do to sum up."""
-    lines = [line.strip("= ") for line in log.read_text(errors="replace").splitlines()]
-    return next((line[:80] for line in reversed(lines) if line), "")
-
-
-def run_together(stages: Sequence[Stage], folder: Path, deadline: float) -> list[Outcome]:
-    """Runs the stages side by side, each for as long as its bound and the deadline allow."""
-    outcomes: dict[str, Outcome] = {}
-    running: list[Running] = []
+def probe() -> Found:
+    """Asks torch in another process, so that this one holds nothing of the GPU."""
     try:
-        for stage in stages:
-            left = deadline - time.monotonic()
-            why = stage.why_not() or (None if left >= 1 else "no time left")
-            if why:
-                outcomes[stage.name] = Outcome(stage.name, "skipped", why)
-                continue
-            print(f"{stage.name} ...", flush=True)
-            try:
-                running.append(Running(stage, folder / f"{stage.name}.log", min(stage.seconds, left)))
-            except OSError as error:
-                outcomes[stage.name] = Outcome(stage.name, "failed", str(error))
-        while running:
-            time.sleep(0.05)
-            for one in list(running):
-                outcome = one.outcome()
-                if outcome:
-                    running.remove(one)
-                    outcomes[outcome.name] = outcome
-                    print(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s", flush=True)
-    finally:
-        for one in running:
-            one.kill()
-    return [outcomes[stage.name] for stage in stages]
+        done = subprocess.run(
+            [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=PROBE_SECONDS
+        )
+    except subprocess.SubprocessError as error:
+        raise SystemExit(f"torch does not work in {sys.executable}: {error}\n{error.stderr or ''}") from None
+    return Found(*json.loads(done.stdout.splitlines()[-1]))
 
 
-class Check:
-    """What has come out so far; each step is written to the output at once."""
+def missing() -> list[str]:
+    """What this Python lacks, each with the remedy."""
+    lacks = []
+    for package, oldest in REQUIRED.items():
+        version = installed(package)
+        if version is None or numbers(version) < numbers(oldest):
+            has = f"has {package} {version}" if version else f"has no {package}"
+            remedy = f"{sys.executable} -m pip install '{package}>={oldest}'"
+            lacks.append(f"{sys.executable} {has}, expected {oldest} or newer: {remedy}")
+    return lacks
 
-    def __init__(self, output: Path, dry_run: bool, start: float, total: float = TOTAL) -> None:
-        self.output, self.dry_run = output, dry_run
-        self.start, self.deadline = start, start + total
-        self.machine: dict[str, Any] = {}
-        self.outcomes: list[Outcome] = []
-        output.mkdir(parents=True, exist_ok=True)
-        for name in PRODUCTS:
-            (output / name).unlink(missing_ok=True)
 
-    def run(self, stages: Sequence[Stage]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            new = run_together(stages, Path(folder), self.deadline)
-            with (self.output / "log.txt").open("ab") as log:
-                for outcome in new:
-                    log.write(f"\n===== {outcome.name}: {outcome.result} {outcome.why}\n".encode())
-                    if outcome.result != "skipped":
-                        log.write(shortened(Path(folder, f"{outcome.name}.log").read_bytes()))
-        self.outcomes += new
-        text = json.dumps(self.summary(), indent=2)
-        (self.output / "summary.json").write_text(text + "\n")
+def numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)[:2]]
 
-    @property
-    def failed(self) -> bool:
-        return any(outcome.result in ("failed", "timed out") for outcome in self.outcomes)
+
+def installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Of the software that the extension and the tests depend on."""
+    packages = ("triton", "numpy", "setuptools", "ninja", "pytest", "pytest-xdist")
+    found = {package: installed(package) for package in packages}
+    found["gcc"] = first_match(r".+", "c++", "--version")
+    found["nvcc"] = first_match(r"(?<=release )[\d.]+", "nvcc", "--version")
+    return {name: version for name, version in found.items() if version}
+
+
+def first_match(pattern: str, *command: str) -> str | None:
+    """Of what a program prints, where there is such a program."""
+    try:
+        done = subprocess.run(
+            command, env=os.environ | {"PATH": TOOL_PATH}, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.search(pattern, done.stdout + done.stderr)
+    return found and found[0]
+
+
+# ---- the stages of both calls ---------------------------------------------------------------------------
+
+
+def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
+    """Whether the extension there is for this Python, torch and GPU, and newer than its sources."""
+    extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    record = package / "_build.json"
+    if not (extension.exists() and record.exists()):
+        return False
+    build = json.loads(record.read_text())
+    archs = {arch.removesuffix("+PTX") for arch in build["arch_list"]}
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
+    return (
+        (build["torch"], build["torch_cuda"]) == (found.torch, found.torch_cuda)
+        and (found.capability is None or found.capability in archs)
+        and extension.stat().st_mtime > max(file.stat().st_mtime for file in sources)
+    )
+
+
+def build(found: Found) -> Stage:
+    """For this GPU alone. Forced, since setuptools compares times alone, and the build may be for another."""
+    return Stage(
+        "build",
+        [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
+        150,
+        env={
+            "IAL_CUDA_FORCE_CPU": "0" if found.capability else "1",
+            "IAL_CUDA_REQUIRE_EXT": "1",
+            "MAX_JOBS": str(os.cpu_count()),
+            "TORCH_CUDA_ARCH_LIST": found.capability or "",
+        },
+        skip="the extension is newer than its sources" if is_built(found) else None,
+    )
+
+
+def info(found: Found, output: Path) -> Stage:
+    device = "cuda" if found.capability else "cpu"
+    code = INFO.format(device=device, file=str(output / "machine.json"))
+    return Stage("info", [sys.executable, "-c", code], 60)
+
+
+def tests(name: str, arguments: Sequence[str], seconds: float, *, workers: int = 0, **more: Any) -> Stage:
+    """With -v the log names the test that hangs. Without pytest-xdist there are no workers."""
+    command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--durations=10"]
+    command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
+    if workers and importlib.util.find_spec("xdist"):
+        command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(4 * workers)]
+        if int(metadata.version("pytest").split(".")[0]) >= 9:
+            command += ["-o", "faulthandler_exit_on_timeout=true"]
+        more["env"] = {"OMP_NUM_THREADS": "1", **more.get("env", {})}
+    return Stage(name, [*command, *arguments], seconds, **more)
+
+
+# ---- is it right? ---------------------------------------------------------------------------------------
+
+
+def sanitized(tool: str, selection: Sequence[str], *, dry: bool = False) -> Stage:
+    """The tests of tiles and grids, under a tool of compute-sanitizer.
+
+    torch makes calls to CUDA that fail, which is no error of ours. Its allocator would hide from the tool
+    where a tensor ends, and the tests' NaN in fresh memory what is read before it is written.
+    """
+    plain = tests(
+        tool,
+        ["tests/test_launches.py", *selection],
+        300,
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "IAL_UNPOISONED": "1"},
+    )
+    if dry:
+        return plain if tool == SANITIZERS[0] else replace(plain, skip="without a tool it is memcheck's")
+    prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
+    if tool == "memcheck" and first_match("--destroy-on-device-error", "compute-sanitizer", "--help"):
+        prefix += ["--destroy-on-device-error", "kernel"]  # the context lives, and the tests after it run
+    return replace(plain, command=[*prefix, *plain.command], programs=["compute-sanitizer"])
+
+
+def smoke(found: Found) -> Stage:
+    """A few tests of every kernel."""
+    file, few = "tests/test_oracle.py", "number_of_classes and 19"
+    if found.capability:
+        which = [file, "--backends=cuda,fused,triton", "-k", few]
+        return tests("smoke", which, 90, workers=WORKERS)
+    return tests("smoke", [file, "--backends=simt", "-k", f"{few} and float32"], 240)  # compiles them first
+
+
+def check_plan(found: Found) -> list[list[Stage]]:
+    """What takes minutes runs side by side, so that a slow stage takes no time from the others."""
+    if not found.capability:
+        few = ["--backends=simt", "-k", "19 and float32 and every_tile"]
+        interpreted = ["tests/test_triton.py", "--backends=triton", "-k", "registers_for"]
+        return [
+            [tests("cuda", ["tests/test_launches.py", *few], 300, workers=2)],
+            [tests("triton", interpreted, 300), *(sanitized(tool, few, dry=True) for tool in SANITIZERS)],
+        ]
+    gpu = "--backends=cuda,fused"
+    small = "(every_tile or has_room or images_than_fit or one_launch) and not 1000"
+    return [
+        [
+            tests("cuda", [gpu], 400, workers=WORKERS),
+            tests("triton", ["--backends=triton"], 400, workers=WORKERS),
+            *(sanitized(tool, [gpu, "-k", small]) for tool in SANITIZERS),
+        ]
+    ]
+
+
+# ---- how fast is it? ------------------------------------------------------------------------------------
+
+
+def benchmark(name: str, arguments: Sequence[str], seconds: float, output: Path) -> Stage:
+    return Stage(
+        name,
+        [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--output", str(output)],
+        seconds,
+        modules=["matplotlib", "rich", "PIL"],
+    )
+
+
+def bench_plan(found: Found, output: Path) -> list[list[Stage]]:
+    """One after another: each wants the machine for itself."""
+    if found.capability:
+        arguments = {
+            "loss": ["--rounds", "100"],
+            "upsample": ["--rounds", "100"],
+            "step": ["--rounds", "50"],
+            # what it has not begun after a minute and a half it leaves, and says so
+            "sweep": ["--rounds", "30", "--seconds", "1", "--minutes", "1.5"],
+        }
+        common = ["--device", "cuda"]
+    else:
+        arguments = {
+            "loss": ["--shape", "1x19x32x64", "2x11x24x40"],
+            "upsample": ["--size", "64x128"],
+            "step": [],
+            "sweep": ["--largest", "64"],
+        }
+        common = ["--device", "cpu", "--rounds", "2", "--no-compile"]
+    seconds = {"loss": 170, "upsample": 130, "step": 60, "sweep": 130}
+    return [[benchmark(name, [*common, *arguments[name]], seconds[name], output)] for name in BENCHMARKS]
+
+
+def plan(what: str, found: Found, output: Path) -> list[list[Stage]]:
+    """The stages of a call. Those of a group run side by side."""
+    rest = check_plan(found) if what == "check" else bench_plan(found, output)
+    return [[build(found)], [info(found, output)], [smoke(found)], *rest]
+
+
+# ---- what comes out -------------------------------------------------------------------------------------
+
+
+class Report(Check):
+    """With the machine, and the cases of the benchmarks with their goals."""
+
+    dry_run = True
 
     def summary(self) -> dict[str, Any]:
-        files = [self.output / f"{name}.json" for name in BENCHMARKS]
-        cases = [case for file in files if file.exists() for case in json.loads(file.read_text())["cases"]]
+        def read(name: str) -> dict[str, Any]:
+            file = self.output / name
+            return json.loads(file.read_text()) if file.exists() else {}
+
+        files = [f"{name}.json" for name in BENCHMARKS if f"{name}.json" in self.products]
+        kept = ("input", "labels", "gpu_before", "gpu_after", "goals")
         return {
             "dry_run": self.dry_run,
-            "failed": self.failed,
-            "seconds": round(time.monotonic() - self.start, 1),
-            "machine": self.machine,
-            "stages": [asdict(outcome) for outcome in self.outcomes],
+            **super().summary(),
+            "machine": read("machine.json"),
             "cases": [
-                {name: case[name] for name in ("input", "labels", "gpu_before", "gpu_after", "goals")}
-                for case in cases
+                {name: case[name] for name in kept} for file in files for case in read(file).get("cases", [])
             ],
         }
 
     def show(self) -> None:
-        """For the end of the output: what failed, the stages, the figures, the files."""
+        super().show()
         summary = self.summary()
-        for outcome in self.outcomes:
-            if outcome.tail:
-                print(f"\n----- {outcome.name} {outcome.result}, {outcome.why}:\n{outcome.tail}")
-        print()
-        if self.dry_run:
-            print("DRY RUN on the CPU: no CUDA device was used, and no figure is a GPU's.")
-        known = ("gpu", "driver_version", "cuda", "nvcc", "torch", "triton", "python", "commit")
-        print(", ".join(f"{name} {self.machine[name]}" for name in known if name in self.machine))
-        print(f"\n{'stage':<22} {'result':<10} {'s':>5}")
-        for outcome in self.outcomes:
-            print(f"{outcome.name:<22} {outcome.result:<10} {outcome.seconds:>5.0f}  {outcome.why}")
         for case in summary["cases"]:
             print(f"\n{case['input']}, {case['labels']} labels")
             for name in ("gpu_before", "gpu_after"):
@@ -236,13 +311,11 @@ class Check:
                 print(f"  {name}: {state}" if state else f"  {name}: not a GPU")
             for goal in case["goals"]:
                 print(f"  {describe_goal(goal)}")
-        print(f"\nin {summary['seconds']:.0f} s; {self.output}:")
-        print(*sorted(file.name for file in self.output.iterdir()))
-
-
-def shortened(log: bytes) -> bytes:
-    half = LOG_BYTES // 2
-    return log if len(log) <= LOG_BYTES else log[:half] + b"\n[...]\n" + log[-half:]
+        print()
+        if summary["dry_run"]:
+            print("DRY RUN on the CPU: no CUDA device was used, and no figure is a GPU's.")
+        print(*(f"{name} {value}" for name, value in summary["machine"].items() if value), sep=", ")
+        print(f"in {summary['seconds']:.0f} s; all of it: {self.output / self.name}.tar.gz")
 
 
 def describe_goal(goal: Mapping[str, Any]) -> str:
@@ -252,152 +325,37 @@ def describe_goal(goal: Mapping[str, Any]) -> str:
     return f"{reached:<12} {goal['what']:<58} {bound:<8} {figures[0]:>8}  (as a graph {figures[1]})"
 
 
-def up_to_date() -> bool:
-    """Whether the extension in the checkout is newer than its sources."""
-    built = [file.stat().st_mtime for file in (ROOT / "ial_cuda").glob("_C*.so")]
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
-    return bool(built) and max(built) > max(file.stat().st_mtime for file in sources)
-
-
-def build(capability: str | None) -> Stage:
-    """For the GPU that is there alone. Forced, since an extension without CUDA may be lying there."""
-    force = ["--force"] if capability else []
-    return Stage(
-        "build",
-        [sys.executable, "setup.py", "build_ext", "--inplace", *force],
-        240,
-        env={
-            "IAL_CUDA_FORCE_CPU": "0" if capability else "1",
-            "IAL_CUDA_REQUIRE_EXT": "1",
-            "MAX_JOBS": str(os.cpu_count()),
-            "TORCH_CUDA_ARCH_LIST": capability or "",
-        },
-        modules=["torch", "setuptools"],
-        skip="the extension is newer than its sources" if not capability and up_to_date() else None,
-    )
-
-
-def info(device: str, file: Path) -> Stage:
-    code = INFO.format(device=device, file=str(file))
-    return Stage("info", [sys.executable, "-c", code], 60, modules=["torch", "PIL"])
-
-
-def tests(name: str, arguments: Sequence[str], seconds: float, **more: Any) -> Stage:
-    modules = ["torch", "numpy", "pytest", "hypothesis"]
-    return Stage(name, [*PYTEST, *arguments], seconds, modules=modules, **more)
-
-
-def sanitized(tool: str | None, chosen: str) -> Stage:
-    """The tests of tiles and grids, under a tool of compute-sanitizer.
-
-    torch makes calls to CUDA that fail, which is no error of ours. Its allocator would hide from the tool
-    where a tensor ends, and the tests' NaN in fresh memory what is read before it is written.
-    """
-    small = "(every_tile or has_room or images_than_fit or one_launch) and not 1000"
-    plain = tests(
-        f"sanitizer {tool or 'none'}",
-        ["tests/test_launches.py", "-k", f"({chosen}) and {small}"],
-        140,
-        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "IAL_UNPOISONED": "1"},
-    )
-    if tool is None:
-        return plain
-    prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
-    return replace(plain, command=[*prefix, *plain.command], programs=["compute-sanitizer"])
-
-
-def plan(backends: Sequence[str], output: Path) -> list[list[Stage]]:
-    """What a GPU is asked. Stages of a group run side by side; a benchmark wants the machine for itself."""
-    chosen = " or ".join(backends)
-    workers = ["-n", str(max(2, (os.cpu_count() or 2) // 2))] if importlib.util.find_spec("xdist") else []
-    return [
-        [tests("smoke", ["tests/test_oracle.py", "-k", f"({chosen}) and number_of_classes and 19"], 60)],
-        [benchmark("loss", ["--device", "cuda", "--rounds", "100"], 170, output)],
-        [benchmark("upsample", ["--device", "cuda", "--rounds", "100"], 130, output)],
-        [benchmark("step", ["--device", "cuda", "--rounds", "50"], 60, output)],
-        [
-            tests("tests of the GPU", ["tests/test_cuda.py"], 140),
-            tests("tests of its backends", [*workers, "-k", f"({chosen}) and not test_cuda"], 140),
-            *(sanitized(tool, chosen) for tool in SANITIZERS),
-        ],
-        # what it has not begun after a minute and a half it leaves, and says so
-        [
-            benchmark(
-                "sweep",
-                ["--device", "cuda", "--rounds", "30", "--seconds", "1", "--minutes", "1.5"],
-                130,
-                output,
-            )
-        ],
-        [tests("other tests", [*workers, "-k", f"not ({chosen})"], 180)],
-    ]
-
-
-def dry_plan(output: Path) -> list[list[Stage]]:
-    """The same stages with what a CPU can do in seconds."""
-    few = "simt and 19 and float32"
-    shapes = ["1x19x32x64", "2x11x24x40"]
-    briefly = ["--device", "cpu", "--rounds", "2", "--no-compile"]
-    return [
-        [tests("smoke", ["tests/test_oracle.py", "-k", f"{few} and number_of_classes"], 60)],
-        [benchmark("loss", [*briefly, "--shape", *shapes], 170, output)],
-        [benchmark("upsample", [*briefly, "--size", "64x128"], 130, output)],
-        [benchmark("step", briefly, 60, output)],
-        [
-            tests("tests of the GPU", ["tests/test_cuda.py"], 140),
-            tests("tests of its backends", ["tests/test_launches.py", "-k", f"{few} and every_tile"], 140),
-            sanitized(None, few),
-        ],
-        [benchmark("sweep", [*briefly, "--largest", "64"], 130, output)],
-        [tests("other tests", ["tests/test_hierarchy.py"], 180)],
-    ]
-
-
-def benchmark(name: str, arguments: Sequence[str], seconds: float, output: Path) -> Stage:
-    return Stage(
-        f"benchmark of {name}",
-        [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--output", str(output)],
-        seconds,
-        env={"COLUMNS": "160"},
-        modules=["torch", "matplotlib", "rich", "PIL"],
-    )
-
-
-def find_gpu() -> str | None:
-    """The compute capability of the GPU, found in another process: this one is to hold nothing of it."""
-    command = [sys.executable, "-c", PROBE]
-    try:
-        probe = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    except subprocess.SubprocessError as error:
-        raise SystemExit(f"torch does not work in {sys.executable}: {error}\n{error.stderr or ''}") from None
-    return probe.stdout.strip() or None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=STAGES, default="check", help="default: check")
     latest = Path(__file__).parent / "results" / "latest"
     parser.add_argument(
         "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
     )
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these; default: all")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, though there is a GPU")
     arguments = parser.parse_args(argv)
-    output = arguments.output.resolve()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no stage outlives this
+    known = STAGES[arguments.what]
+    chosen = arguments.stages or known
+    for name in chosen:
+        if name not in known:
+            parser.error(f"--stages has {name!r}, expected some of {', '.join(known)}")
+    if lacks := missing():
+        raise SystemExit("\n".join(lacks))
+    # A shell starts what runs in its background with SIGINT ignored, and stages would inherit that.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(1))
 
-    start = time.monotonic()
-    capability = None if arguments.dry_run else find_gpu()
-    check = Check(output, capability is None, start)
-    check.run([build(capability)])
-    with tempfile.TemporaryDirectory() as folder:
-        facts = Path(folder, "facts.json")
-        check.run([info("cuda" if capability else "cpu", facts)])
-        known = json.loads(facts.read_text()) if facts.exists() else {"machine": {}, "backends": []}
-    check.machine = known["machine"]
-    groups = plan(known["backends"] or ["cuda"], output) if capability else dry_plan(output)
-    for group in groups:
-        check.run(group)
-    check.show()
-    return int(check.failed)
+    output = arguments.output.resolve()
+    report = Report(output, f"gpu-{arguments.what}", PRODUCTS[arguments.what], total=TOTAL)
+    found = probe()
+    if arguments.dry_run:
+        found = found._replace(capability=None)
+    report.dry_run = found.capability is None
+    for group in plan(arguments.what, found, output):
+        report.run([stage for stage in group if stage.name in chosen])
+    report.show()
+    return int(report.failed)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`make gpu-check`: a dry run from end to end, and its stages when they fail, hang or cannot start."""
+"""`make gpu-check` and `make gpu-bench`: dry runs, stages that fail or hang, planted errors, chosen tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +19,20 @@ import pytest
 import simt
 
 gpu_check = pytest.importorskip("benchmarks.gpu_check", reason="needs python -m pytest in the checkout")
-Stage = gpu_check.Stage
+from benchmarks import stages  # noqa: E402  (which needs the same)
+
+Stage = stages.Stage
 
 ROOT = Path(__file__).resolve().parents[1]
+H100, NO_GPU = (gpu_check.Found(capability, "2.11.0+cu130", "13.0") for capability in ("9.0", None))
 
 
 def python(name: str, code: str, seconds: float = 30, **more) -> Stage:
     return Stage(name, [sys.executable, "-c", code], seconds, **more)
 
 
-def run(output: Path, *groups: list[Stage], total: float = 60) -> tuple[gpu_check.Check, dict]:
-    check = gpu_check.Check(output, dry_run=True, start=time.monotonic(), total=total)
+def run(output: Path, *groups: list[Stage], total: float = 90) -> tuple[stages.Check, dict]:
+    check = stages.Check(output, "archive", ("product.json",), total=total)
     for group in groups:
         check.run(group)
     return check, json.loads((output / "summary.json").read_text())
@@ -45,51 +51,65 @@ def ends(pid: int) -> bool:
     return False
 
 
-def test_a_dry_run(tmp_path):
+@pytest.fixture(scope="module")
+def built():
     for module in ("matplotlib", "rich", "PIL"):
         pytest.importorskip(module)
-    if not gpu_check.up_to_date():
+    if not gpu_check.is_built(gpu_check.probe()._replace(capability=None)):
         pytest.skip(
             "the extension in the checkout is older than its sources, or not there: it would be built"
         )
     simt.load()
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry-run", "--output", tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("what", "chosen"), [("check", None), ("bench", None), ("bench", ["info", "upsample"])], ids=str
+)
+def test_a_dry_run(what, chosen, tmp_path, built):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", what, "--dry-run", "--output", tmp_path]
+    command += ["--stages", *chosen] if chosen else []
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     results = {stage["name"]: stage["result"] for stage in summary["stages"]}
-    assert list(results) == [
-        "build",
-        "info",
-        "smoke",
-        "benchmark of loss",
-        "benchmark of upsample",
-        "benchmark of step",
-        "tests of the GPU",
-        "tests of its backends",
-        "sanitizer none",
-        "benchmark of sweep",
-        "other tests",
-    ]
-    assert results.pop("build") == "skipped"
-    assert results.pop("tests of the GPU") in ("skipped", "ok")  # as there is one, or not
-    assert set(results.values()) == {"ok"}, ran.stdout
-    passed = {stage["name"]: re.search(r"(\d+) passed", stage["why"]) for stage in summary["stages"]}
-    for name in ("smoke", "tests of its backends", "sanitizer none", "other tests"):
-        assert int(passed[name].group(1)) > 0
+    assert list(results) == list(chosen or gpu_check.STAGES[what])
+    skipped = {"build", "racecheck", "initcheck", "synccheck"}
+    if what == "check" and results["triton"] == "skipped":
+        skipped.add("triton")  # not every Triton can be interpreted
+    assert results == {name: "skipped" if name in skipped else "ok" for name in results}, ran.stdout
+    for stage in summary["stages"]:
+        if stage["name"] in ("smoke", "cuda", "memcheck"):
+            assert int(re.search(r"(\d+) passed", stage["why"])[1]) > 0
     assert summary["dry_run"] and not summary["failed"]
     assert summary["machine"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert {"torch", "numpy", "setuptools", "gcc"} <= set(summary["machine"])
+    *_, table = ran.stdout.split("stage  ")
+    for name, result in results.items():
+        assert re.search(rf"^{name} +{result} ", table, re.M)
+    assert "DRY RUN on the CPU" in table
+
+    products = [
+        name
+        for name in gpu_check.PRODUCTS[what]
+        if not chosen or name.split(".")[0] in ("machine", "upsample")
+    ]
+    files = {"summary.json", "log.txt", *products}
+    archive = tmp_path / f"gpu-{what}.tar.gz"
+    assert {file.name for file in tmp_path.iterdir()} == {*files, "logs", archive.name}
+    with tarfile.open(archive) as everything:
+        names = set(everything.getnames())
+        kept = json.load(everything.extractfile(f"gpu-{what}/summary.json"))
+    logs = {f"logs/{name}.txt" for name in results if name not in skipped or name == "triton"}
+    assert names == {f"gpu-{what}/{name}" for name in (*files, "logs", *logs)}
+    assert kept["stages"] == summary["stages"]
     cases = [
-        case
-        for name in ("loss", "upsample", "step", "sweep")
+        case["input"]
+        for name in gpu_check.BENCHMARKS
+        if f"{name}.json" in products
         for case in json.loads((tmp_path / f"{name}.json").read_text())["cases"]
     ]
-    assert len(cases) == 2 + 2 + 1 + 1
-    assert [case["input"] for case in summary["cases"]] == [case["input"] for case in cases]
-    assert {file.name for file in tmp_path.iterdir()} == set(gpu_check.PRODUCTS)
-    *_, table = ran.stdout.split("DRY RUN on the CPU")
-    for name in results:
-        assert re.search(rf"^{name} +ok ", table, re.M)
+    assert [case["input"] for case in summary["cases"]] == cases
+    assert len(cases) == (0 if what == "check" else 2 if chosen else 2 + 2 + 1 + 1)
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
@@ -98,33 +118,43 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
     absent = Stage("absent", ["/no/such/program"], 30)
     check, summary = run(tmp_path, [broken], [crashed, absent], [python("next", "print('fine')")])
     assert [(stage["name"], stage["result"], stage["why"]) for stage in summary["stages"]] == [
-        ("broken", "failed", "exit code 3"),
-        ("crashed", "failed", "signal SIGABRT"),
+        ("broken", "failed", "exit code 3: so it goes"),
+        ("crashed", "failed", "signal SIGABRT: "),
         ("absent", "failed", "[Errno 2] No such file or directory: '/no/such/program'"),
         ("next", "ok", "fine"),
     ]
     assert check.failed and summary["failed"]
     check.show()
     shown = capsys.readouterr().out
-    assert "----- broken failed, exit code 3:\nso it goes" in shown
-    assert shown.index("so it goes") < shown.index("DRY RUN") < shown.index("next  ")
+    assert "----- broken failed, exit code 3: so it goes:\nso it goes" in shown
+    assert shown.index("so it goes") < shown.index("next  ")
     assert "so it goes" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_stage_over_its_time_is_killed_with_its_children(tmp_path):
+def test_a_stage_over_its_time_is_interrupted_and_at_last_killed_with_its_children(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "GRACE", 2)
     pids = tmp_path / "pids"
     code = f"""
-import os, subprocess, time
+import os, signal, subprocess, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen(["sleep", "300"])
 open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 print("about to hang", flush=True)
 time.sleep(300)
 """
+    polite = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('in a hurry')"
     start = time.monotonic()
-    _, summary = run(tmp_path / "out", [python("hangs", code, 4)], [python("next", "")])
+    _, summary = run(
+        tmp_path / "out", [python("hangs", code, 4), python("polite", polite, 4)], [python("next", "")]
+    )
     assert time.monotonic() - start < 30
-    hangs, after = summary["stages"]
-    assert (hangs["result"], hangs["why"], hangs["tail"]) == ("timed out", "after 4 s", "about to hang")
+    hangs, other, after = summary["stages"]
+    assert (hangs["result"], hangs["why"], hangs["tail"]) == (
+        "timed out",
+        "after 4 s, killed: about to hang",
+        "about to hang",
+    )
+    assert (other["result"], other["why"]) == ("timed out", "after 4 s: in a hurry")
     assert after["result"] == "ok"
     assert all(ends(int(pid)) for pid in pids.read_text().split())
 
@@ -168,28 +198,45 @@ def test_what_is_missing_is_named(tmp_path):
     assert not check.failed
 
 
-def test_no_stage_runs_past_the_end(tmp_path):
+def test_no_stage_runs_past_the_end(tmp_path, monkeypatch):
+    """Not even one that is deaf to its interruption."""
+    monkeypatch.setattr(stages, "GRACE", 2)
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
     start = time.monotonic()
-    groups = [python("long", "import time; time.sleep(300)", 200)], [python("late", "")]
-    _, summary = run(tmp_path, *groups, total=4)
-    assert time.monotonic() - start < 30
+    _, summary = run(tmp_path, [python("long", deaf, 200)], [python("late", "")], total=5)
+    assert time.monotonic() - start < 6
     long, late = summary["stages"]
     assert long["result"] == "timed out"
     assert (late["result"], late["why"]) == ("skipped", "no time left")
 
 
 def test_old_results_do_not_pass_for_new_ones(tmp_path):
-    (tmp_path / "loss.json").write_text('{"cases": [{"input": "of yesterday"}]}')
-    _, summary = run(tmp_path, [python("benchmark", "raise SystemExit(1)")])
-    assert summary["cases"] == [] and not (tmp_path / "loss.json").exists()
+    (tmp_path / "logs").mkdir()
+    old = [tmp_path / name for name in ("product.json", "archive.tar.gz", "log.txt", "logs/yesterday.txt")]
+    for file in old:
+        file.write_text("of yesterday")
+    other = tmp_path / "of_another_program.json"
+    other.touch()
+    stages.Check(tmp_path, "archive", ("product.json",), total=1)
+    assert not any(file.exists() for file in old) and other.exists()
 
 
-def test_a_long_log_keeps_both_ends():
-    log = b"begin" + b"x" * 3 * gpu_check.LOG_BYTES + b"end"
-    short = gpu_check.shortened(log)
-    assert short.startswith(b"begin") and short.endswith(b"end")
-    assert len(short) < gpu_check.LOG_BYTES + 100
-    assert gpu_check.shortened(b"short") == b"short"
+def test_the_archive_has_everything_that_there_is_while_the_next_stage_runs(tmp_path):
+    long = f"print('x' * {2 * stages.LOG_CHARACTERS}); open({str(tmp_path / 'product.json')!r}, 'w')"
+    look = f"import tarfile; print(sorted(tarfile.open({str(tmp_path / 'archive.tar.gz')!r}).getnames()))"
+    run(tmp_path, [python("long", long)], [python("look", look)])
+    with tarfile.open(tmp_path / "archive.tar.gz") as archive:
+        assert archive.getmember("archive/logs/long.txt").size == 2 * stages.LOG_CHARACTERS + 1
+        assert archive.getmember("archive/log.txt").size < 2 * stages.LOG_CHARACTERS
+    log = (tmp_path / "logs" / "look.txt").read_text()
+    names = ("log.txt", "logs", "logs/long.txt", "product.json", "summary.json")
+    assert log.strip() == str([f"archive/{name}" for name in names])
+
+
+def test_a_long_text_keeps_both_ends():
+    short = stages.shortened("begin" + "x" * 300 + "end", 100)
+    assert short.startswith("begin") and short.endswith("end") and len(short) < 110
+    assert stages.shortened("short", 100) == "short"
 
 
 def test_figures_are_in_the_summary(tmp_path, capsys):
@@ -197,51 +244,308 @@ def test_figures_are_in_the_summary(tmp_path, capsys):
     clocks = {"clocks.sm": "1980", "clocks.mem": "3201"}
     case = dict(input="1x19x4x8 bfloat16 on cuda", labels="CamVid", gpu_before=clocks, gpu_after=clocks)
     text = json.dumps({"cases": [case | {"goals": [goal]}]})
-    write = f"open({str(tmp_path / 'loss.json')!r}, 'w').write({text!r})"
-    check, summary = run(tmp_path, [python("benchmark", write)])
-    assert summary["cases"] == [case | {"goals": [goal]}]
-    check.show()
+    report = gpu_check.Report(tmp_path, "gpu-bench", gpu_check.PRODUCTS["bench"], total=60)
+    report.run([python("loss", f"open({str(tmp_path / 'loss.json')!r}, 'w').write({text!r})")])
+    assert json.loads((tmp_path / "summary.json").read_text())["cases"] == [case | {"goals": [goal]}]
+    report.show()
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "1x19x4x8 bfloat16 on cuda, CamVid labels" in lines
     assert "gpu_after: clocks.sm 1980, clocks.mem 3201" in lines
     assert "NO a / b >= 3 2.50 (as a graph -)" in lines
 
 
-def test_what_the_gpu_is_asked_exists(tmp_path):
-    """Each selection of tests finds some; the names of backends that are not there do no harm."""
-    groups = gpu_check.plan(["cuda", "triton", "no_such_backend"], tmp_path)
-    stages = {stage.name: stage for group in groups for stage in group}
-    assert set(stages) > {f"sanitizer {tool}" for tool in gpu_check.SANITIZERS}
-    collected = []
-    for name in ("smoke", "tests of the GPU", "tests of its backends", "sanitizer racecheck"):
-        command = list(stages[name].command)
-        own = command[command.index(sys.executable) :]
-        listing = [*own, "--collect-only", "-p", "no:xdist"]
-        if "-n" in listing:
-            del listing[listing.index("-n") : listing.index("-n") + 2]
-        collected.append(replace(stages[name], command=listing, programs=[], seconds=200))
-    _, summary = run(tmp_path, collected, total=200)
+# ---- planted errors -------------------------------------------------------------------------------------
+
+
+def planted(name: str, folder: Path, code: str, seconds: float = 60, workers: int = 0) -> Stage:
+    """Tests as a stage runs them, with tests/gpu_process.py."""
+    file = folder / f"test_{name}.py"
+    file.write_text(code)
+    arguments = [str(file), "-p", "gpu_process"]
+    return gpu_check.tests(name, arguments, seconds, workers=workers, env={"PYTHONPATH": str(ROOT / "tests")})
+
+
+LOST = """
+import sys, types
+import pytest
+
+class Cuda:
+    lost = False
+    def is_initialized(self):
+        return True
+    def synchronize(self):
+        if self.lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+cuda = Cuda()
+sys.modules["torch"] = types.SimpleNamespace(cuda=cuda)
+
+def test_before():
+    pass
+
+@pytest.mark.parametrize("number", range({times}))
+def test_that_loses_it(number):
+    cuda.lost = True
+
+@pytest.mark.parametrize("number", range(8))
+def test_after(number):
+    assert not cuda.lost
+"""
+UNUSED = """
+import sys, types
+def test_without_torch():
+    pass
+def test_torch_is_not_loaded():
+    assert "torch" not in sys.modules
+    def fail():
+        raise RuntimeError("CUDA must not be initialised for this")
+    sys.modules["torch"] = types.SimpleNamespace(
+        cuda=types.SimpleNamespace(is_initialized=lambda: False, synchronize=fail)
+    )
+"""
+
+
+def test_a_lost_context_spoils_no_other_test(tmp_path):
+    pytest.importorskip("xdist")
+    _, summary = run(
+        tmp_path,
+        [
+            planted("workers", tmp_path, LOST.format(times=1), workers=2),
+            planted("several", tmp_path, LOST.format(times=4), workers=2),
+            planted("endless", tmp_path, LOST.format(times=12), workers=2),
+            planted("alone", tmp_path, LOST.format(times=1)),
+            planted("unused", tmp_path, UNUSED),
+        ],
+    )
+    workers, several, endless, alone, unused = summary["stages"]
+    said = "the CUDA context is lost: RuntimeError: CUDA error: an illegal memory access was encountered"
+    for stage, times in ((workers, 1), (several, 4)):
+        # the test passes, its teardown is an error, and its worker's end a failure
+        assert f"exit code 1: {times} failed, {9 + times} passed, {times} error" in stage["why"], stage
+        assert stage["tail"].count(f"\n{said}\n") == times
+        assert re.search(r"^_+ ERROR at teardown of test_that_loses_it\[0\] _+$", stage["tail"], re.M)
+    assert "maximum crashed workers reached: 8" in endless["tail"]
+    assert "exit code 2: 2 passed, 1 error" in alone["why"]
+    assert said in alone["tail"]
+    assert "Interrupted: the CUDA context is lost after test_alone.py::test_that_loses_it[0]" in alone["tail"]
+    assert unused["result"] == "ok", unused["tail"]
+
+
+HANG = """
+import ctypes, time
+import pytest
+
+@pytest.fixture
+def slow_teardown():
+    yield
+    time.sleep(1)
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_hangs(slow_teardown):
+    time.sleep(300)
+"""
+# As in a kernel that never ends: no handler of Python's is called.
+HANG_IN_C = HANG.replace(
+    "    time.sleep(300)",
+    "    lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)\n"
+    "    libc.pthread_mutex_lock(lock)\n"
+    "    libc.pthread_mutex_lock(lock)",
+)
+# As compute-sanitizer is one: between the stage and its tests, and it may end before them.
+WRAPPER = """
+import signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+child.wait()
+"""
+
+
+def test_a_hang_leaves_the_failures_before_it(tmp_path):
+    pytest.importorskip("xdist")
+    alone = planted("alone", tmp_path, HANG, 12)
+    command = [sys.executable, "-c", WRAPPER, *alone.command]
+    in_c = planted("in_c", tmp_path, HANG_IN_C, 12, workers=2)
+    group = [alone, replace(alone, name="wrapped", command=command)]
+    group += [planted("workers", tmp_path, HANG, 12, workers=2), in_c]
+    if "faulthandler_exit_on_timeout=true" in in_c.command:
+        at_once = [re.sub("timeout=150", "timeout=4", part) for part in in_c.command]
+        group.append(replace(in_c, name="replaced", command=at_once, seconds=60))
+    _, summary = run(tmp_path, group)
     for stage in summary["stages"]:
-        assert stage["result"] == "ok", stage
-        assert int(re.search(r"^(\d+)(?:/\d+)? tests collected", stage["why"]).group(1)) > 0, stage
-    command = stages["sanitizer initcheck"].command
-    assert command[:3] == ["compute-sanitizer", "--tool", "initcheck"]
-    assert stages["sanitizer initcheck"].env["IAL_UNPOISONED"] == "1"
+        if stage["name"] == "replaced":  # the test that hangs is ended, and the stage goes on to its end
+            assert stage["why"].startswith("exit code 1: 2 failed, 1 passed"), stage
+            assert "crashed while running 'test_in_c.py::test_hangs'" in stage["tail"]
+            assert re.search(r'File ".*test_in_c.py", line \d+ in test_hangs', stage["tail"])
+        else:
+            assert stage["result"] == "timed out"
+            assert stage["why"].startswith("after 12 s: 1 failed, 1 passed"), stage
+        for line in (r"=+ FAILURES =+", r"E   assert 1 == 2", r".*::test_hangs .*"):
+            assert re.search(f"^{line}$", stage["tail"], re.M), stage
+        assert "PASSED" not in stage["tail"]
+
+
+# ---- what the plans choose ------------------------------------------------------------------------------
+
+PRETENDS = """
+import json, os
+import torch
+torch.cuda.is_available = lambda: True
+
+def pytest_collection_finish(session):
+    import cases, conftest
+    found = {}
+    for item in session.items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        found[item.nodeid] = [sorted(conftest.backends_of(item)), "backend" in parameters]
+    with open(os.environ["COLLECTED"], "w") as file:
+        json.dump({"emulated": cases.EMULATED, "found": found}, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory):
+    """By stage of the real plan, the tests that it chooses where there seems to be a GPU."""
+    folder = tmp_path_factory.mktemp("selected")
+    (folder / "pretends.py").write_text(PRETENDS)
+    commands = {stage.name: stage for group in gpu_check.plan("check", H100, folder) for stage in group}
+    collecting = []
+    for name in ("smoke", "cuda", "triton", "memcheck"):
+        command = list(commands[name].command)
+        own = command[command.index(sys.executable) :]
+        more = ["--collect-only", "-p", "pretends"] + ["-n0"] * ("-n" in own)
+        env = {"PYTHONPATH": str(folder), "COLLECTED": str(folder / f"{name}.json")}
+        env["TRITON_INTERPRET"] = "0"  # this process, which has no GPU, may have set it
+        collecting.append(replace(commands[name], command=[*own, *more], env=env, seconds=200, programs=[]))
+    _, summary = run(folder / "out", collecting, total=200)
+    assert [stage["result"] for stage in summary["stages"]] == ["ok"] * 4, summary["stages"]
+    return {stage.name: json.loads((folder / f"{stage.name}.json").read_text()) for stage in collecting}
+
+
+def test_each_stage_chooses_tests_of_its_backends_alone(selected):
+    backends = {"smoke": {"cuda", "fused", "triton"}, "cuda": {"cuda", "fused"}, "triton": {"triton"}}
+    backends["memcheck"] = {"cuda", "fused"}
+    for name, tests in selected.items():
+        assert tests["emulated"] == ["simt", "simt_fused"], "Triton is not interpreted"
+        seen = Counter(
+            backend for chosen, parametrised in tests["found"].values() if parametrised for backend in chosen
+        )
+        assert set(seen) == backends[name], (name, seen)
+        assert min(seen.values()) > 5, (name, seen)
+        for test, (chosen, _) in tests["found"].items():
+            assert set(chosen) <= backends[name], test
+
+
+def test_tests_of_a_gpu_that_have_no_backend_are_chosen_by_their_marker(selected):
+    marked = {
+        name: {test.split("[")[0] for test, (_, parametrised) in tests["found"].items() if not parametrised}
+        for name, tests in selected.items()
+    }
+    assert marked["smoke"] == marked["memcheck"] == set()
+    cuda = {test.partition("::")[0] for test in marked["cuda"]}
+    assert cuda - {"tests/test_nvcc.py"} == {"tests/test_benchmarks.py"}  # the other needs nvcc's build
+    assert {test.partition("::")[0] for test in marked["triton"]} <= {"tests/test_triton.py"}
+    assert "tests/test_benchmarks.py::test_a_tiny_run_on_cuda" in marked["cuda"]
+
+
+def test_an_unknown_backend_is_a_usage_error():
+    command = [sys.executable, "-m", "pytest", "--backends=cuda,simt_fussed", "tests/test_loss.py"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == pytest.ExitCode.USAGE_ERROR
+    assert re.search(r"--backends has 'simt_fussed', expected some of cpu, cuda, .*simt_fused", ran.stderr)
+
+
+@pytest.mark.parametrize("what", gpu_check.STAGES)
+@pytest.mark.parametrize("found", [H100, NO_GPU], ids=["gpu", "dry"])
+def test_the_plans_have_the_stages_that_can_be_chosen(what, found, tmp_path):
+    names = [stage.name for group in gpu_check.plan(what, found, tmp_path) for stage in group]
+    assert names == list(gpu_check.STAGES[what])
+
+
+def test_an_unknown_stage_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as error:
+        gpu_check.main(["check", "--stages", "cuda", "loss"])
+    assert error.value.code == 2
+    assert "--stages has 'loss', expected some of build, info, smoke, cuda, triton" in capsys.readouterr().err
+
+
+def test_what_python_lacks_is_named_before_anything_runs(monkeypatch, tmp_path):
+    has = {"torch": "2.11.0+cu130", "numpy": "2.5.0", "setuptools": "68.1.2", "hypothesis": "6.1"}
+    monkeypatch.setattr(gpu_check, "installed", has.get)
+    monkeypatch.setattr(gpu_check, "probe", lambda: pytest.fail("has begun"))
+    with pytest.raises(SystemExit) as error:
+        gpu_check.main(["check", "--output", str(tmp_path / "none")])
+    pytest_line, setuptools_line = error.value.code.splitlines()
+    assert pytest_line.startswith(f"{sys.executable} has no pytest, expected 8 or newer: ")
+    assert "has setuptools 68.1.2, expected 77 or newer: " in setuptools_line
+    assert setuptools_line.endswith(f"{sys.executable} -m pip install 'setuptools>=77'")
+    assert not (tmp_path / "none").exists()
+
+
+# ---- single stages --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_option", [True, False])
+def test_memcheck_goes_on_after_an_error(has_option, monkeypatch):
+    monkeypatch.setattr(gpu_check, "first_match", lambda *_: has_option or None)
+    for tool in gpu_check.SANITIZERS:
+        stage = gpu_check.sanitized(tool, ["--backends=cuda"])
+        assert stage.command[:3] == ["compute-sanitizer", "--tool", tool]
+        assert ("--destroy-on-device-error" in stage.command) == (has_option and tool == "memcheck")
+        assert stage.env["IAL_UNPOISONED"] == "1"
 
 
 def test_the_build_is_for_the_gpu_that_is_there():
-    stage = gpu_check.build("9.0")
+    stage = gpu_check.build(H100)
     assert stage.env["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert stage.env["IAL_CUDA_FORCE_CPU"] == "0" and stage.env["IAL_CUDA_REQUIRE_EXT"] == "1"
-    assert stage.why_not() is None, "even where an extension lies there, which may be one without CUDA"
+    assert "--force" in stage.command
 
 
-def test_the_makefile_starts_it_without_an_environment(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, True),
+        ({"arch_list": ["8.0", "9.0"]}, True),
+        ({"arch_list": ["8.0+PTX"]}, False),
+        ({"arch_list": [], "cuda": None}, False),
+        ({"torch": "2.12.0+cu130"}, False),
+        ({"torch_cuda": "12.8"}, False),
+        ({"suffix": ".cpython-39-x86_64-linux-gnu.so"}, False),
+        ({"age": 10**9}, False),
+        ({"record": False}, False),
+    ],
+    ids=str,
+)
+def test_a_build_that_fits_is_kept(change, expected, tmp_path):
+    record = {"torch": H100.torch, "torch_cuda": "13.0", "cuda": "13.0", "arch_list": ["9.0+PTX"]} | change
+    extension = tmp_path / f"_C{record.pop('suffix', sysconfig.get_config_var('EXT_SUFFIX'))}"
+    extension.touch()
+    built = time.time() - record.pop("age", 0)
+    os.utime(extension, (built, built))
+    if record.pop("record", True):
+        (tmp_path / "_build.json").write_text(json.dumps(record))
+    assert gpu_check.is_built(H100, tmp_path) == expected
+
+
+@pytest.mark.parametrize("what", gpu_check.STAGES)
+def test_the_makefile_starts_it_without_an_environment(what, tmp_path):
     make = shutil.which("make")
     if make is None:
         pytest.skip("no make")
-    command = [make, "-n", "--no-print-directory", "gpu-check", "PYTHON=some-python", "VENV=/nowhere"]
+    command = [make, "-n", "--no-print-directory", f"gpu-{what}", "PYTHON=some-python", "VENV=/nowhere"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["some-python", "-m", "benchmarks.gpu_check", "--output", str(tmp_path)]
+    assert done.stdout.split() == [
+        "some-python",
+        "-m",
+        "benchmarks.gpu_check",
+        what,
+        "--output",
+        str(tmp_path),
+    ]
