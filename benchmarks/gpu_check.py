@@ -351,6 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = probe()
     if arguments.dry_run:
         found = found._replace(capability=None)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     report.dry_run = found.capability is None
     for group in plan(arguments.what, found, output):
         report.run([stage for stage in group if stage.name in chosen])
