@@ -44,10 +44,10 @@ bench: $(STAMP) ## time the loss on this machine: everyone who computes it, size
 	$(PY) -m benchmarks
 
 # Installs nothing, so that it works where nothing can be: $(PYTHON) is taken as it is.
-gpu-check: ## build for the GPU that is here, run the tests and compute-sanitizer on it, in nine minutes; without one, a dry run
+gpu-check: ## build for this GPU, run the tests and compute-sanitizer, in nine minutes; without a GPU, a dry run
 	$(PYTHON) -m benchmarks.gpu_check check --output $(OUT)
 
-gpu-bench: ## run the benchmarks on the GPU that is here, in nine minutes; without one, a dry run
+gpu-bench: ## run the benchmarks on this GPU, in nine minutes; without a GPU, a dry run
 	$(PYTHON) -m benchmarks.gpu_check bench --output $(OUT)
 
 lint: $(STAMP) ## check style and formatting
