@@ -261,7 +261,7 @@ def planted(name: str, folder: Path, code: str, seconds: float = 60, workers: in
     """Tests as a stage runs them, with tests/gpu_process.py."""
     file = folder / f"test_{name}.py"
     file.write_text(code)
-    arguments = [str(file), "-p", "gpu_process"]
+    arguments = [str(file), "--rootdir", str(folder), "-p", "gpu_process"]
     return gpu_check.tests(name, arguments, seconds, workers=workers, env={"PYTHONPATH": str(ROOT / "tests")})
 
 
