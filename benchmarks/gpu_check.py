@@ -212,7 +212,7 @@ def smoke(found: Found) -> Stage:
     file, few = "tests/test_oracle.py", "number_of_classes and 19"
     if found.capability:
         which = [file, "--backends=cuda,fused,triton", "-k", few]
-        return tests("smoke", which, 90, workers=WORKERS)
+        return tests("smoke", which, 120, workers=WORKERS)
     return tests("smoke", [file, "--backends=simt", "-k", f"{few} and float32"], 240)  # compiles them first
 
 
