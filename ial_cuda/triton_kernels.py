@@ -67,6 +67,16 @@ def pack_levels(class_levels: list[int]) -> tuple[int, ...]:
     return tuple(sum(level << bits * i for i, level in enumerate(word)) for word in words)
 
 
+def split(*values: int) -> tuple[list[int], tuple[int, ...]]:
+    """Ints as int32 arguments of a kernel, and what goes beyond as a constant of it: mostly zeros.
+
+    Inductor of torch 2.11 refuses ints beyond 2^31, and any Inductor passes those below -2^31 as int32.
+    """
+    half = 2**_WORD.value
+    low = [value if -half <= value < half else value % half for value in values]
+    return low, tuple(int(value - rest) for value, rest in zip(values, low, strict=True))
+
+
 # ---- a tile ---------------------------------------------------------------------------------------------
 
 
@@ -74,6 +84,18 @@ def pack_levels(class_levels: list[int]) -> tuple[int, ...]:
 def _wide(x):
     """An int64 of an argument, which Triton makes a constant where it is 1."""
     return tl.zeros([], tl.int64) + x
+
+
+@triton.jit
+def _whole(low, HIGH: tl.constexpr):
+    """The ints that `split` has split."""
+    whole = ()
+    for i in tl.static_range(len(HIGH)):
+        if HIGH[i] == 0:
+            whole += (low[i],)
+        else:
+            whole += (_wide(low[i]) + HIGH[i],)
+    return whole
 
 
 @triton.jit
@@ -115,10 +137,10 @@ def _classify(target_ptr, at, inside, ignore_index, C: tl.constexpr):
 
 
 @triton.jit
-def _weights(weight_ptr, weight_stride, pixel_weight_ptr, at, label, valid, A: tl.constexpr):
+def _weights(weight_ptr, pixel_weight_ptr, at, label, valid, A: tl.constexpr):
     w = valid.to(A)
     if weight_ptr is not None:
-        w *= tl.load(weight_ptr + label * weight_stride, mask=valid, other=0).to(A)
+        w *= tl.load(weight_ptr + label, mask=valid, other=0).to(A)
     if pixel_weight_ptr is not None:
         w *= tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
     return w
@@ -238,15 +260,14 @@ def reduce_kernel(
     weight_ptr,  # [C] or None
     pixel_weight_ptr,  # [N, P] or None
     partial_ptr,  # [N, G, STATS, blocks] of float64
-    P,
     blocks,  # programs of an image
-    batch,
-    channel,
-    weight_stride,
+    P,
     ignore_index,
     size0,
     size1,
     size2,
+    batch,
+    channel,
     stride0,
     stride1,
     stride2,
@@ -255,6 +276,7 @@ def reduce_kernel(
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from P to stride3
     GROUP: tl.constexpr,  # levels that a program sums
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -262,6 +284,9 @@ def reduce_kernel(
     VECTOR: tl.constexpr,  # the lanes of a thread lie side by side
 ):
     """Grid (N blocks, groups of levels)."""
+    P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3 = _whole(
+        (P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3), HIGH
+    )
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     n, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     first_level = tl.program_id(1) * GROUP
@@ -273,15 +298,18 @@ def reduce_kernel(
         ptrs = logits_ptr + n * batch
         ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
         max, sum, own = _softmax(_load_chunk, _CHUNK, (ptrs, _wide(channel), inside), label, C, A)
-        w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
+        w = _weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
         level = _level_of(label, LEVELS, BITS)
         sums = _add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP)
     _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
 @triton.jit
-def sum_kernel(partial_ptr, stats_ptr, rows, blocks, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+def sum_kernel(
+    partial_ptr, stats_ptr, rows, blocks, HIGH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     """stats[i] = sum over b of partial[i, b], ROWS of them by a program."""
+    rows = _whole((rows,), HIGH)[0]
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros([ROWS, WIDTH], tl.float64)
     for first in range(0, blocks, WIDTH):
@@ -337,19 +365,18 @@ def gradient_kernel(
     pixel_weight_ptr,  # [N, P] or None
     grad_ptr,  # may be logits_ptr: a thread reads its classes, or a chunk of them, before it writes them
     P,
-    batch,
-    channel,
-    grad_batch,
-    grad_channel,
-    weight_stride,
     ignore_index,
     size0,
     size1,
     size2,
+    batch,
+    channel,
     stride0,
     stride1,
     stride2,
     stride3,
+    grad_batch,
+    grad_channel,
     grad_stride0,
     grad_stride1,
     grad_stride2,
@@ -358,6 +385,8 @@ def gradient_kernel(
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from P to stride3
+    GRAD_HIGH: tl.constexpr,  # of those after them
     EXACT: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -365,6 +394,12 @@ def gradient_kernel(
     VECTOR: tl.constexpr,
 ):
     """Grid (N tiles), backwards: the L2 cache has what reduce read last."""
+    P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3 = _whole(
+        (P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3), HIGH
+    )
+    grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3 = _whole(
+        (grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3), GRAD_HIGH
+    )
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = tl.cdiv(P, THREADS * LANES)
@@ -375,7 +410,7 @@ def gradient_kernel(
     ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
     logits = (ptrs, _wide(channel), inside)
     max, sum, own = _softmax(_load_chunk, _CHUNK, logits, label, C, A)
-    w = _weights(weight_ptr, weight_stride, pixel_weight_ptr, n * P + p, label, valid, A)
+    w = _weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
     row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
     scale, extra = _pixel_gradient(row_ptr, max, sum, own, w, EXACT)
 
@@ -393,10 +428,14 @@ def gradient_kernel(
 # ---- combine and table: one program ---------------------------------------------------------------------
 
 
+# Triton would compile once more for bits that are a 1 or divisible by 16.
+_BITS = ["lambda_low", "lambda_high", "alpha_low", "alpha_high"]
+
+
 @triton.jit
-def _float64(bits):
-    """A number that came as the bits of an int: Triton makes a float of Python a float32."""
-    return (tl.zeros([], tl.int64) + bits).to(tl.float64, bitcast=True)
+def _float64(low, high):
+    """A number that came as its bits: Triton makes a float of Python a float32."""
+    return ((_wide(high) << 32) | (_wide(low) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -418,10 +457,10 @@ def _or_one(divisor):
 
 
 @triton.jit
-def _lambda(lambda_ptr, lambda_bits, t, G: tl.constexpr):
+def _lambda(lambda_ptr, lambda_low, lambda_high, t, G: tl.constexpr):
     """lambda_t: one for all in the bits, or one for each in memory."""
     if lambda_ptr is None:
-        return _float64(lambda_bits)
+        return _float64(lambda_low, lambda_high)
     else:
         return tl.load(lambda_ptr + t, mask=t < G - 1, other=0)
 
@@ -451,22 +490,24 @@ def _below(n, t, bound):
     return tl.zeros_like(n) + t < bound
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BITS)
 def combine_kernel(
     stats_ptr,  # [N, G, STATS]
     lambda_ptr,  # [G - 1] or None
     f_ptr,  # [N or 1, G - 1]
     loss_ptr,  # [N] or []
     N,
-    lambda_bits,
-    alpha_bits,
+    lambda_low,
+    lambda_high,
+    alpha_low,
+    alpha_high,
     G: tl.constexpr,
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
     POOL: tl.constexpr,
 ):
     """T_k = S_k + (f_k + alpha) T_{k+1}, IAL = T_0 (Eqs. 5 to 8). Images pooled share one row of f."""
-    alpha = _float64(alpha_bits)
+    alpha = _float64(alpha_low, alpha_high)
     rows = 1 if POOL else N
     for first in range(0, rows, _IMAGES):
         n = first + tl.arange(0, _IMAGES)
@@ -474,7 +515,7 @@ def combine_kernel(
         above = tl.zeros([_IMAGES], tl.float64)
         for i in range(G):
             t = G - 1 - i
-            lam = _lambda(lambda_ptr, lambda_bits, t, G)
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, t, G)
             f, _, count, above = _factor(stats_ptr, n, N, t, count, above, lam, G, NORMALIZE, POOL)
             tl.store(f_ptr + n.to(tl.int64) * (G - 1) + t, f, mask=(n < rows) & _below(n, t, G - 1))
     tl.debug_barrier()
@@ -529,15 +570,17 @@ def _incoming_s(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BITS)
 def table_kernel(
     stats_ptr,  # [N, G, STATS]
     grad_loss_ptr,  # [N] or []
     lambda_ptr,  # [G - 1] or None
     table_ptr,  # [N, G, STATS]
     N,
-    lambda_bits,
-    alpha_bits,
+    lambda_low,
+    lambda_high,
+    alpha_low,
+    alpha_high,
     G: tl.constexpr,
     REDUCTION: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -545,7 +588,7 @@ def table_kernel(
 ):
     """dL/dstats; `table` of ial_math.h has the formulas. Down the levels, F_t and T_{t+1} / Z_t are left in
     the last two columns of an image's rows, the first image's where they are pooled, for the way up."""
-    alpha = _float64(alpha_bits)
+    alpha = _float64(alpha_low, alpha_high)
     weight = _total_weight(stats_ptr, N, G)
     rows = 1 if POOL else N
     for first in range(0, rows, _IMAGES):
@@ -555,7 +598,7 @@ def table_kernel(
         chain = tl.zeros([_IMAGES], tl.float64)
         for i in range(G):
             t = G - 1 - i
-            lam = _lambda(lambda_ptr, lambda_bits, t, G)
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, t, G)
             f, z, count, above = _factor(stats_ptr, n, N, t, count, above, lam, G, NORMALIZE, POOL)
             to = table_ptr + (n.to(tl.int64) * G + t) * _STATS
             tl.store(to + _COUNT, f + alpha, mask=n < rows)
@@ -574,7 +617,7 @@ def table_kernel(
         dq2 = tl.zeros([_IMAGES], tl.float64)
         for k in range(G):
             kept = table_ptr + (row.to(tl.int64) * G + k) * _STATS
-            lam = _lambda(lambda_ptr, lambda_bits, k, G)
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, k, G)
             half_b_over_z = 0.5 * lead * tl.load(kept + _WEIGHT, mask=n < N, other=0)
             to = table_ptr + (n.to(tl.int64) * G + k) * _STATS
             tl.store(to + _S, lead * incoming, mask=n < N)

@@ -180,7 +180,7 @@ class _Walk(NamedTuple):
     """How kernels walk along the pixels of an image, innermost dimension first."""
 
     sizes: tuple[int, ...]  # MOST_DIMS - 1 of them: the outermost one is not needed
-    strides: list[tuple[int, ...]]  # MOST_DIMS of each tensor
+    strides: list[tuple[int, ...]]  # of each tensor: batch, channel, and MOST_DIMS of pixels
     dims: int
     vector: bool  # whether runs of 16 bytes lie side by side, as Triton can know it
     lanes: int  # of a thread
@@ -212,7 +212,10 @@ def _walk(*tensors: Tensor) -> _Walk:
     vector = vector and len(merged) <= 2  # registers, again
     return _Walk(
         sizes=(sizes + (1,) * missing)[: most - 1],
-        strides=[stride + (0,) * missing for stride in strides],
+        strides=[
+            tensor.stride()[:2] + stride + (0,) * missing
+            for tensor, stride in zip(tensors, strides, strict=True)
+        ],
         dims=len(merged),
         vector=vector,
         lanes=16 // tensors[0].element_size() if vector else kernels.LOOSE_LANES,
@@ -247,14 +250,14 @@ def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
 class _Upsampling(NamedTuple):
     """How kernels walk along the pixels of cells."""
 
-    arguments: tuple[int, ...]  # from `batch` to `x_rounds`
+    arguments: tuple[int, ...]  # from `ignore_index` to `x_rounds`
     constants: dict[str, Any]
     cells: int  # of an image
     rounds: int
 
 
 def _upsampling(inputs: _Inputs) -> _Upsampling:
-    logits, weight, size = inputs.logits, inputs.weight, inputs.target.shape[1:]
+    logits, size = inputs.logits, inputs.target.shape[1:]
     y, x = (
         _axis(coarse, fine, bool(inputs.align_corners))
         for coarse, fine in zip(logits.shape[2:], size, strict=True)
@@ -267,17 +270,10 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
     x_rounds = triton.cdiv(x.span, columns)
     rounds = triton.cdiv(y.span, rows) * x_rounds
     reach = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
+    low, high = kernels.split(inputs.ignore_index, *logits.stride())
     return _Upsampling(
-        arguments=(
-            *logits.stride(),
-            0 if weight is None else weight.stride(0),
-            inputs.ignore_index,
-            *y,
-            *x,
-            rounds,
-            x_rounds,
-        ),
-        constants={"ROWS": rows, "COLUMNS": columns, "WIDE": max(reach, 2 * cells) >= 2**31},
+        arguments=(*low, *y, *x, rounds, x_rounds),
+        constants={"HIGH": high, "ROWS": rows, "COLUMNS": columns, "WIDE": max(reach, 2 * cells) >= 2**31},
         cells=cells,
         rounds=rounds,
     )
@@ -297,16 +293,17 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _bits(value: float) -> int:
-    return struct.unpack("q", struct.pack("d", value))[0]
+def _bits(value: float) -> tuple[int, int]:
+    """Of a double, as two int32: a kernel takes a float as float32."""
+    return struct.unpack("<ii", struct.pack("<d", value))
 
 
-def _lambdas(stats: Tensor, lambdas: list[float]) -> tuple[Tensor | None, int]:
+def _lambdas(stats: Tensor, lambdas: list[float]) -> tuple[Tensor | None, tuple[int, int]]:
     """One for all as the bits of a kernel's argument; else in memory, filled on the device, since a copy from
     the host would wait, and no graph could replay it."""
     if len(set(lambdas)) <= 1:
         return None, _bits(lambdas[0] if lambdas else 0.0)
-    return torch.cat([stats.new_full((1,), value) for value in lambdas]), 0
+    return torch.cat([stats.new_full((1,), value) for value in lambdas]), _bits(0.0)
 
 
 # ---- operators ------------------------------------------------------------------------------------------
@@ -332,8 +329,8 @@ def reduce(
         return logits.new_zeros((images, levels, _STATS), dtype=torch.float64)
     partial = _partial_sums(inputs) if align_corners is None else _upsampled_partial_sums(inputs)
     stats = partial.new_empty((images, levels, _STATS))
-    rows = stats.numel()
-    grid = (triton.cdiv(rows, kernels.SUM_ROWS),)
+    (rows,), high = kernels.split(stats.numel())
+    grid = (triton.cdiv(stats.numel(), kernels.SUM_ROWS),)
     _launch(
         kernels.sum_kernel,
         logits,
@@ -342,6 +339,7 @@ def reduce(
         stats,
         rows,
         partial.shape[-1],
+        HIGH=high,
         ROWS=kernels.SUM_ROWS,
         WIDTH=kernels.SUM_WIDTH,
     )
@@ -349,9 +347,9 @@ def reduce(
 
 
 def _partial_sums(inputs: _Inputs) -> Tensor:
-    logits, weight = inputs.logits, inputs.weight
+    logits, pixels = inputs.logits, _pixels(inputs.logits)
     walk = _walk(logits)
-    pixels = _pixels(logits)
+    low, high = kernels.split(pixels, inputs.ignore_index, *walk.sizes, *walk.strides[0])
     partial = _partial(inputs, triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes))
     images, *_, blocks = partial.shape
     groups = triton.cdiv(inputs.levels, kernels.MOST_LEVELS)
@@ -361,18 +359,13 @@ def _partial_sums(inputs: _Inputs) -> Tensor:
         (images * blocks, groups),
         logits,
         inputs.target.contiguous(),
-        weight,
+        _dense(inputs.weight),
         _dense(inputs.pixel_weight),
         partial,
-        pixels,
         blocks,
-        logits.stride(0),
-        logits.stride(1),
-        0 if weight is None else weight.stride(0),
-        inputs.ignore_index,
-        *walk.sizes,
-        *walk.strides[0],
+        *low,
         **_hierarchy(inputs),
+        HIGH=high,
         GROUP=triton.cdiv(inputs.levels, groups),
         DIMS=walk.dims,
         LANES=walk.lanes,
@@ -393,7 +386,7 @@ def _upsampled_partial_sums(inputs: _Inputs) -> Tensor:
         (images * blocks, groups),
         logits,
         inputs.target.contiguous(),
-        inputs.weight,
+        _dense(inputs.weight),
         _dense(inputs.pixel_weight),
         partial,
         blocks,
@@ -424,9 +417,11 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
         return
     if inputs.align_corners is not None:
         return _upsampled_gradient_into(inputs, table, gradient, grad)
-    logits, weight = inputs.logits, inputs.weight
+    logits = inputs.logits
     walk = _walk(logits, grad)
     images, pixels = logits.shape[0], _pixels(logits)
+    low, high = kernels.split(pixels, inputs.ignore_index, *walk.sizes, *walk.strides[0])
+    grad_low, grad_high = kernels.split(*walk.strides[1])
 
     def grid(constants: dict[str, Any]) -> tuple[int]:
         return (images * triton.cdiv(pixels, constants["THREADS"] * constants["LANES"]),)
@@ -438,20 +433,14 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
         logits,
         table,
         inputs.target.contiguous(),
-        weight,
+        _dense(inputs.weight),
         _dense(inputs.pixel_weight),
         grad,
-        pixels,
-        logits.stride(0),
-        logits.stride(1),
-        grad.stride(0),
-        grad.stride(1),
-        0 if weight is None else weight.stride(0),
-        inputs.ignore_index,
-        *walk.sizes,
-        *walk.strides[0],
-        *walk.strides[1],
+        *low,
+        *grad_low,
         **_hierarchy(inputs),
+        HIGH=high,
+        GRAD_HIGH=grad_high,
         EXACT=gradient == "exact",
         DIMS=walk.dims,
         LANES=walk.lanes,
@@ -475,7 +464,7 @@ def _upsampled_gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad
         logits,
         table,
         inputs.target.contiguous(),
-        inputs.weight,
+        _dense(inputs.weight),
         _dense(inputs.pixel_weight),
         halves,
         images,
@@ -552,8 +541,8 @@ def combine(
         factors,
         loss,
         images,
-        one,
-        _bits(alpha),
+        *one,
+        *_bits(alpha),
         G=levels,
         REDUCTION=reduction,
         NORMALIZE=factor_normalization == "mean",
@@ -593,8 +582,8 @@ def table(
         each,
         result,
         images,
-        one,
-        _bits(alpha),
+        *one,
+        *_bits(alpha),
         G=levels,
         REDUCTION=reduction,
         NORMALIZE=factor_normalization == "mean",

@@ -35,6 +35,7 @@ from .triton_kernels import (
     _softmax,
     _store_sums,
     _weights,
+    _whole,
     _wide,
 )
 
@@ -139,12 +140,11 @@ def upsampled_reduce_kernel(
     pixel_weight_ptr,  # [N, H, W] or None
     partial_ptr,  # [N, G, STATS, blocks] of float64
     blocks,  # programs of an image
+    ignore_index,
     batch,
     channel,
     row_stride,
     stride,
-    weight_stride,
-    ignore_index,
     h,
     H,
     step_y,
@@ -161,6 +161,7 @@ def upsampled_reduce_kernel(
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -168,6 +169,9 @@ def upsampled_reduce_kernel(
     WIDE: tl.constexpr,  # whether positions need 64 bits
 ):
     """Grid (N blocks, groups of levels)."""
+    ignore_index, batch, channel, row_stride, stride = _whole(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     first_level = tl.program_id(1) * GROUP
@@ -189,7 +193,7 @@ def upsampled_reduce_kernel(
         )
         p += n * H * W
         label, valid, bad = _classify(target_ptr, p, inside, ignore_index, C)
-        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
+        weight = _weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
         max, sum, own = _softmax(_interpolate, _CHUNK, (corners, _wide(channel), fy, fx), label, C, A)
         level = _level_of(label, LEVELS, BITS)
@@ -225,12 +229,11 @@ def upsampled_gradient_kernel(
     pixel_weight_ptr,  # [N, H, W] or None
     halves_ptr,  # [2, N, C, h, w]: from the cells above each logit, and from those below
     N,
+    ignore_index,
     batch,
     channel,
     row_stride,
     stride,
-    weight_stride,
-    ignore_index,
     h,
     H,
     step_y,
@@ -247,6 +250,7 @@ def upsampled_gradient_kernel(
     G: tl.constexpr,
     LEVELS: tl.constexpr,
     BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
     EXACT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -254,6 +258,9 @@ def upsampled_gradient_kernel(
     WIDE: tl.constexpr,
 ):
     """Grid (N tiles)."""
+    ignore_index, batch, channel, row_stride, stride = _whole(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
     A: tl.constexpr = halves_ptr.dtype.element_ty
     cells = (_wide(h) + 1) * (w + 1)
     tiles = tl.cdiv(cells - 1, THREADS - 1)
@@ -281,7 +288,7 @@ def upsampled_gradient_kernel(
         )
         p += n * H * W
         label, valid, _ = _classify(target_ptr, p, inside, ignore_index, C)
-        weight = _weights(weight_ptr, weight_stride, pixel_weight_ptr, p, label, valid, A)
+        weight = _weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         logits = (corners, _wide(channel), fy, fx)
         max, sum, own = _softmax(_interpolate, _CHUNK, logits, label, C, A)
         row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS

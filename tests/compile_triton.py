@@ -40,7 +40,8 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
     align_corners = None if ratio is None else False
     levels = [c % 4 for c in range(classes)]
     pixels = (logits.shape[0], *spatial)
-    target, weights = torch.empty(pixels, dtype=torch.uint8), (torch.empty(classes), torch.empty(pixels))
+    target = logits.new_empty(pixels, dtype=torch.uint8)
+    weights = (logits.new_empty(classes, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.float32))
     rest = (target, *weights, levels, 255, "exact")
     options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
     seen: list[Launch] = []
@@ -114,6 +115,7 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
     yield "C=150", launches(torch.empty((2, 150, *FLAT), dtype=bfloat16)), hopper
     cropped = torch.empty((2, 19, 7, 6, 5, 80), dtype=bfloat16)[:, :, 1:5, 1:5, 1:5, 8:72]
     yield "four dimensions", launches(cropped), hopper
+    yield "huge", launches(torch.empty((2, 19, 46400, 46400), dtype=bfloat16, device="meta")), hopper
     coarse = torch.empty((2, 19, *FLAT), dtype=bfloat16)
     yield "upsampled 4", launches(coarse, 4), NVIDIA | AMD
     yield "upsampled 8", launches(coarse, 8), hopper

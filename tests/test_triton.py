@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +76,13 @@ def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
     assert code["wide stores"] == code["stores"] == 4 + 3
 
 
+def kernels_of(upsampled: bool) -> list[str]:
+    """What a step launches, in order."""
+    prefix = "upsampled_" * upsampled
+    tiny = ["sum_kernel", "combine_kernel", "table_kernel"]
+    return [f"{prefix}reduce_kernel", *tiny, f"{prefix}gradient_kernel"]
+
+
 # Tensors without memory, which torch.compile traces with, are no call of a kernel.
 TRACE = """
 import torch
@@ -89,11 +98,13 @@ def compiler(graph, inputs):
         if "triton_kernel_wrapper" in str(node.target):
             kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
             print(getattr(kernel, "fn", kernel).__name__)
+            ints = [value for value in node.kwargs["kwargs"].values() if isinstance(value, int)]
+            assert all(-(2**31) <= value < 2**31 for value in ints), ints
         assert "ial_triton" not in str(node.target)
     return graph
 
 def step(logits, target):
-    options = dict(lambdas=(0.1, 0.2, 0.3), backend="triton") | {options}
+    options = dict(lambdas=(0.1, 0.2, 0.3), ignore_index=-(2**40), backend="triton") | {options}
     return importance_aware_loss(2 * logits, target, CITYSCAPES, **options)
 
 with FakeTensorMode():
@@ -110,9 +121,29 @@ def test_torch_compile_sees_the_kernels(dynamic, upsampled):
     trace = TRACE.replace("{dynamic}", str(dynamic))
     trace = trace.replace("{options}", str({"upsample": "bilinear"} if upsampled else {"inplace": True}))
     names = python("-c", trace.replace("{size}", str((8, 16) if upsampled else (32, 64)))).split()
-    prefix = "upsampled_" * upsampled
-    tiny = ["sum_kernel", "combine_kernel", "table_kernel"]
-    assert names == [f"{prefix}reduce_kernel", *tiny, f"{prefix}gradient_kernel"]
+    assert names == kernels_of(upsampled)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    cache = str(tmp_path_factory.mktemp("inductor"))
+    return json.loads(
+        python("-m", "tests.inductor_triton", TORCHINDUCTOR_CACHE_DIR=cache, CUDA_VISIBLE_DEVICES="")
+    )
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
+@pytest.mark.parametrize("size", ["small", "huge"])
+def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dynamic):
+    """No GPU is needed for its code. Sizes, strides and the ignored index may be huge."""
+    launched = written[" ".join([size, *["upsampled"] * upsampled, *["dynamic"] * dynamic])]
+    assert list(launched) == kernels_of(upsampled)
+    for name, launch in launched.items():
+        types = {type for type in launch["types"].values() if not type.startswith("*")}
+        assert types <= {"i32", "constexpr"}, f"{name}: {launch['types']}"
+        numbers = [int(number) for number in re.findall(r"-?\d+", launch["values"])]
+        assert all(abs(number) <= 2**31 for number in numbers), f"{name}: {launch['values']}"
 
 
 def test_it_is_imported_when_it_is_wanted():
@@ -185,3 +216,28 @@ def test_positions_beyond_32_bits():
     )
     # in float64, whose eps is 2.2e-16; a sum of 33 000 terms takes two digits
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
+@pytest.mark.parametrize("dim", range(4))
+def test_strides_beyond_32_bits(dim, upsampled):
+    """4 GiB, of which hardly anything is touched: other strides are small."""
+    strides = [8, 4, 2, 1]
+    strides[dim] = 2**31 + 8
+    device, operators = device_of("triton"), _ops.operators("triton")
+    storage = torch.empty(2**31 + 32, dtype=torch.float16, device=device)
+    logits = storage.as_strided((2, 2, 2, 2), strides)
+    logits.copy_(make_logits((2, 2, 2, 2), torch.float16))
+    dense = logits.contiguous()
+    target = make_target((2, 2, 2), 2).to(device)
+    table = make_logits((2, 1, 5)).to(device)
+    corners = False if upsampled else None
+
+    rest = (target, None, None, FLAT.class_levels, 255, "exact")
+    stats = operators.reduce(logits, *rest, False, corners)
+    assert torch.equal(stats, operators.reduce(dense, *rest, False, corners))
+    expected = operators.gradient(dense, table, *rest, corners)
+    assert torch.equal(operators.gradient(logits, table, *rest, corners), expected)
+    if not upsampled:
+        operators.gradient_(logits, table, *rest)
+        assert torch.equal(logits, expected)

@@ -1,0 +1,118 @@
+"""The code that Inductor generates for the operators of the Triton kernels, for a GPU that need not be here.
+
+python -m tests.inductor_triton: the types and values of the arguments of each kernel, as JSON, by case.
+Tensors are fake, the properties of the GPU are written below, and the code is not run.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import os
+import re
+from types import SimpleNamespace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import torch._inductor.scheduler
+import triton
+from torch._dynamo import device_interface
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+from ial_cuda import CITYSCAPES, _ops
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    warp_size=32,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    shared_memory_per_block=48 << 10,
+    shared_memory_per_block_optin=227 << 10,
+    total_memory=80 << 30,
+    L2_cache_size=50 << 20,
+)
+for module in (torch.cuda, device_interface.CudaInterface):
+    module.get_device_properties = lambda *_: H100
+for name in ("current_device", "_exchange_device", "_maybe_exchange_device"):
+    setattr(torch.cuda, name, lambda *_: 0)  # a function each, for Dynamo has handlers by function
+device_interface.caching_worker_device_properties["cuda"] = [H100]
+torch._inductor.scheduler.has_triton = lambda: True
+triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+
+
+class Written(Exception):
+    """Inductor has written its code, the argument."""
+
+
+def stop(graph: GraphLowering) -> None:
+    raise Written(graph.codegen()[0].value)
+
+
+GraphLowering.compile_to_module = stop
+
+
+def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynamic: bool) -> str:
+    """What Inductor makes of the operators of a step; with a ratio, of coarse logits."""
+    operators = _ops.operators("triton")
+    align_corners = None if ratio is None else False
+    options = ((0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
+
+    def step(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rest = (target, None, None, CITYSCAPES.class_levels, ignore_index, "exact")
+        stats = operators.reduce(logits, *rest, False, align_corners)
+        loss, _ = operators.combine(stats, *options, torch.float32)
+        table = operators.table(stats, loss, *options)
+        return loss, operators.gradient(logits, table, *rest, align_corners)
+
+    torch._dynamo.reset()
+    with (
+        FakeTensorMode(),
+        torch.no_grad(),
+        torch._inductor.config.patch(compile_threads=1, force_disable_caches=True),
+    ):
+        logits = torch.empty(2, 19, *size, device="cuda")
+        labels = tuple((ratio or 1) * length for length in size)
+        target = torch.empty(2, *labels, dtype=torch.uint8, device="cuda")
+        try:
+            torch.compile(step, fullgraph=True, dynamic=dynamic)(logits, target)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if isinstance(error.inner_exception, Written):
+                return error.inner_exception.args[0]
+            raise
+    raise AssertionError("Inductor has written nothing")
+
+
+def arguments(code: str) -> dict[str, dict[str, Any]]:
+    """Of each kernel that the code launches: the types in its signature, and what is passed."""
+    types = {}
+    for name, body in re.findall(r"^(\w+) = async_compile.triton\((.*?)^''', device_str", code, re.M | re.S):
+        types[name] = ast.literal_eval(re.search(r"'signature': (\{.*?\})", body)[1])
+    values = dict(re.findall(r"(\w+_kernel_\d+)\.run\((.*), stream=", code))
+    return {
+        re.sub(r"_\d+$", "", name): {"types": types[name], "values": passed}
+        for name, passed in values.items()
+    }
+
+
+def main() -> None:
+    results = {}
+    for huge, ratio, dynamic in itertools.product((False, True), (None, 2), (False, True)):
+        size = (32, 64) if not huge else (46400, 46400) if ratio is None else (12000, 12000)
+        case = ["huge" if huge else "small", *["upsampled"] * (ratio is not None), *["dynamic"] * dynamic]
+        ignore_index = -(2**40) if huge else 255
+        code = write(size, ratio=ratio, ignore_index=ignore_index, dynamic=dynamic)
+        results[" ".join(case)] = arguments(code)
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
