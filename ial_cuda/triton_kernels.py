@@ -99,6 +99,12 @@ def _whole(low, HIGH: tl.constexpr):
 
 
 @triton.jit
+def _tiles(P, SIZE: tl.constexpr):
+    """Tiles of an image of 1 pixel or more. In tl.cdiv, P + SIZE - 1 may be beyond int32."""
+    return (P - 1) // SIZE + 1
+
+
+@triton.jit
 def _tile(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
     """Pixels of a tile, and which of them are in the image. 64 bits: N C P passes 2^31, and P may."""
     thread, lane = tl.arange(0, THREADS)[:, None], tl.arange(0, LANES)[None, :]
@@ -292,7 +298,7 @@ def reduce_kernel(
     first_level = tl.program_id(1) * GROUP
     n = n.to(tl.int64)
     sums = _no_sums(GROUP, THREADS, A)
-    for tile in range(block, tl.cdiv(P, THREADS * LANES), blocks):
+    for tile in range(block, _tiles(P, THREADS * LANES), blocks):
         p, inside = _tile(tile, P, THREADS, LANES, VECTOR)
         label, valid, bad = _classify(target_ptr, n * P + p, inside, ignore_index, C)
         ptrs = logits_ptr + n * batch
@@ -402,7 +408,7 @@ def gradient_kernel(
     )
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     index = tl.num_programs(0) - 1 - tl.program_id(0)
-    tiles = tl.cdiv(P, THREADS * LANES)
+    tiles = _tiles(P, THREADS * LANES)
     n = (index // tiles).to(tl.int64)
     p, inside = _tile(index % tiles, P, THREADS, LANES, VECTOR)
     label, valid, _ = _classify(target_ptr, n * P + p, inside, ignore_index, C)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -216,6 +217,15 @@ def test_positions_beyond_32_bits():
     )
     # in float64, whose eps is 2.2e-16; a sum of 33 000 terms takes two digits
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
+
+
+def test_tiles_of_nearly_2_to_the_31_pixels():
+    from helper_kernels import tiles_kernel
+
+    tiles = torch.empty((), dtype=torch.int32, device=device_of("triton"))
+    for pixels in (1, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31):
+        tiles_kernel[(1,)](tiles, pixels, 1024)
+        assert tiles.item() == math.ceil(pixels / 1024), pixels
 
 
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])

@@ -1,0 +1,13 @@
+"""Kernels around helpers of the Triton kernels. Triton looks for a kernel's names in its module."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ial_cuda.triton_kernels import _tiles
+
+
+@triton.jit
+def tiles_kernel(tiles_ptr, P, SIZE: tl.constexpr):
+    tl.store(tiles_ptr, _tiles(P, SIZE))
