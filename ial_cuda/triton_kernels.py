@@ -333,10 +333,11 @@ def _pixel_gradient(row_ptr, max, sum, own, w, EXACT: tl.constexpr):
     """exp(x_c - max) times the first, and for c = y plus the second, is dL/dx_c of a pixel whose level's row
     of the table is at row_ptr. See PixelGradient of ial_math.h."""
     A: tl.constexpr = w.dtype
-    ce = w * tl.load(row_ptr + _S).to(A)
     inverse = _inverse(sum)
     pi = tl.exp(own - max) * inverse
     reach = 2 * pi * (pi * tl.load(row_ptr + _P2).to(A) - (1 - pi) * tl.load(row_ptr + _Q2).to(A))
+    # Last: loaded before the exponential it would stay in registers, and Triton 3.6 would spill.
+    ce = w * tl.load(row_ptr + _S).to(A)
     if EXACT:
         scale, extra = ce - reach, reach - ce
     else:
