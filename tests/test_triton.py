@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ FLAT = Hierarchy.flat(2)
 
 if _ops.unavailable["triton"] is not None:
     pytest.skip(f"triton: {_ops.unavailable['triton']}", allow_module_level=True)
-TRITON = tuple(int(part) for part in metadata.version("triton").split(".")[:2])
-runs_kernels = pytest.mark.backends("triton")
 
 
 def python(*arguments: str, **env: str) -> str:
@@ -61,8 +58,6 @@ def test_every_kernel_compiles_without_spills(compiled, target):
     if target == "gfx942":  # compiled only: nobody has looked at what AMD's registers would want
         return
     spilled = {name: code["spills"] for name, code in mine.items() if code["spills"]}
-    if TRITON < (3, 8):  # lays out coarse logits in another way, and in more registers
-        spilled = {name: bytes for name, bytes in spilled.items() if "upsampled" not in name}
     assert spilled == {}
 
 
@@ -155,7 +150,6 @@ def test_it_is_imported_when_it_is_wanted():
     assert python("-c", code).split() == ["False", "True"]
 
 
-@runs_kernels
 @pytest.mark.parametrize("scope", ["image", "batch"])
 def test_more_images_than_a_program_takes_at_a_time(scope):
     for reduction in ("mean", "none"):
@@ -168,7 +162,6 @@ def test_more_images_than_a_program_takes_at_a_time(scope):
         )
 
 
-@runs_kernels
 @pytest.mark.parametrize("levels", [8, 9, 17])
 def test_more_levels_than_a_program_has_registers_for(levels):
     hierarchy = Hierarchy([[c] for c in reversed(range(levels))])
@@ -176,7 +169,6 @@ def test_more_levels_than_a_program_has_registers_for(levels):
     check("triton", logits, target, hierarchy, ignore_index=-1, lambdas=0.1, alpha=0.5)
 
 
-@runs_kernels
 def test_several_programs_of_an_image(monkeypatch):
     """As on a device with more than one multiprocessor, and more tiles than programs."""
     from ial_cuda import triton_ops
@@ -185,7 +177,6 @@ def test_several_programs_of_an_image(monkeypatch):
     check("triton", make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
 
 
-@runs_kernels
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 def test_cells_that_take_several_rounds_and_several_programs(monkeypatch, align_corners):
     """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
@@ -197,7 +188,6 @@ def test_cells_that_take_several_rounds_and_several_programs(monkeypatch, align_
     check_upsampled("triton", logits, target, align_corners=align_corners)
 
 
-@runs_kernels
 def test_positions_beyond_32_bits():
     """Of the loss alone, against integers: F.interpolate itself is off by 0.01 in so long a line."""
     coarse, fine = 40_001, 33_000
