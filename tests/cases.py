@@ -23,7 +23,7 @@ def device_of(backend: str) -> str:
 
 
 def _backend(name: str):
-    reason = _ops.unavailable[name]
+    reason = _ops.unavailable[name] or (interpreted.problem if name == "triton" else None)
     if reason is None and device_of(name) == "cuda" and not torch.cuda.is_available():
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import inspect
 import os
+from importlib import metadata
 
+import numpy as np
 import torch
 
 from ial_cuda import _ops
@@ -15,6 +17,16 @@ from ial_cuda import _ops
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and _ops.unavailable["triton"] is None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+#: Why the interpreter cannot run here: it makes an int of an array of one element.
+problem = None
+if INTERPRETED and _release(metadata.version("triton")) < (3, 7) and _release(np.__version__) >= (2, 4):
+    problem = f"Triton 3.6's interpreter needs numpy < 2.4, not {np.__version__}"
 
 
 def register() -> None:

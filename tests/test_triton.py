@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from cases import check, check_upsampled, device_of, make_logits, make_target
+from cases import KERNELS, check, check_upsampled, device_of, make_logits, make_target
 
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = Hierarchy.flat(2)
+#: Of a test that runs the kernels: skipped where neither a GPU nor the interpreter can.
+RUNS = pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "triton"])
 
 if _ops.unavailable["triton"] is not None:
     pytest.skip(f"triton: {_ops.unavailable['triton']}", allow_module_level=True)
@@ -150,11 +152,12 @@ def test_it_is_imported_when_it_is_wanted():
     assert python("-c", code).split() == ["False", "True"]
 
 
+@RUNS
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_more_images_than_a_program_takes_at_a_time(scope):
+def test_more_images_than_a_program_takes_at_a_time(backend, scope):
     for reduction in ("mean", "none"):
         check(
-            "triton",
+            backend,
             make_logits((140, 5, 3), torch.float32),
             make_target((140, 3), 5),
             factor_scope=scope,
@@ -162,33 +165,37 @@ def test_more_images_than_a_program_takes_at_a_time(scope):
         )
 
 
+@RUNS
 @pytest.mark.parametrize("levels", [8, 9, 17])
-def test_more_levels_than_a_program_has_registers_for(levels):
+def test_more_levels_than_a_program_has_registers_for(backend, levels):
     hierarchy = Hierarchy([[c] for c in reversed(range(levels))])
     logits, target = make_logits((2, levels, 70)), make_target((2, 70), levels, ignore_index=-1)
-    check("triton", logits, target, hierarchy, ignore_index=-1, lambdas=0.1, alpha=0.5)
+    check(backend, logits, target, hierarchy, ignore_index=-1, lambdas=0.1, alpha=0.5)
 
 
-def test_several_programs_of_an_image(monkeypatch):
+@RUNS
+def test_several_programs_of_an_image(backend, monkeypatch):
     """As on a device with more than one multiprocessor, and more tiles than programs."""
     from ial_cuda import triton_ops
 
     monkeypatch.setattr(triton_ops, "_multiprocessors", lambda logits: 1)
-    check("triton", make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
+    check(backend, make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
 
 
+@RUNS
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
-def test_cells_that_take_several_rounds_and_several_programs(monkeypatch, align_corners):
+def test_cells_that_take_several_rounds_and_several_programs(backend, monkeypatch, align_corners):
     """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
     from ial_cuda import triton_ops
 
     monkeypatch.setattr(triton_ops.upsample, "MOST_PIXELS", ((4, 2), (2, 1)))
     target = make_target((1, 33, 140), 5)
     logits = make_logits((1, 5, 7, 30), torch.float32)
-    check_upsampled("triton", logits, target, align_corners=align_corners)
+    check_upsampled(backend, logits, target, align_corners=align_corners)
 
 
-def test_positions_beyond_32_bits():
+@RUNS
+def test_positions_beyond_32_bits(backend):
     """Of the loss alone, against integers: F.interpolate itself is off by 0.01 in so long a line."""
     coarse, fine = 40_001, 33_000
     logits, target = make_logits((1, 2, 1, coarse)), make_target((1, 1, fine), 2)
@@ -199,32 +206,34 @@ def test_positions_beyond_32_bits():
         torch.lerp(line[cell], line[cell + 1], beyond[:, None]), target.flatten(), FLAT
     )
     loss = importance_aware_loss(
-        logits.to(device_of("triton")),
-        target.to(device_of("triton")),
+        logits.to(device_of(backend)),
+        target.to(device_of(backend)),
         FLAT,
         upsample="bilinear",
-        backend="triton",
+        backend=backend,
     )
     # in float64, whose eps is 2.2e-16; a sum of 33 000 terms takes two digits
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
 
 
-def test_tiles_of_nearly_2_to_the_31_pixels():
+@RUNS
+def test_tiles_of_nearly_2_to_the_31_pixels(backend):
     from helper_kernels import tiles_kernel
 
-    tiles = torch.empty((), dtype=torch.int32, device=device_of("triton"))
+    tiles = torch.empty((), dtype=torch.int32, device=device_of(backend))
     for pixels in (1, 1024, 1025, 2**31 - 1024, 2**31 - 1023, 2**31 - 1, 2**31):
         tiles_kernel[(1,)](tiles, pixels, 1024)
         assert tiles.item() == math.ceil(pixels / 1024), pixels
 
 
+@RUNS
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
 @pytest.mark.parametrize("dim", range(4))
-def test_strides_beyond_32_bits(dim, upsampled):
+def test_strides_beyond_32_bits(backend, dim, upsampled):
     """4 GiB, of which hardly anything is touched: other strides are small."""
     strides = [8, 4, 2, 1]
     strides[dim] = 2**31 + 8
-    device, operators = device_of("triton"), _ops.operators("triton")
+    device, operators = device_of(backend), _ops.operators(backend)
     storage = torch.empty(2**31 + 32, dtype=torch.float16, device=device)
     logits = storage.as_strided((2, 2, 2, 2), strides)
     logits.copy_(make_logits((2, 2, 2, 2), torch.float16))
