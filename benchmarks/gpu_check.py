@@ -10,7 +10,6 @@ it is a dry run: the same stages on the CPU, where tests/simt runs the CUDA kern
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -28,8 +27,13 @@ from benchmarks.stages import ROOT, TOOL_PATH, Check, Stage
 
 #: Seconds for all stages together. Of them, for the first import of torch, which reads gigabytes.
 TOTAL, PROBE_SECONDS = 530, 240
-#: For the tests of CUDA and for those of Triton, which run beside the four sanitizers.
-WORKERS = max(2, ((os.cpu_count() or 2) - 4) // 2)
+#: Processors of this process, where the system can tell.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+#: For the tests of CUDA and for those of Triton, which run beside the four sanitizers. Each has a context on
+#: the GPU, of half a gigabyte.
+WORKERS = max(2, min(8, (CORES - 4) // 2))
+#: More lost contexts than one fault leads to. The bound of the stage ends the rest.
+MOST_RESTARTS = 200
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHMARKS = ("loss", "upsample", "step", "sweep")
 #: The stages of each call. `bench` has the smoke tests too: they name what is broken before it is timed.
@@ -46,7 +50,15 @@ PRODUCTS = {
     ),
 }
 #: What both calls need, and the oldest version of it.
-REQUIRED = {"torch": "2.11", "numpy": "1", "pytest": "8", "hypothesis": "6", "setuptools": "77"}
+REQUIRED = {
+    "torch": "2.11",
+    "numpy": "1",
+    "pytest": "8",
+    "pytest-xdist": "3.2",
+    "hypothesis": "6",
+    "setuptools": "77",
+    "ninja": "1",
+}
 #: Seconds after which a test counts as hung: its stack is printed, and a worker of pytest-xdist is replaced.
 HANGS = 150
 
@@ -57,13 +69,13 @@ capability = "%d.%d" % torch.cuda.get_device_capability() if there else None
 print(json.dumps([capability, torch.__version__, torch.version.cuda]))
 """
 INFO = """
-import json, sys
+import sys
 from pathlib import Path
 from benchmarks import common, gpu_check
 from ial_cuda import _ops
 print(_ops.describe())
 machine = {{name: value for name, value in common.describe_machine().items() if value is not None}}
-Path({file!r}).write_text(json.dumps(gpu_check.versions() | machine))
+common.write_json(Path({file!r}), gpu_check.versions() | machine)
 sys.exit(_ops.unavailable[{device!r}])
 """
 
@@ -75,6 +87,10 @@ class Found(NamedTuple):
     torch: str
     torch_cuda: str | None
 
+    @property
+    def device(self) -> str:
+        return "cuda" if self.capability else "cpu"
+
 
 def probe() -> Found:
     """Asks torch in another process, so that this one holds nothing of the GPU."""
@@ -84,7 +100,14 @@ def probe() -> Found:
         )
     except subprocess.SubprocessError as error:
         raise SystemExit(f"torch does not work in {sys.executable}: {error}\n{error.stderr or ''}") from None
-    return Found(*json.loads(done.stdout.splitlines()[-1]))
+    found = Found(*json.loads(done.stdout.splitlines()[-1]))
+    gpu = None if found.capability else first_match(r"^GPU 0:.*", "nvidia-smi", "-L")
+    if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        raise SystemExit(
+            f"torch {found.torch} in {sys.executable} does not see {gpu}:\n{done.stderr}"
+            "For a dry run on the CPU: --dry-run"
+        )
+    return found
 
 
 def missing() -> list[str]:
@@ -135,19 +158,32 @@ def first_match(pattern: str, *command: str) -> str | None:
 
 
 def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
-    """Whether the extension there is for this Python, torch and GPU, and newer than its sources."""
+    """Whether the extension there is for this Python, torch and GPU, newer than its sources, and whole."""
     extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    record = package / "_build.json"
-    if not (extension.exists() and record.exists()):
+    build = read_json(package / "_build.json")
+    if not extension.exists() or (build.get("torch"), build.get("torch_cuda")) != found[1:]:
         return False
-    build = json.loads(record.read_text())
     archs = {arch.removesuffix("+PTX") for arch in build["arch_list"]}
     sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
     return (
-        (build["torch"], build["torch_cuda"]) == (found.torch, found.torch_cuda)
-        and (found.capability is None or found.capability in archs)
+        (found.capability is None or found.capability in archs)
         and extension.stat().st_mtime > max(file.stat().st_mtime for file in sources)
+        and loads(found)
     )
+
+
+def loads(found: Found) -> bool:
+    """Whether the extension imports and has the kernels. A build that was cut off leaves half a file."""
+    code = f"import sys; from ial_cuda import _ops; sys.exit(_ops.unavailable[{found.device!r}])"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file holds, {} if it is not there or not whole."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def build(found: Found) -> Stage:
@@ -159,7 +195,7 @@ def build(found: Found) -> Stage:
         env={
             "IAL_CUDA_FORCE_CPU": "0" if found.capability else "1",
             "IAL_CUDA_REQUIRE_EXT": "1",
-            "MAX_JOBS": str(os.cpu_count()),
+            "MAX_JOBS": str(CORES),
             "TORCH_CUDA_ARCH_LIST": found.capability or "",
         },
         skip="the extension is newer than its sources" if is_built(found) else None,
@@ -167,21 +203,20 @@ def build(found: Found) -> Stage:
 
 
 def info(found: Found, output: Path) -> Stage:
-    device = "cuda" if found.capability else "cpu"
-    code = INFO.format(device=device, file=str(output / "machine.json"))
+    code = INFO.format(device=found.device, file=str(output / "machine.json"))
     return Stage("info", [sys.executable, "-c", code], 60)
 
 
 def tests(name: str, arguments: Sequence[str], seconds: float, *, workers: int = 0, **more: Any) -> Stage:
-    """With -v the log names the test that hangs. Without pytest-xdist there are no workers."""
+    """With -v the log names the test that hangs. Many tests run side by side: each has one thread."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--durations=10"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
-    if workers and importlib.util.find_spec("xdist"):
-        command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(4 * workers)]
-        if int(metadata.version("pytest").split(".")[0]) >= 9:
+    if workers:
+        command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(MOST_RESTARTS)]
+        if numbers(metadata.version("pytest")) >= [9]:
             command += ["-o", "faulthandler_exit_on_timeout=true"]
-        more["env"] = {"OMP_NUM_THREADS": "1", **more.get("env", {})}
-    return Stage(name, [*command, *arguments], seconds, **more)
+    env = {"OMP_NUM_THREADS": "1", **more.pop("env", {})}
+    return Stage(name, [*command, *arguments], seconds, env=env, **more)
 
 
 # ---- is it right? ---------------------------------------------------------------------------------------
@@ -286,18 +321,16 @@ class Report(Check):
     dry_run = True
 
     def summary(self) -> dict[str, Any]:
-        def read(name: str) -> dict[str, Any]:
-            file = self.output / name
-            return json.loads(file.read_text()) if file.exists() else {}
-
         files = [f"{name}.json" for name in BENCHMARKS if f"{name}.json" in self.products]
         kept = ("input", "labels", "gpu_before", "gpu_after", "goals")
         return {
             "dry_run": self.dry_run,
             **super().summary(),
-            "machine": read("machine.json"),
+            "machine": read_json(self.output / "machine.json"),
             "cases": [
-                {name: case[name] for name in kept} for file in files for case in read(file).get("cases", [])
+                {name: case[name] for name in kept}
+                for file in files
+                for case in read_json(self.output / file).get("cases", [])
             ],
         }
 
@@ -343,15 +376,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacks := missing():
         raise SystemExit("\n".join(lacks))
     # A shell starts what runs in its background with SIGINT ignored, and stages would inherit that.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
 
     output = arguments.output.resolve()
     report = Report(output, f"gpu-{arguments.what}", PRODUCTS[arguments.what], total=TOTAL)
-    found = probe()
     if arguments.dry_run:
-        found = found._replace(capability=None)
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    found = probe()
     report.dry_run = found.capability is None
     for group in plan(arguments.what, found, output):
         report.run([stage for stage in group if stage.name in chosen])

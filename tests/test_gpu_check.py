@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -20,6 +21,7 @@ import simt
 
 gpu_check = pytest.importorskip("benchmarks.gpu_check", reason="needs python -m pytest in the checkout")
 from benchmarks import stages  # noqa: E402  (which needs the same)
+from ial_cuda import _ops  # noqa: E402
 
 Stage = stages.Stage
 
@@ -100,7 +102,7 @@ def test_a_dry_run(what, chosen, tmp_path, built):
         names = set(everything.getnames())
         kept = json.load(everything.extractfile(f"gpu-{what}/summary.json"))
     logs = {f"logs/{name}.txt" for name in results if name not in skipped or name == "triton"}
-    assert names == {f"gpu-{what}/{name}" for name in (*files, "logs", *logs)}
+    assert names == {f"gpu-{what}/{name}" for name in (*files, *logs)}
     assert kept["stages"] == summary["stages"]
     cases = [
         case["input"]
@@ -113,12 +115,12 @@ def test_a_dry_run(what, chosen, tmp_path, built):
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
-    broken = python("broken", "import sys; print('so it goes'); sys.exit(3)")
+    broken = python("broken", "import sys; print('broken output'); sys.exit(3)")
     crashed = python("crashed", "import os; os.abort()")
     absent = Stage("absent", ["/no/such/program"], 30)
     check, summary = run(tmp_path, [broken], [crashed, absent], [python("next", "print('fine')")])
     assert [(stage["name"], stage["result"], stage["why"]) for stage in summary["stages"]] == [
-        ("broken", "failed", "exit code 3: so it goes"),
+        ("broken", "failed", "exit code 3: broken output"),
         ("crashed", "failed", "signal SIGABRT: "),
         ("absent", "failed", "[Errno 2] No such file or directory: '/no/such/program'"),
         ("next", "ok", "fine"),
@@ -126,12 +128,12 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
     assert check.failed and summary["failed"]
     check.show()
     shown = capsys.readouterr().out
-    assert "----- broken failed, exit code 3: so it goes:\nso it goes" in shown
-    assert shown.index("so it goes") < shown.index("next  ")
-    assert "so it goes" in (tmp_path / "log.txt").read_text()
+    assert "----- broken failed, exit code 3: broken output:\nbroken output" in shown
+    assert shown.index("broken output") < shown.index("next  ")
+    assert "broken output" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_stage_over_its_time_is_interrupted_and_at_last_killed_with_its_children(tmp_path, monkeypatch):
+def test_a_stage_over_its_time_is_interrupted_then_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "GRACE", 2)
     pids = tmp_path / "pids"
     code = f"""
@@ -142,7 +144,7 @@ open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 print("about to hang", flush=True)
 time.sleep(300)
 """
-    polite = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('in a hurry')"
+    polite = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('interrupted')"
     start = time.monotonic()
     _, summary = run(
         tmp_path / "out", [python("hangs", code, 4), python("polite", polite, 4)], [python("next", "")]
@@ -154,9 +156,57 @@ time.sleep(300)
         "after 4 s, killed: about to hang",
         "about to hang",
     )
-    assert (other["result"], other["why"]) == ("timed out", "after 4 s: in a hurry")
+    assert (other["result"], other["why"]) == ("timed out", "after 4 s: interrupted")
     assert after["result"] == "ok"
     assert all(ends(int(pid)) for pid in pids.read_text().split())
+
+
+CUT_OFF = """
+import signal, sys
+from pathlib import Path
+from benchmarks import stages
+
+signal.signal(signal.{signal}, lambda *_: sys.exit(1))
+code = "import time\\nprint('so far', flush=True)\\n"
+code += "try: time.sleep(300)\\nexcept KeyboardInterrupt: print('end')"
+check = stages.Check(Path({folder!r}), "archive", total=300)
+check.run([stages.Stage("done", [sys.executable, "-c", "print('done')"], 60)])
+check.run([stages.Stage("long", [sys.executable, "-c", code], 200)])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=str)
+def test_what_is_cut_off_leaves_what_there_was(number, tmp_path):
+    code = CUT_OFF.format(signal=number.name, folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
+    log = tmp_path / "logs" / "long.txt"
+    for _ in range(600):
+        if log.exists() and "so far" in log.read_text():
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 1
+    with tarfile.open(tmp_path / "archive.tar.gz") as archive:
+        summary = json.load(archive.extractfile("archive/summary.json"))
+        assert archive.extractfile("archive/logs/long.txt").read() == b"so far\nend\n"
+    done, long = summary["stages"]
+    assert done["result"] == "ok" and summary["failed"]
+    assert long["result"] == "cut off" and long["why"].endswith(" s: end")
+
+
+def test_results_are_written_while_a_stage_runs(tmp_path, monkeypatch):
+    """With a summary that names it, for a program that is killed."""
+    monkeypatch.setattr(stages, "WRITE_EVERY", 0.1)
+    look = f"""
+import json, time
+from pathlib import Path
+while not Path({str(tmp_path / "summary.json")!r}).exists():
+    time.sleep(0.05)
+print(json.loads(Path({str(tmp_path / "summary.json")!r}).read_text())["stages"][0]["result"])
+"""
+    _, summary = run(tmp_path, [python("look", look)])
+    assert (tmp_path / "logs" / "look.txt").read_text() == "running\n"
+    assert summary["stages"][0]["result"] == "ok"
 
 
 def test_a_stage_leaves_nothing_running(tmp_path):
@@ -199,11 +249,11 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_no_stage_runs_past_the_end(tmp_path, monkeypatch):
-    """Not even one that is deaf to its interruption."""
+    """Not even one that ignores its interruption."""
     monkeypatch.setattr(stages, "GRACE", 2)
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
     start = time.monotonic()
-    _, summary = run(tmp_path, [python("long", deaf, 200)], [python("late", "")], total=5)
+    _, summary = run(tmp_path, [python("long", stubborn, 200)], [python("late", "")], total=5)
     assert time.monotonic() - start < 6
     long, late = summary["stages"]
     assert long["result"] == "timed out"
@@ -229,7 +279,7 @@ def test_the_archive_has_everything_that_there_is_while_the_next_stage_runs(tmp_
         assert archive.getmember("archive/logs/long.txt").size == 2 * stages.LOG_CHARACTERS + 1
         assert archive.getmember("archive/log.txt").size < 2 * stages.LOG_CHARACTERS
     log = (tmp_path / "logs" / "look.txt").read_text()
-    names = ("log.txt", "logs", "logs/long.txt", "product.json", "summary.json")
+    names = ("log.txt", "logs/long.txt", "product.json", "summary.json")
     assert log.strip() == str([f"archive/{name}" for name in names])
 
 
@@ -252,6 +302,27 @@ def test_figures_are_in_the_summary(tmp_path, capsys):
     assert "1x19x4x8 bfloat16 on cuda, CamVid labels" in lines
     assert "gpu_after: clocks.sm 1980, clocks.mem 3201" in lines
     assert "NO a / b >= 3 2.50 (as a graph -)" in lines
+
+
+def test_a_result_that_is_not_whole_stops_nothing(tmp_path):
+    report = gpu_check.Report(tmp_path, "gpu-bench", gpu_check.PRODUCTS["bench"], total=60)
+    report.run([python("loss", f"open({str(tmp_path / 'loss.json')!r}, 'w').write('{{')")])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["stages"][0]["result"] == "ok" and summary["cases"] == []
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_gpu_that_torch_does_not_see_is_no_dry_run(hidden, monkeypatch):
+    answers = subprocess.CompletedProcess([], 0, json.dumps(NO_GPU), "the driver is too old")
+    monkeypatch.setattr(gpu_check.subprocess, "run", lambda *_, **__: answers)
+    monkeypatch.setattr(gpu_check, "first_match", lambda *_: "GPU 0: NVIDIA H100")
+    if hidden:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert gpu_check.probe() == NO_GPU
+        return
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SystemExit, match="does not see GPU 0: NVIDIA H100:\nthe driver is too old"):
+        gpu_check.probe()
 
 
 # ---- planted errors -------------------------------------------------------------------------------------
@@ -305,8 +376,9 @@ def test_torch_is_not_loaded():
 """
 
 
-def test_a_lost_context_spoils_no_other_test(tmp_path):
+def test_a_lost_context_fails_one_test_only(tmp_path, monkeypatch):
     pytest.importorskip("xdist")
+    monkeypatch.setattr(gpu_check, "MOST_RESTARTS", 8)
     _, summary = run(
         tmp_path,
         [
@@ -474,7 +546,7 @@ def test_an_unknown_stage_is_a_usage_error(capsys):
 
 
 def test_what_python_lacks_is_named_before_anything_runs(monkeypatch, tmp_path):
-    has = {"torch": "2.11.0+cu130", "numpy": "2.5.0", "setuptools": "68.1.2", "hypothesis": "6.1"}
+    has = dict.fromkeys(gpu_check.REQUIRED, "99.0") | {"setuptools": "68.1.2", "pytest": None}
     monkeypatch.setattr(gpu_check, "installed", has.get)
     monkeypatch.setattr(gpu_check, "probe", lambda: pytest.fail("has begun"))
     with pytest.raises(SystemExit) as error:
@@ -517,19 +589,28 @@ def test_the_build_is_for_the_gpu_that_is_there():
         ({"torch_cuda": "12.8"}, False),
         ({"suffix": ".cpython-39-x86_64-linux-gnu.so"}, False),
         ({"age": 10**9}, False),
-        ({"record": False}, False),
+        ({"record": ""}, False),
+        ({"record": '{"torch": '}, False),
+        ({"loads": False}, False),
     ],
     ids=str,
 )
-def test_a_build_that_fits_is_kept(change, expected, tmp_path):
+def test_a_build_that_fits_is_kept(change, expected, tmp_path, monkeypatch):
     record = {"torch": H100.torch, "torch_cuda": "13.0", "cuda": "13.0", "arch_list": ["9.0+PTX"]} | change
+    loads = record.pop("loads", True)
+    monkeypatch.setattr(gpu_check, "loads", lambda found: loads)
     extension = tmp_path / f"_C{record.pop('suffix', sysconfig.get_config_var('EXT_SUFFIX'))}"
     extension.touch()
     built = time.time() - record.pop("age", 0)
     os.utime(extension, (built, built))
-    if record.pop("record", True):
-        (tmp_path / "_build.json").write_text(json.dumps(record))
+    text = record.pop("record", None)
+    (tmp_path / "_build.json").write_text(json.dumps(record) if text is None else text)
     assert gpu_check.is_built(H100, tmp_path) == expected
+
+
+def test_an_extension_without_the_kernels_does_not_load():
+    for device, found in (("cpu", H100._replace(capability=None)), ("cuda", H100)):
+        assert gpu_check.loads(found) == (_ops.unavailable[device] is None)
 
 
 @pytest.mark.parametrize("what", gpu_check.STAGES)
