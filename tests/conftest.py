@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import interpreted  # noqa: F401  before a test imports Triton, be it through torch._dynamo
 import pytest
 import simt
+import torch
 
 from ial_cuda import _ops
 
@@ -43,6 +46,20 @@ def backends_of(item: pytest.Item) -> set[str]:
     if callspec and "backend" in callspec.params:
         return {callspec.params["backend"]}
     return {name for marker in item.iter_markers("backends") for name in marker.args}
+
+
+@pytest.fixture
+def need_gpu_memory() -> Iterator[Callable[[int], None]]:
+    """Skips the test where the GPU has not so many bytes free. Other processes can have them afterwards."""
+
+    def need(size: int) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        if free < size:
+            pytest.skip(f"{free >> 20} MiB of GPU memory are free, {size >> 20} needed")
+
+    yield need
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from importlib import metadata
 
 import numpy as np
 import torch
@@ -25,8 +24,11 @@ def _release(version: str) -> tuple[int, ...]:
 
 #: Why the interpreter cannot run here: it makes an int of an array of one element.
 problem = None
-if INTERPRETED and _release(metadata.version("triton")) < (3, 7) and _release(np.__version__) >= (2, 4):
-    problem = f"Triton 3.6's interpreter needs numpy < 2.4, not {np.__version__}"
+if INTERPRETED:
+    import triton
+
+    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
+        problem = f"Triton 3.6's interpreter needs numpy < 2.4, not {np.__version__}"
 
 
 def register() -> None:

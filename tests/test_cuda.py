@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import math
 
 import pytest
 import torch
@@ -88,28 +87,15 @@ def test_a_device_that_is_not_the_current_one(backend):
     assert torch.cuda.current_device() == 0
 
 
-@pytest.fixture
-def all_memory():
-    """The GPU's memory for one test at a time, of all processes that run tests."""
-    fcntl = pytest.importorskip("fcntl")
-    with Path(tempfile.gettempdir(), "ial_cuda_tests.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        torch.cuda.empty_cache()  # what the allocator keeps, the next process cannot have
-
-
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("width", [10700, 10701], ids=["vectors", "odd"])
-def test_more_than_2_to_the_31_elements(all_memory, backend, layout, width):
+def test_more_than_2_to_the_31_elements(need_gpu_memory, backend, layout, width):
     """One image of 100 equal strips: 100 times the loss of a strip, and its gradient over and over."""
     strips, height = 100, 107
     shape = (1, CLASSES, strips * height, width)
     # logits, gradient, and what Triton keeps of it while it tunes
-    needed = 3 * 2 * CLASSES * strips * height * width + 2**31
-    free, _ = torch.cuda.mem_get_info()
-    if free < needed:
-        pytest.skip(f"{free >> 20} MiB of GPU memory are free, {needed >> 20} needed")
+    need_gpu_memory(3 * 2 * math.prod(shape) + 2**31)
     strip = make_logits((1, CLASSES, height, width), torch.bfloat16).cuda()
     strip_target = make_target((1, height, width), CLASSES, dtype=torch.uint8).cuda()
     logits = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=layout)

@@ -137,7 +137,8 @@ def test_every_layout(backend, dtype, layout):
 def test_every_target(backend, dtype):
     target = make_target((2, 23, 62), 5, dtype=dtype)[..., ::2]
     weights = torch.rand(2, 31, 23, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
-    check_upsampled(backend, make_logits((2, 5, 6, 9), torch.float32), target, pixel_weight=weights)
+    logits, weight = make_logits((2, 5, 6, 9), torch.float32), WEIGHT.repeat_interleave(2)[::2]
+    check_upsampled(backend, logits, target, weight=weight, pixel_weight=weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -167,7 +167,8 @@ T shuffle_xor(T value, int mask) {
     return value;
 }
 
-// A thread's stack is its local memory; a kernel's parameters are there too.
+// A thread's stack is its local memory; a kernel's parameters are there too. (Where AddressSanitizer is told
+// to detect uses after return, it keeps variables elsewhere, and they pass for global memory.)
 enum Space { kGlobal, kShared, kLocal };
 
 inline Space space_of(const void* address) {
@@ -175,7 +176,9 @@ inline Space space_of(const void* address) {
         return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(from) < bytes;
     };
     if (is_in(ial::gpu::ial_shared, kMostSharedBytes)) return kShared;
-    return is_in(block->fibres[threadIdx.x].stack.get(), kStack) ? kLocal : kGlobal;
+    for (const Fibre& fibre : block->fibres)
+        if (is_in(fibre.stack.get(), kStack)) return kLocal;
+    return kGlobal;
 }
 
 // For an instruction that reaches one address space only.
@@ -294,7 +297,7 @@ T __ldcg(const T* from) {
     simt::expect(simt::kGlobal, from, "__ldcg");
     return *from;
 }
-// The way to every instruction of PTX for shared memory.
+// The way to every instruction of PTX for shared memory; no kernel has one yet.
 inline size_t __cvta_generic_to_shared(const void* address) {
     simt::expect(simt::kShared, address, "__cvta_generic_to_shared");
     return reinterpret_cast<size_t>(address);
