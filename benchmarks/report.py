@@ -199,7 +199,7 @@ def cuda_goals(report: Report) -> list[Goal]:
 
 
 def peer_goal(ours: Row, rows: Sequence[Row], bound: float) -> Goal:
-    """Ours over the fastest of the others, whoever it is. The reference is our own loss, and no peer."""
+    """Ours over the fastest of the others. The reference is our own loss, and no peer."""
     peers = [row for row in rows if not row.ours and "reference" not in row.name and row.name != FLOOR]
     timed = [row for row in peers if row.median_ms is not None]
     best = min(timed, key=lambda row: row.median_ms, default=Row("none measured"))

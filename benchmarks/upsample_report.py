@@ -38,8 +38,8 @@ PEERS = {CROSS_ENTROPY: "F.interpolate + F.cross_entropy", IAL: "F.interpolate +
 GOAL_SIZES = {"cpu": (512, 1024), "cuda": (1024, 2048)}
 #: On the CPU, how many times longer the peers must take there.
 CPU_PEER_BOUNDS = {"": 10, ", compiled": 6}
-#: On a GPU of the H100's class instructions bind, not memory, so that no copy tells the time: 60 µs where
-#: each clock issues, 75 where four in five do, and the small launches.
+#: On a GPU of the H100's class instructions are the limit, not memory, so the copy gives no bound: 60 µs
+#: where each clock issues, 75 where four in five do, and the small launches.
 GOAL_US = 75 + SMALL_LAUNCHES_US
 #: There, ours over the best peer. None needs less than to write something of the fine logits' size, to read
 #: it in the backward pass, and to read int64 labels three times, as Inductor's code for F.interpolate and
@@ -91,7 +91,7 @@ class Report:
 
 
 def goals(report: Report) -> list[Goal]:
-    """What ours is to reach at the size that the goals are for."""
+    """The goals of ours at the size that they are for."""
     case = report.case
     if case.size != GOAL_SIZES[case.device]:
         return []
