@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch.torch_version import TorchVersion
 
 from .triton_kernels import (
     _STATS,
@@ -45,7 +46,7 @@ REDUCE_CONFIG = _config(128)
 GRADIENT_CONFIGS = [REDUCE_CONFIG] if _INTERPRETED else [_config(threads) for threads in (64, 128)]
 #: Rows and columns of pixels that a thread has in registers at a time: of float32, and of float64.
 MOST_PIXELS = ((16, 16), (16, 16)) if _INTERPRETED else ((4, 2), (2, 1))
-if not _INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+if not _INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
     # Triton 3.6 gives the pixels of a cell to several threads: more of them would spill.
     MOST_PIXELS = ((4, 1), (1, 1))
 

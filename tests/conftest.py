@@ -35,10 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen = config.option.backends
-    if chosen:
-        config.hook.pytest_deselected(items=[item for item in items if not backends_of(item) & {*chosen}])
-        items[:] = [item for item in items if backends_of(item) & {*chosen}]
+    if config.option.backends:
+        kept, others = [], []
+        for item in items:
+            (others if backends_of(item).isdisjoint(config.option.backends) else kept).append(item)
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
 
 
 def backends_of(item: pytest.Item) -> set[str]:

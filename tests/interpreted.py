@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 from ial_cuda import _ops
 
@@ -18,16 +19,12 @@ if not torch.cuda.is_available():
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and _ops.unavailable["triton"] is None
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
 #: Why the interpreter cannot run here: it makes an int of an array of one element.
 problem = None
 if INTERPRETED:
     import triton
 
-    if _release(triton.__version__) < (3, 7) and _release(np.__version__) >= (2, 4):
+    if TorchVersion(triton.__version__) < (3, 7) and TorchVersion(np.__version__) >= (2, 4):
         problem = f"Triton 3.6's interpreter needs numpy < 2.4, not {np.__version__}"
 
 
