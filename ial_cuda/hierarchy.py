@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, SupportsIndex, TypeAlias
+
+import torch
 
 
 def as_int(value: object, argument: str) -> int:
@@ -16,6 +20,14 @@ def as_int(value: object, argument: str) -> int:
     raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected an integer")
 
 
+def as_label(value: object, argument: str) -> int:
+    """``value`` as a Python int that a label can be; errors name ``argument``."""
+    label = as_int(value, argument)
+    if not -(2**63) <= label < 2**63:
+        raise ValueError(f"{argument} is {label}, expected an integer of 64 bits")
+    return label
+
+
 def _items(value: object, argument: str, expected: str) -> tuple[object, ...]:
     if not isinstance(value, str | bytes):
         try:
@@ -25,7 +37,7 @@ def _items(value: object, argument: str, expected: str) -> tuple[object, ...]:
     raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected {expected}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Hierarchy:
     """A partition of the classes 0 ... C-1 into g levels, the least important level first.
 
@@ -36,14 +48,17 @@ class Hierarchy:
         levels: g >= 1 levels, each with C_k >= 1 class indices; any nested sequence of integers is taken and
             stored as a tuple of tuples. Every class 0 ... C-1 is in exactly one level.
         names: optional class names, C strings in index order.
+        ignore_index: optional, the label of void pixels in this data set. It is the default of every
+            ``ignore_index`` that comes with this hierarchy.
 
     Attributes:
         class_levels: tuple of C ints, the level of each class.
 
     Raises:
-        TypeError: ``levels`` is not a nested sequence of integers, or ``names`` not a sequence of strings.
-        ValueError: no level, an empty level, a negative class, a class in two places, a class missing, or a
-            number of names other than C.
+        TypeError: ``levels`` is not a nested sequence of integers, ``names`` not a sequence of strings, or
+            ``ignore_index`` not an integer.
+        ValueError: no level, an empty level, a negative class, a class in two places, a class missing, a
+            number of names other than C, or an ``ignore_index`` that is a class or outside int64.
 
     >>> Hierarchy([[0, 2], [1]], names=["sky", "person", "road"]).class_levels
     (0, 1, 0)
@@ -51,17 +66,22 @@ class Hierarchy:
 
     levels: tuple[tuple[int, ...], ...]
     names: tuple[str, ...] | None = None
-    class_levels: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    ignore_index: int | None = None
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        levels: Iterable[Iterable[SupportsIndex]],
+        names: Iterable[str] | None = None,
+        ignore_index: SupportsIndex | None = None,
+    ) -> None:
         level_of: dict[int, int] = {}
-        levels = []
-        for k, level in enumerate(_items(self.levels, "levels", "a sequence of levels")):
+        sorted_levels = []
+        for k, level in enumerate(_items(levels, "levels", "a sequence of levels")):
             classes = _items(level, f"levels[{k}]", "a sequence of class indices")
             if not classes:
                 raise ValueError(f"levels[{k}] is empty, expected at least one class in every level")
-            levels.append(tuple(sorted(as_int(c, f"levels[{k}][{i}]") for i, c in enumerate(classes))))
-            for c in levels[-1]:
+            sorted_levels.append(tuple(sorted(as_int(c, f"levels[{k}][{i}]") for i, c in enumerate(classes))))
+            for c in sorted_levels[-1]:
                 if c < 0:
                     raise ValueError(f"levels[{k}] holds class {c}, expected class indices from 0")
                 if c in level_of:
@@ -70,7 +90,7 @@ class Hierarchy:
                         "expected every class in exactly one level"
                     )
                 level_of[c] = k
-        if not levels:
+        if not sorted_levels:
             raise ValueError("levels is empty, expected at least one level")
         num_classes = len(level_of)
         if max(level_of) >= num_classes:
@@ -79,11 +99,8 @@ class Hierarchy:
                 f"levels goes up to class {max(level_of)} but has no class {gap}, "
                 "expected every class in exactly one level"
             )
-        object.__setattr__(self, "levels", tuple(levels))
-        object.__setattr__(self, "class_levels", tuple(level_of[c] for c in range(num_classes)))
-
-        if self.names is not None:
-            names = _items(self.names, "names", "a sequence of strings")
+        if names is not None:
+            names = _items(names, "names", "a sequence of strings")
             for c, name in enumerate(names):
                 if not isinstance(name, str):
                     raise TypeError(f"names[{c}] is {name!r} ({type(name).__name__}), expected a string")
@@ -91,15 +108,85 @@ class Hierarchy:
                 raise ValueError(
                     f"names has length {len(names)}, expected {num_classes}, one for each class in levels"
                 )
-            object.__setattr__(self, "names", names)
+        if ignore_index is not None:
+            ignore_index = as_label(ignore_index, "ignore_index")
+            if 0 <= ignore_index < num_classes:
+                raise ValueError(
+                    f"ignore_index is {ignore_index}, a class in levels, expected a label outside "
+                    f"0 to {num_classes - 1}"
+                )
+        # Frozen, and class_levels is no field: `dataclasses.asdict` gives what the constructor takes.
+        vars(self).update(
+            levels=tuple(sorted_levels),
+            names=names,
+            ignore_index=ignore_index,
+            _class_levels=tuple(level_of[c] for c in range(num_classes)),
+        )
 
     @classmethod
-    def flat(cls, num_classes: int) -> Hierarchy:
+    def flat(cls, num_classes: SupportsIndex) -> Hierarchy:
         """All classes in one level: nothing is compared, and the loss is plain weighted cross-entropy."""
         num_classes = as_int(num_classes, "num_classes")
         if num_classes < 1:
             raise ValueError(f"num_classes is {num_classes}, expected at least 1")
         return cls((tuple(range(num_classes)),))
+
+    @classmethod
+    def of(cls, value: HierarchyLike, argument: str = "hierarchy") -> Hierarchy:
+        """The hierarchy that a configuration file means.
+
+        Args:
+            value: a `Hierarchy`; the name of a preset, "camvid" or "cityscapes"; C, for `Hierarchy.flat`; a
+                nested sequence of class indices; or a mapping as `to_dict` returns it.
+            argument: what errors call ``value``.
+
+        Raises:
+            TypeError, ValueError: ``value`` is none of these, or what the constructor raises.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, str):
+            if value not in PRESETS:
+                raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, PRESETS))}")
+            return PRESETS[value]
+        if isinstance(value, Mapping):
+            return cls.from_dict(value)
+        try:
+            return cls.flat(value)  # type: ignore[arg-type]
+        except TypeError:
+            if isinstance(value, Iterable):
+                return cls(value)
+        raise TypeError(
+            f"{argument} is {value!r} ({type(value).__name__}), expected an ial_cuda.Hierarchy, the name of "
+            "a preset, a number of classes, or a nested sequence of class indices"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """``levels``, ``names`` and ``ignore_index`` as lists, strings, ints and None, for JSON or YAML."""
+        return {
+            "levels": [list(level) for level in self.levels],
+            "names": None if self.names is None else list(self.names),
+            "ignore_index": self.ignore_index,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Hierarchy:
+        """The hierarchy of `to_dict`; ``names`` and ``ignore_index`` may be missing.
+
+        Raises:
+            TypeError: ``data`` lacks ``levels`` or has another key; or what the constructor raises.
+        """
+        fields = ("levels", "names", "ignore_index")
+        if "levels" not in data or not set(data) <= set(fields):
+            raise TypeError(
+                f"data has the keys {list(data)}, expected levels and at most {', '.join(fields)}"
+            )
+        return cls(**data)
+
+    @property
+    def class_levels(self) -> tuple[int, ...]:
+        """The level of each class."""
+        return vars(self)["_class_levels"]  # type: ignore[no-any-return]
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +206,33 @@ class Hierarchy:
         return "\n".join(lines)
 
 
+#: Whatever `Hierarchy.of` makes a hierarchy of.
+HierarchyLike: TypeAlias = (
+    Hierarchy | str | SupportsIndex | Iterable[Iterable[SupportsIndex]] | Mapping[str, Any]
+)
+
+
+def resolve_ignore_index(ignore_index: object, num_classes: int, void_label: int | None = None) -> int:
+    """The label of void pixels: ``ignore_index``, else the data set's ``void_label``, else 255.
+
+    This is the one rule of every entry point. An explicit ``ignore_index`` may be a class; a default may not.
+
+    Raises:
+        TypeError: ``ignore_index`` is not an integer.
+        ValueError: it is outside int64; or it is None and 255 is one of the classes.
+    """
+    if ignore_index is not None:
+        return as_label(ignore_index, "ignore_index")
+    if void_label is not None:
+        return void_label
+    if num_classes > 255:
+        raise ValueError(
+            f"ignore_index is None, which means 255, a class of {num_classes}: expected the label of void "
+            "pixels, or -100 where no pixel is void"
+        )
+    return 255
+
+
 #: CamVid, 11 classes in the order of the SegNet and ENet label maps, grouped as in Fig. 1.
 CAMVID = Hierarchy(
     levels=((0,), (1, 2, 5, 7), (3, 4, 6), (8, 9, 10)),
@@ -135,6 +249,7 @@ CAMVID = Hierarchy(
         "Pedestrian",
         "Bicyclist",
     ),
+    ignore_index=11,
 )
 
 #: Cityscapes, 19 classes in train-id order, grouped as in the text of section 5. Table 3 lists pole, traffic
@@ -162,4 +277,11 @@ CITYSCAPES = Hierarchy(
         "motorcycle",
         "bicycle",
     ),
+    ignore_index=255,
 )
+
+#: Presets by name, for `Hierarchy.of` and the command line.
+PRESETS = {"camvid": CAMVID, "cityscapes": CITYSCAPES}
+
+# A checkpoint that holds a hierarchy loads with torch.load's default, weights_only=True.
+torch.serialization.add_safe_globals([Hierarchy])
