@@ -53,6 +53,7 @@ gpu-bench: ## run the benchmarks on this GPU, in nine minutes; without a GPU, a 
 lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_ALL)
 
 format: $(STAMP) ## format the sources

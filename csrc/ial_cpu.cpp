@@ -245,9 +245,15 @@ struct Call {
         pixel /= inputs.target.size(d);
     }
     if (position.empty()) position = ",";
+    const int64_t classes = inputs.logits.size(1);
+    std::string hint;
+    if (bad.label == -100 || bad.label == -1 || bad.label == 255)
+        hint = ": pass ignore_index=" + std::to_string(bad.label) + " where that is the label of void";
+    else if (classes == 1)
+        hint = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)";
     TORCH_CHECK_VALUE(false, "target has label ", bad.label, " at (", bad.image, position, "), the first of ",
-                      bad.count, " bad pixels, expected labels 0 to ", inputs.logits.size(1) - 1,
-                      " or ignore_index=", inputs.ignore_index);
+                      bad.count, " bad pixels, expected labels 0 to ", classes - 1,
+                      " or ignore_index=", inputs.ignore_index, hint);
 }
 
 // Coarse<T>, with the places that it points to.

@@ -6,8 +6,8 @@ from .loss import (
     ImportanceAwareLoss,
     importance_aware_loss,
     upsampled_cross_entropy,
-    validate_target,
 )
+from .validation import validate_target
 from .weights import median_frequency_weights
 
 __version__ = "0.1.0"

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from .hierarchy import CAMVID, CITYSCAPES
 from .weights import LabelError, LabelFolder, median_frequency_weights
 
 HIERARCHIES = {"camvid": CAMVID, "cityscapes": CITYSCAPES}
-WRITERS = {
+WRITERS: dict[str, Callable[[Any, Any], Any]] = {
     ".json": lambda file, weights: file.write(json.dumps(weights.tolist()).encode()),
     ".npy": lambda file, weights: np.save(file, weights.numpy()),
     ".pt": lambda file, weights: torch.save(weights, file),

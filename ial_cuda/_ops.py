@@ -24,7 +24,7 @@ _REBUILD = (
 def _read_build() -> dict[str, Any]:
     """What setup.py left beside the extension: versions of torch, CUDA, nvcc and compiler, archs, warning."""
     try:
-        return json.loads((Path(__file__).parent / "_build.json").read_text())
+        return dict(json.loads((Path(__file__).parent / "_build.json").read_text()))
     except FileNotFoundError:
         return {}
 
@@ -39,7 +39,7 @@ def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
             f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_REBUILD}"
         )
     try:
-        from . import _C
+        from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"the extension does not load ({error}); {_REBUILD}"
     return _C, None
@@ -116,25 +116,25 @@ def describe() -> str:
     return "\n".join(lines)
 
 
-if _C is not None:
-    # Without what torch.compile need not know: schemas, in csrc/ial_ops.cpp, have all names.
+def register_fakes(library: str) -> None:
+    """Tells torch.compile, meta tensors and fake tensors what the operators return."""
+    # Without what torch need not know: schemas, in csrc/ial_ops.cpp, have all names.
 
-    @torch.library.register_fake("ial_cuda::reduce")
+    @torch.library.register_fake(f"{library}::reduce")
     def _(
         logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *_: Any
     ) -> Tensor:
         return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
 
-    @torch.library.register_fake("ial_cuda::gradient")
+    @torch.library.register_fake(f"{library}::gradient")
     def _(logits: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(logits)
 
-    @torch.library.register_fake("ial_cuda::gradient_")
-    @torch.library.register_fake("ial_cuda::rescale_")
+    @torch.library.register_fake(f"{library}::gradient_")
     def _(*_: Any) -> None:
         return None
 
-    @torch.library.register_fake("ial_cuda::combine")
+    @torch.library.register_fake(f"{library}::combine")
     def _(
         stats: Tensor,
         lambdas: Any,
@@ -148,9 +148,17 @@ if _C is not None:
         loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
         return loss, stats.new_empty((1 if scope == "batch" else images, levels - 1))
 
-    @torch.library.register_fake("ial_cuda::table")
+    @torch.library.register_fake(f"{library}::table")
     def _(stats: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(stats)
+
+
+if _C is not None:
+    register_fakes("ial_cuda")
+
+    @torch.library.register_fake("ial_cuda::rescale_")
+    def _(*_: Any) -> None:
+        return None
 
     @torch.library.register_fake("ial_cuda::fused")
     def _(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
 
@@ -100,7 +100,7 @@ class Hierarchy:
                 "expected every class in exactly one level"
             )
         if names is not None:
-            names = _items(names, "names", "a sequence of strings")
+            names = cast("tuple[str, ...]", _items(names, "names", "a sequence of strings"))
             for c, name in enumerate(names):
                 if not isinstance(name, str):
                     raise TypeError(f"names[{c}] is {name!r} ({type(name).__name__}), expected a string")
@@ -116,12 +116,11 @@ class Hierarchy:
                     f"0 to {num_classes - 1}"
                 )
         # Frozen, and class_levels is no field: `dataclasses.asdict` gives what the constructor takes.
-        vars(self).update(
-            levels=tuple(sorted_levels),
-            names=names,
-            ignore_index=ignore_index,
-            _class_levels=tuple(level_of[c] for c in range(num_classes)),
-        )
+        put = object.__setattr__  # torch 2.11 compiles no other way
+        put(self, "levels", tuple(sorted_levels))
+        put(self, "names", names)
+        put(self, "ignore_index", ignore_index)
+        put(self, "_class_levels", tuple(level_of[c] for c in range(num_classes)))
 
     @classmethod
     def flat(cls, num_classes: SupportsIndex) -> Hierarchy:

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 import warnings
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    SupportsFloat,
+    SupportsIndex,
+    TypeAlias,
+    TypeVar,
+    overload,
+)
 
 import torch
 from torch import Tensor, nn
 
 from . import _ops, reference
-from .hierarchy import Hierarchy, as_int
+from .hierarchy import Hierarchy, HierarchyLike
+from .options import (
+    Backend,
+    FactorNormalization,
+    FactorScope,
+    Gradient,
+    Options,
+    Reduction,
+    Upsample,
+)
+from .validation import ClassWeights, check_inplace, check_inputs, check_logits, checked_target, class_weight
 
-_LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
-_CHOICES = {
-    "reduction": ("mean", "sum", "none"),
-    "factor_normalization": ("mean", "sum"),
-    "factor_scope": ("image", "batch"),
-    "gradient": ("exact", "paper"),
-    "upsample": (None, "bilinear"),
-}
+Lambdas: TypeAlias = SupportsFloat | Iterable[SupportsFloat]
 
 
 class Components(NamedTuple):
@@ -34,29 +46,61 @@ class Components(NamedTuple):
     f: Tensor  #: (N, g-1) f_t of Eq. 3
     F: Tensor  #: (N, g-1) importance factors f_t + alpha
     S: Tensor  #: (N, g) weighted cross-entropy of each level, w'l of Eqs. 1 and 2
-    count: Tensor  #: (N, g) valid pixels of each level
+    count: Tensor  # type: ignore[assignment]  #: (N, g) valid pixels of each level; not the tuple's method
 
 
+# fmt: off
+@overload
+def importance_aware_loss(
+    logits: Tensor, target: Tensor, hierarchy: HierarchyLike, *, weight: ClassWeights | None = ...,
+    pixel_weight: Tensor | None = ..., alpha: SupportsFloat = ..., lambdas: Lambdas = ...,
+    ignore_index: SupportsIndex | None = ..., reduction: Reduction = ...,
+    factor_normalization: FactorNormalization = ..., factor_scope: FactorScope = ...,
+    gradient: Gradient = ..., upsample: Upsample | None = ..., align_corners: bool = ...,
+    backend: Backend = ..., inplace: bool = ...,
+    return_components: Literal[False] = ..., process_group: None = ...,
+) -> Tensor: ...
+@overload
+def importance_aware_loss(
+    logits: Tensor, target: Tensor, hierarchy: HierarchyLike, *, weight: ClassWeights | None = ...,
+    pixel_weight: Tensor | None = ..., alpha: SupportsFloat = ..., lambdas: Lambdas = ...,
+    ignore_index: SupportsIndex | None = ..., reduction: Reduction = ...,
+    factor_normalization: FactorNormalization = ..., factor_scope: FactorScope = ...,
+    gradient: Gradient = ..., upsample: Upsample | None = ..., align_corners: bool = ...,
+    backend: Backend = ..., inplace: bool = ...,
+    return_components: Literal[True], process_group: None = ...,
+) -> tuple[Tensor, Components]: ...
+@overload
+def importance_aware_loss(
+    logits: Tensor, target: Tensor, hierarchy: HierarchyLike, *, weight: ClassWeights | None = ...,
+    pixel_weight: Tensor | None = ..., alpha: SupportsFloat = ..., lambdas: Lambdas = ...,
+    ignore_index: SupportsIndex | None = ..., reduction: Reduction = ...,
+    factor_normalization: FactorNormalization = ..., factor_scope: FactorScope = ...,
+    gradient: Gradient = ..., upsample: Upsample | None = ..., align_corners: bool = ...,
+    backend: Backend = ..., inplace: bool = ...,
+    return_components: bool, process_group: None = ...,
+) -> Tensor | tuple[Tensor, Components]: ...
+# fmt: on
 def importance_aware_loss(
     logits: Tensor,
     target: Tensor,
-    hierarchy: Hierarchy,
+    hierarchy: HierarchyLike,
     *,
-    weight: Tensor | None = None,
+    weight: ClassWeights | None = None,
     pixel_weight: Tensor | None = None,
-    alpha: float = 1.0,
-    lambdas: float | Sequence[float] = 0.5,
-    ignore_index: int = 255,
-    reduction: str = "mean",
-    factor_normalization: str = "mean",
-    factor_scope: str = "image",
-    gradient: str = "exact",
-    upsample: str | None = None,
+    alpha: SupportsFloat = 1.0,
+    lambdas: Lambdas = 0.5,
+    ignore_index: SupportsIndex | None = None,
+    reduction: Reduction = "mean",
+    factor_normalization: FactorNormalization = "mean",
+    factor_scope: FactorScope = "image",
+    gradient: Gradient = "exact",
+    upsample: Upsample | None = None,
     align_corners: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
     inplace: bool = False,
     return_components: bool = False,
-    process_group: Any = None,
+    process_group: None = None,
 ) -> Tensor | tuple[Tensor, Components]:
     """Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), differentiable by ``logits``.
 
@@ -72,21 +116,25 @@ def importance_aware_loss(
         logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Contiguous and
             channels_last tensors are read as they lie; so is every other stride, more slowly. Half precision
             is computed in float32.
+            Logits (M, C) are M images of one pixel each: see ``factor_scope``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
-        hierarchy: the levels of the C classes, least important first.
-        weight: (C,) class weights w of Eq. 2, a floating dtype; ones if None. `median_frequency_weights`
-            counts them.
+        hierarchy: the levels of the C classes, least important first. Anything that `Hierarchy.of` takes:
+            the name of a preset, nested lists, a number of classes for one level.
+        weight: (C,) class weights w of Eq. 2, a tensor of a floating dtype, a list or a NumPy array; ones if
+            None. `median_frequency_weights` counts them.
         pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it is
             in S_k and in the divisor of the mean, not in f_t.
-        alpha: added to every f_t.
+        alpha: added to every f_t. Numbers may be Python's, NumPy's or 0-d tensors.
         lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors, not negative.
         ignore_index: pixels with this label are left out of everything, and their gradient is 0. It may be a
-            class: then that class is left out.
+            class: then that class is left out. None means the hierarchy's own ``ignore_index``, else 255, and
+            is an error where 255 is a class.
         reduction: "mean": the images' losses, added, over the summed weight of the valid pixels (0 where
             that is 0); "sum"; "none": one loss for each image.
         factor_normalization: "mean": Z_t is the number of pixels that f_t compares; "sum": Z_t = 1, Eq. 3 to
             the letter, which grows with the image.
-        factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch.
+        factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch. Logits (M, C)
+            of the M pixels of one image want "batch", or the shape (1, C, M).
         gradient: "exact": the derivative; "paper": Eqs. 9 to 19 to the letter, where the derivative of pi by
             the logits of other classes is left out (Eq. 15).
         upsample: None, or "bilinear": ``logits`` (N, C, h, w) are coarse, ``target`` and ``pixel_weight``
@@ -115,93 +163,117 @@ def importance_aware_loss(
         ValueError: a shape, a device or an option is not one of the above; on the CPU, a label outside [0, C)
             that is not ``ignore_index``. On CUDA such a pixel is left out and the loss is NaN, unless the
             environment has IAL_CUDA_DEBUG=1: then it is the same error, at the price of a synchronisation.
+            Under torch.compile too.
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: the backend asked for is not there; the message says why, and the mend.
         NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
             is asked for ("reference" has it).
     """
-    _check_options(
+    options = Options.of(
+        hierarchy=hierarchy,
+        alpha=alpha,
+        lambdas=lambdas,
+        ignore_index=ignore_index,
         reduction=reduction,
         factor_normalization=factor_normalization,
         factor_scope=factor_scope,
         gradient=gradient,
         upsample=upsample,
+        align_corners=align_corners,
         backend=backend,
+        inplace=inplace,
+        return_components=return_components,
+        process_group=process_group,
     )
-    _check_upsample(upsample, align_corners, inplace)
-    corners = align_corners if upsample else None
-    if process_group is not None:
-        raise NotImplementedError("process_group is not None: sums over processes are not in this version")
-    _check_tensors(logits, target, hierarchy, weight, pixel_weight, upsample)
-    if inplace and logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace is True, expected False: logits is a leaf that requires a gradient")
-    lambdas = _per_factor(lambdas, hierarchy)
-    if not -math.inf < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha!r}, expected a finite number")
-    ignore_index = as_int(ignore_index, "ignore_index")
-    auto = backend == "auto"
-    backend = _choose_backend(backend, logits.device)
+    return _loss(logits, target, weight, pixel_weight, options)
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    options: Options,
+) -> Tensor | tuple[Tensor, Components]:
+    hierarchy = options.hierarchy
+    class_weights = class_weight(weight, hierarchy.num_classes)
+    if class_weights is not None and class_weights is not weight:  # lists and arrays are on no device
+        class_weights = class_weights.to(logits.device)
+    check_inputs(logits, target, class_weights, pixel_weight, options)
+    inplace, compiling = options.inplace, torch.compiler.is_compiling()
+    if inplace:
+        check_inplace(logits)
+    if logits.dim() == 2:
+        _warn_of_rows(logits, options)
+    lambdas, ignore_index = options.factor_lambdas, options.void_label
+    corners = options.align_corners if options.upsample else None
+    backend = _choose_backend(options.backend, logits.device)
     # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the
     # logits as they are. torch.compile would copy it.
     at_once = (
         logits.requires_grad
         and torch.is_grad_enabled()
         and not inplace
-        and upsample is None
-        and reduction != "none"
-        and not torch.compiler.is_compiling()
+        and corners is None
+        and options.reduction != "none"
+        and not compiling
     )
-    if auto and at_once and _fuses(backend, logits, target, pixel_weight, hierarchy, factor_scope):
+    if options.backend == "auto" and at_once and _fuses(backend, logits, target, pixel_weight, options):
         backend = _ops.one_launch[backend]
-    check_labels = os.environ.get("IAL_CUDA_DEBUG") == "1" if logits.is_cuda else backend == "reference"
-    if check_labels and not torch.compiler.is_compiling():
-        validate_target(target, hierarchy.num_classes, ignore_index)
+    if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else (backend == "reference"):
+        target = checked_target(target, hierarchy.num_classes, ignore_index)
 
     if backend == "reference":
         loss, f, S, count = reference.importance_aware_loss(
             logits,
             target,
             hierarchy,
-            weight=weight,
+            weight=class_weights,
             pixel_weight=pixel_weight,
-            alpha=alpha,
+            alpha=options.alpha,
             lambdas=lambdas,
             ignore_index=ignore_index,
-            reduction=reduction,
-            factor_normalization=factor_normalization,
-            factor_scope=factor_scope,
-            gradient=gradient,
+            reduction=options.reduction,
+            factor_normalization=options.factor_normalization,
+            factor_scope=options.factor_scope,
+            gradient=options.gradient,
             align_corners=corners,
         )
     else:
         operators = _ops.operators(backend)
-        pixels = (logits, target, weight, pixel_weight, hierarchy.class_levels, ignore_index, gradient)
-        combining = (lambdas, alpha, reduction, factor_normalization, factor_scope)
+        levels = hierarchy.class_levels
+        pixels = (logits, target, class_weights, pixel_weight, levels, ignore_index, options.gradient)
+        combining = (
+            lambdas,
+            options.alpha,
+            options.reduction,
+            options.factor_normalization,
+            options.factor_scope,
+        )
         if at_once and backend in _ops.one_launch.values():
             loss, f, stats, *_ = operators.fused(*pixels, *combining)
         else:
-            inplace = inplace and not torch.compiler.is_compiling()
-            stats = operators.reduce(*pixels, inplace, corners)
+            stats = operators.reduce(*pixels, inplace and not compiling, corners)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             loss, f = operators.combine(stats, *combining, dtype)
-        if return_components:
+        if options.return_components:
             S, count = stats[..., 0].to(loss.dtype), stats[..., 3].to(torch.int64)
             f = f.to(loss.dtype)
-    if not return_components:
+    if not options.return_components:
         return loss
     f = f.detach()
-    return loss, Components(f, f + alpha, S.detach(), count)
+    return loss, Components(f, f + options.alpha, S.detach(), count)
 
 
 def upsampled_cross_entropy(
     logits: Tensor,
     target: Tensor,
-    weight: Tensor | None = None,
+    weight: ClassWeights | None = None,
     *,
-    ignore_index: int = 255,
-    reduction: str = "mean",
+    ignore_index: SupportsIndex | None = None,
+    reduction: Reduction = "mean",
     align_corners: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Cross-entropy of coarse logits at the size of the target, without logits of that size:
 
@@ -210,8 +282,9 @@ def upsampled_cross_entropy(
     Args:
         logits: (N, C, h, w), float64, float32, float16 or bfloat16.
         target: (N, H, W) class indices, int64, int32 or uint8, of any size.
-        weight: (C,) class weights; ones if None.
-        ignore_index: pixels with this label are left out.
+        weight: (C,) class weights, a tensor, a list or a NumPy array; ones if None.
+        ignore_index: pixels with this label are left out; None means 255, and is an error where that is a
+            class.
         reduction: "mean": over the weight of the valid pixels, 0 where there are none; "sum"; "none": one
             sum for each image.
         align_corners: how the pixels are placed, as in `torch.nn.functional.interpolate`.
@@ -225,7 +298,7 @@ def upsampled_cross_entropy(
 
     >>> loss = upsampled_cross_entropy(head(features), labels)  # logits at a quarter of the labels' size
     """
-    _check_tensor("logits", logits, _LOGITS_DTYPES)
+    check_logits(logits)
     if logits.dim() < 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C, h, w)")
     return importance_aware_loss(
@@ -241,222 +314,158 @@ def upsampled_cross_entropy(
     )
 
 
+Held = TypeVar("Held")
+Given = TypeVar("Given")
+
+
+class _Option(Generic[Held, Given]):
+    """An attribute of the module that is read from its options, and validated with them when it is set."""
+
+    def __init__(self, doc: str, field: str | None = None) -> None:
+        self.__doc__ = doc
+        self.field = field
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, module: None, owner: type) -> _Option[Held, Given]: ...
+    @overload
+    def __get__(self, module: ImportanceAwareLoss, owner: type) -> Held: ...
+    def __get__(self, module: ImportanceAwareLoss | None, owner: type) -> _Option[Held, Given] | Held:
+        if module is None:
+            return self
+        held: Held = getattr(module.options, self.field or self.name)
+        return held
+
+    def __set__(self, module: ImportanceAwareLoss, value: Given) -> None:
+        options = Options.of(**(module.options._asdict() | {self.name: value}))
+        class_weight(module.weight, options.hierarchy.num_classes)
+        module.options = options
+
+
 class ImportanceAwareLoss(nn.Module):
     """`importance_aware_loss` with its options fixed, as a drop-in for `torch.nn.CrossEntropyLoss`.
 
+    Every argument is an attribute afterwards, which can be read and set; what is set is validated, too.
+
     Args:
-        hierarchy: the levels of the C classes, least important first.
-        weight: (C,) class weights; kept as a buffer, so ``.to(device)`` moves them.
-        **options: the keyword arguments of `importance_aware_loss`, except ``pixel_weight``.
+        hierarchy: the levels of the C classes, least important first, or anything that `Hierarchy.of` takes.
+        weight: (C,) class weights, a tensor, a list or a NumPy array. They are a buffer, so ``.to(device)``
+            moves them, but casts such as ``.half()`` leave their dtype: float32 for a list.
+        alpha: added to every f_t.
+        lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors.
+        ignore_index: the label of void pixels; None means the hierarchy's own, else 255.
+        reduction: "mean", "sum" or "none".
+        factor_normalization: "mean" or "sum".
+        factor_scope: "image" or "batch".
+        gradient: "exact" or "paper".
+        upsample: None or "bilinear".
+        align_corners: how ``upsample`` places the pixels.
+        backend: "auto", "cuda", "fused", "triton", "cpu" or "reference".
+        inplace: lets the backward pass write the gradient over the logits.
+        return_components: return ``(loss, Components)``.
+        process_group: None; sums over processes are not in this version.
+
+    `importance_aware_loss` explains them.
 
     Shape:
         ``criterion(logits, target, pixel_weight=None)``: logits (N, C, *spatial), target and pixel_weight
         (N, *spatial). Returns what the function returns.
 
     Raises:
-        TypeError, ValueError: an unknown or a bad option, at construction.
+        TypeError, ValueError, NotImplementedError: an unknown or a bad option, at construction or when it is
+            set.
 
-    >>> criterion = ImportanceAwareLoss(CAMVID, weight=w, ignore_index=11)
+    >>> criterion = ImportanceAwareLoss("camvid", weight=w)
     >>> criterion(model(images), labels).backward()
     """
 
+    options: Options
     weight: Tensor | None
+
+    hierarchy = _Option[Hierarchy, HierarchyLike]("The levels of the classes.")
+    alpha = _Option[float, SupportsFloat]("Added to every f_t.")
+    lambdas = _Option["float | tuple[float, ...]", Lambdas]("lambda_t of Eq. 3.")
+    ignore_index = _Option[int, "SupportsIndex | None"]("The label of void pixels.", field="void_label")
+    reduction = _Option[Reduction, Reduction]("mean, sum or none.")
+    factor_normalization = _Option[FactorNormalization, FactorNormalization]("mean or sum.")
+    factor_scope = _Option[FactorScope, FactorScope]("image or batch.")
+    gradient = _Option[Gradient, Gradient]("exact or paper.")
+    upsample = _Option["Upsample | None", "Upsample | None"]("None or bilinear.")
+    align_corners = _Option[bool, bool]("How upsample places the pixels.")
+    backend = _Option[Backend, Backend]("What computes the loss.")
+    inplace = _Option[bool, bool]("Whether the gradient may overwrite the logits.")
+    return_components = _Option[bool, bool]("Whether the components are returned, too.")
+    process_group = _Option[None, None]("None.")
 
     def __init__(
         self,
-        hierarchy: Hierarchy,
-        weight: Tensor | None = None,
+        hierarchy: HierarchyLike,
+        weight: ClassWeights | None = None,
         *,
-        alpha: float = 1.0,
-        lambdas: float | Sequence[float] = 0.5,
-        ignore_index: int = 255,
-        reduction: str = "mean",
-        factor_normalization: str = "mean",
-        factor_scope: str = "image",
-        gradient: str = "exact",
-        upsample: str | None = None,
+        alpha: SupportsFloat = 1.0,
+        lambdas: Lambdas = 0.5,
+        ignore_index: SupportsIndex | None = None,
+        reduction: Reduction = "mean",
+        factor_normalization: FactorNormalization = "mean",
+        factor_scope: FactorScope = "image",
+        gradient: Gradient = "exact",
+        upsample: Upsample | None = None,
         align_corners: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
         inplace: bool = False,
         return_components: bool = False,
-        process_group: Any = None,
+        process_group: None = None,
     ) -> None:
         super().__init__()
-        _check_hierarchy(hierarchy)
-        _check_class_weight(weight, hierarchy.num_classes)
-        _check_options(
+        self.options = Options.of(
+            hierarchy=hierarchy,
+            alpha=alpha,
+            lambdas=lambdas,
+            ignore_index=ignore_index,
             reduction=reduction,
             factor_normalization=factor_normalization,
             factor_scope=factor_scope,
             gradient=gradient,
             upsample=upsample,
+            align_corners=align_corners,
             backend=backend,
+            inplace=inplace,
+            return_components=return_components,
+            process_group=process_group,
         )
-        _check_upsample(upsample, align_corners, inplace)
-        ignore_index = as_int(ignore_index, "ignore_index")
-        if 0 <= ignore_index < hierarchy.num_classes:
-            warnings.warn(
-                f"ignore_index is {ignore_index}, a class of the hierarchy: its pixels are left out",
-                stacklevel=2,
-            )
-        self.hierarchy = hierarchy
-        self.register_buffer("weight", weight)
-        self.options = {
-            "alpha": alpha,
-            "lambdas": _per_factor(lambdas, hierarchy),
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "factor_normalization": factor_normalization,
-            "factor_scope": factor_scope,
-            "gradient": gradient,
-            "upsample": upsample,
-            "align_corners": align_corners,
-            "backend": backend,
-            "inplace": inplace,
-            "return_components": return_components,
-            "process_group": process_group,
-        }
+        self.register_buffer("weight", class_weight(weight, self.hierarchy.num_classes))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            value = class_weight(value, self.hierarchy.num_classes)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImportanceAwareLoss:
+        """Moves the weights with the module and leaves their dtype: float16 would round them, or overflow."""
+        weight = self.weight
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if weight is not None and self.weight is not None and self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
+        return self
 
     def forward(
         self, logits: Tensor, target: Tensor, pixel_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Components]:
-        return importance_aware_loss(
-            logits, target, self.hierarchy, weight=self.weight, pixel_weight=pixel_weight, **self.options
-        )
+        return _loss(logits, target, self.weight, pixel_weight, self.options)
 
     def extra_repr(self) -> str:
-        shown = ", ".join(
-            f"{name}={value!r}" for name, value in self.options.items() if value not in (None, False)
-        )
-        return f"{self.hierarchy.num_classes} classes, {self.hierarchy.num_levels} levels, {shown}"
-
-
-def validate_target(target: Tensor, num_classes: int, ignore_index: int = 255) -> None:
-    """Checks every label of ``target``, on whatever device it is; on CUDA this synchronises.
-
-    Args:
-        target: integer class indices of any shape.
-        num_classes: C.
-        ignore_index: the one label outside [0, C) that is allowed.
-
-    Raises:
-        ValueError: a label outside [0, C) that is not ``ignore_index``: its value, position, and how many.
-    """
-    bad = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(
-            f"target has label {target[first].item()} at {first}, the first of {int(bad.sum())} bad pixels, "
-            f"expected labels 0 to {num_classes - 1} or ignore_index={ignore_index}"
-        )
-
-
-def _check_options(**options: str | None) -> None:
-    for name, value in options.items():
-        choices = ("auto", *_ops.unavailable) if name == "backend" else _CHOICES[name]
-        if value not in choices:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_upsample(upsample: str | None, align_corners: bool, inplace: bool) -> None:
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners is {align_corners!r}, expected a bool")
-    if upsample is None and align_corners:
-        raise ValueError("align_corners is True, expected False: upsample is None")
-    if upsample is not None and inplace:
-        raise ValueError(
-            f"inplace is True, expected False: with upsample={upsample!r} gradients depend on logits nearby"
-        )
-
-
-def _check_hierarchy(hierarchy: Hierarchy) -> None:
-    if not isinstance(hierarchy, Hierarchy):
-        raise TypeError(f"hierarchy is a {type(hierarchy).__name__}, expected an ial_cuda.Hierarchy")
-
-
-def _check_tensor(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}")
-
-
-def _check_constant(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(f"{name} requires a gradient, expected a constant: only logits are differentiated")
-
-
-def _check_class_weight(weight: Tensor | None, num_classes: int) -> None:
-    if weight is not None:
-        _check_tensor("weight", weight, _LOGITS_DTYPES)
-        _check_constant("weight", weight)
-        if weight.shape != (num_classes,):
-            raise ValueError(
-                f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class"
-            )
-
-
-def _check_tensors(
-    logits: Tensor,
-    target: Tensor,
-    hierarchy: Hierarchy,
-    weight: Tensor | None,
-    pixel_weight: Tensor | None,
-    upsample: str | None,
-) -> None:
-    _check_hierarchy(hierarchy)
-    num_classes = hierarchy.num_classes
-    _check_tensor("logits", logits, _LOGITS_DTYPES)
-    _check_tensor("target", target, _TARGET_DTYPES)
-    _check_class_weight(weight, num_classes)
-    if logits.dim() < 2 or logits.shape[1] != num_classes:
-        raise ValueError(
-            f"logits has shape {tuple(logits.shape)}, expected (N, C, *spatial) with the C = {num_classes} "
-            "classes of hierarchy"
-        )
-    expected = tuple(logits.shape[:1] + logits.shape[2:])
-    if upsample is not None:
-        if (
-            logits.dim() != 4
-            or target.dim() != 3
-            or len(target) != len(logits)
-            or 0 in target.shape[1:] + logits.shape[2:]
-        ):
-            raise ValueError(
-                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
-                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample={upsample!r}"
-            )
-        expected = tuple(target.shape)
-    if target.shape != expected:
-        raise ValueError(
-            f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {expected} "
-            f"for logits {tuple(logits.shape)}"
-        )
-    if pixel_weight is not None:
-        _check_tensor("pixel_weight", pixel_weight, _LOGITS_DTYPES)
-        _check_constant("pixel_weight", pixel_weight)
-        if pixel_weight.shape != expected:
-            raise ValueError(
-                f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
-            )
-    for name, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {logits.device} like logits")
-
-
-def _per_factor(lambdas: float | Sequence[float], hierarchy: Hierarchy) -> tuple[float, ...]:
-    factors = hierarchy.num_levels - 1
-    values = (float(lambdas),) * factors if isinstance(lambdas, int | float) else tuple(map(float, lambdas))
-    if len(values) != factors:
-        raise ValueError(
-            f"lambdas has {len(values)} values, expected one, or {factors} for {hierarchy.num_levels} levels"
-        )
-    if not all(0 <= value < math.inf for value in values):
-        raise ValueError(f"lambdas is {lambdas!r}, expected finite numbers from 0")
-    return values
+        shown = [f"{self.hierarchy.num_classes} classes", f"{self.hierarchy.num_levels} levels"]
+        if self.weight is not None:
+            shown.append(f"weight={tuple(self.weight.shape)}")
+        shown += [f"{name}={value!r}" for name, value in self.options.changed().items()]
+        return ", ".join(shown)
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
+    if device.type == "meta":  # nothing is computed, and the shapes are those of every backend
+        return "reference" if backend == "reference" or _ops.unavailable["cpu"] else "cpu"
     suitable = _ops.preference.get(device.type, ("reference",))
     if backend == "auto":
         best = next(name for name in suitable if _ops.unavailable[name] is None)
@@ -472,18 +481,15 @@ def _choose_backend(backend: str, device: torch.device) -> str:
 
 
 def _fuses(
-    backend: str,
-    logits: Tensor,
-    target: Tensor,
-    pixel_weight: Tensor | None,
-    hierarchy: Hierarchy,
-    factor_scope: str,
+    backend: str, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, options: Options
 ) -> bool:
     """Whether one launch for loss and gradient is there and likely to be faster. Its gradient is that for an
     incoming gradient of 1, and computed again for any other: a loss of float16 is usually scaled."""
     if backend not in _ops.one_launch or logits.dtype == torch.float16:
         return False
-    return _ops.operators(backend).fuses(logits, target, pixel_weight, hierarchy.num_levels, factor_scope)
+    levels = options.hierarchy.num_levels
+    fuses = _ops.operators(backend).fuses
+    return bool(fuses(logits, target, pixel_weight, levels, options.factor_scope))
 
 
 _SECOND_BEST = {"triton": "Triton kernels", "reference": "slow reference, in plain PyTorch"}
@@ -494,7 +500,26 @@ def _warn_once(device: str, backend: str) -> None:
     if device in _warned or torch.compiler.is_compiling():
         return
     _warned.add(device)
-    reasons = "; ".join(
-        f"{name}: {_ops.unavailable[name]}" for name in _ops.kernels(device) if _ops.unavailable[name]
-    )
-    warnings.warn(f"ial_cuda computes on {device} with its {_SECOND_BEST[backend]} ({reasons})", stacklevel=4)
+    kernels = _ops.kernels(device)
+    missing = [f"{name}: {_ops.unavailable[name]}" for name in kernels if _ops.unavailable[name]]
+    reasons = "; ".join(missing) or "it has no kernels for this device"
+    _warn(f"ial_cuda computes on {device} with its {_SECOND_BEST[backend]} ({reasons})")
+
+
+def _warn_of_rows(logits: Tensor, options: Options) -> None:
+    if torch.compiler.is_compiling() or logits.shape[0] < 2:
+        return
+    if options.hierarchy.num_levels > 1 and options.factor_scope == "image":
+        _warn(
+            f"logits has shape {tuple(logits.shape)}: each row is an image of one pixel, with factors of its "
+            'own; for rows that are pixels of one image pass factor_scope="batch", or logits (1, C, M) and '
+            "target (1, M)"
+        )
+
+
+def _warn(message: str) -> None:
+    """Warns of the line that called into this package, be it through torch's modules."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -43,11 +43,12 @@ def importance_aware_loss(
     if align_corners is not None:  # coarse logits (N, C, h, w), target (N, H, W)
         x = F.interpolate(x, target.shape[1:], mode="bilinear", align_corners=align_corners)
     x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
-    target = target.reshape(x.shape[0], x.shape[2])  # (N, P), as all that follows
+    # (N, P), as all that follows; int64, since a number beyond the range of a smaller dtype would wrap
+    target = target.reshape(x.shape[0], x.shape[2]).long()
 
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
-    y = torch.where(is_class, target, 0).long()
+    y = torch.where(is_class, target, 0)
     level = torch.where(is_class, torch.tensor(hierarchy.class_levels, device=x.device)[y], -1)
     w = is_class.to(x.dtype)
     if weight is not None:
@@ -73,7 +74,7 @@ def importance_aware_loss(
         M = (level > t).to(x.dtype)
         compared = level >= t  # M_t is not "x"
         f_t = 0.5 * total((M + lambdas[t]) * (pi - M) ** 2, compared)
-        Z_t = sum(count[t:])
+        Z_t = torch.stack(count[t:]).sum(0)
         if factor_scope == "batch":
             f_t, Z_t = f_t.sum(0, keepdim=True), Z_t.sum(0, keepdim=True)
         f.append(f_t / Z_t.clamp(min=1) if factor_normalization == "mean" else f_t)

@@ -1,8 +1,8 @@
 """The operators of the Triton kernels: those of csrc/ial_ops.cpp once more, as torch.ops.ial_triton.
 
 Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
-`torch.library.triton_op` lets torch.compile see the kernels, so that there are no fakes here. Nothing waits
-for the device but the tuning of gradient at its first call.
+`torch.library.triton_op` lets torch.compile see the kernels. Nothing waits for the device but the tuning of
+gradient at its first call.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
+from . import _ops
 from . import triton_kernels as kernels
 from . import triton_upsample as upsample
 
@@ -190,13 +191,13 @@ def _walk(*tensors: Tensor) -> _Walk:
     """Tensors (N, C, *spatial). Dimensions that all traverse as one are merged: mostly one is left."""
     merged: list[list[int]] = []  # size, and the stride in each tensor
     for d in reversed(range(2, tensors[0].dim())):
-        size, strides = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
+        size, steps = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
         if size == 1:
             continue
-        if merged and strides == [merged[-1][0] * inner for inner in merged[-1][1:]]:
+        if merged and steps == [merged[-1][0] * inner for inner in merged[-1][1:]]:
             merged[-1][0] *= size
         else:
-            merged.append([size, *strides])
+            merged.append([size, *steps])
     most = kernels.MOST_DIMS
     if len(merged) > most:
         raise ValueError(
@@ -238,7 +239,7 @@ class _Axis(NamedTuple):
     @property
     def span(self) -> int:
         """The most pixels of a cell."""
-        return triton.cdiv(self.unit, self.step)
+        return int(triton.cdiv(self.unit, self.step))
 
 
 def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
@@ -630,3 +631,5 @@ reduce.register_autograd(_backward_of_reduce, setup_context=_save_reduce)
 combine.register_autograd(_backward_of_combine, setup_context=_save_combine)
 gradient.register_autograd(_no_double_backward)
 table.register_autograd(_no_double_backward)
+# Traced, kernels would run: on meta tensors, and in the interpreter.
+_ops.register_fakes("ial_triton")

@@ -1,0 +1,226 @@
+"""Checks of tensors and labels. Errors name the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from .hierarchy import as_int, resolve_ignore_index
+from .options import Options, as_number
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_LABELS = (torch.int64, torch.int32, torch.uint8)
+#: What integers are checked as: torch has no comparisons of some.
+_COMPARED_AS = {
+    torch.int64: torch.int64,
+    torch.int32: torch.int32,
+    torch.int16: torch.int16,
+    torch.int8: torch.int8,
+    torch.uint8: torch.uint8,
+    torch.bool: torch.uint8,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    torch.uint64: torch.int64,
+}
+#: Labels of void pixels in the losses and data sets of others.
+_COMMON_VOID_LABELS = (-100, -1, 255)
+
+#: What class weights may be given as.
+ClassWeights: TypeAlias = Tensor | Sequence[float] | npt.NDArray[Any]
+
+
+# ---- tensors --------------------------------------------------------------------------------------------
+
+
+def check_logits(logits: object) -> None:
+    """Type and dtype alone."""
+    _check_tensor("logits", logits, _FLOATING)
+
+
+def class_weight(weight: object, num_classes: int) -> Tensor | None:
+    """``weight`` as a tensor (C,); a list of numbers or an array becomes one on the CPU."""
+    if weight is None:
+        return None
+    if not isinstance(weight, Tensor):
+        weight = _as_tensor(weight)
+    _check_tensor("weight", weight, _FLOATING)
+    _check_constant("weight", weight)
+    if weight.shape != (num_classes,):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class")
+    return weight
+
+
+def _as_tensor(weight: object) -> Tensor:
+    if isinstance(weight, Sequence) and not isinstance(weight, str | bytes):
+        numbers = [as_number(value, f"weight[{c}]") for c, value in enumerate(weight)]
+        return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    if not hasattr(weight, "__array__"):
+        raise TypeError(
+            f"weight is a {type(weight).__name__}, expected a torch.Tensor, an array or a list of numbers"
+        )
+    array = np.asarray(weight)
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"weight has dtype {array.dtype}, expected numbers")
+    size = min(array.itemsize, 8) if array.dtype.kind == "f" else 4
+    return torch.tensor(array.astype(f"f{size}"), device="cpu")
+
+
+def check_inputs(
+    logits: Tensor, target: Tensor, weight: Tensor | None, pixel_weight: Tensor | None, options: Options
+) -> None:
+    """Types, dtypes, shapes and devices."""
+    num_classes = options.hierarchy.num_classes
+    check_logits(logits)
+    _check_tensor("target", target, _LABELS)
+    if logits.dim() < 2 or logits.shape[1] != num_classes:
+        binary = num_classes == 2 and logits.dim() >= 2 and logits.shape[1] == 1
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}, expected (N, C, *spatial) with the C = {num_classes} "
+            "classes of hierarchy" + (_TWO_CHANNELS if binary else "")
+        )
+    expected = tuple(logits.shape[:1] + logits.shape[2:])
+    if options.upsample is not None:
+        if (
+            logits.dim() != 4
+            or target.dim() != 3
+            or target.shape[0] != logits.shape[0]
+            or 0 in target.shape[1:] + logits.shape[2:]
+        ):
+            raise ValueError(
+                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
+                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample={options.upsample!r}"
+                + _target_hint(logits, target)
+            )
+        expected = tuple(target.shape)
+    if target.shape != expected:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {expected} "
+            f"for logits {tuple(logits.shape)}" + _target_hint(logits, target)
+        )
+    if pixel_weight is not None:
+        _check_tensor("pixel_weight", pixel_weight, _FLOATING)
+        _check_constant("pixel_weight", pixel_weight)
+        if pixel_weight.shape != expected:
+            raise ValueError(
+                f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
+            )
+    device = logits.device
+    for name, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, expected {device} like logits")
+
+
+def check_inplace(logits: Tensor) -> None:
+    """Whether a gradient may be written over ``logits``."""
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError("inplace is True, expected False: logits is a leaf that requires a gradient")
+
+
+_TWO_CHANNELS = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"
+
+
+def _target_hint(logits: Tensor, target: Tensor) -> str:
+    """The remedy for targets of other losses: a channel of their own, or one-hot."""
+    if target.dim() == logits.dim() and target.shape[1] == 1:
+        return ": pass target.squeeze(1)"
+    if target.dim() == logits.dim() and target.shape[1] == logits.shape[1]:
+        return ": class indices only, pass target.argmax(1)"
+    return ""
+
+
+def _check_tensor(name: str, tensor: object, dtypes: Collection[torch.dtype]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        probabilities = name == "target" and tensor.is_floating_point()
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
+            + (": class indices only, no probabilities" if probabilities else "")
+        )
+
+
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{name} requires a gradient, expected a constant: only logits are differentiated")
+
+
+# ---- labels ---------------------------------------------------------------------------------------------
+
+
+def validate_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
+    """Checks every label of ``target``, on whatever device it is; on CUDA this synchronises.
+
+    A meta or fake tensor has no labels, and passes. Under torch.compile this is a graph break.
+
+    Args:
+        target: class indices of any shape, of any integer dtype or bool.
+        num_classes: C.
+        ignore_index: the one label outside [0, C) that is allowed; None means 255, where that is no class.
+
+    Raises:
+        TypeError: ``target`` is not a tensor of integers; ``num_classes`` or ``ignore_index`` no integer.
+        ValueError: a label outside [0, C) that is not ``ignore_index``: its value, position, and how many. Or
+            ``num_classes`` is below 1, ``ignore_index`` outside int64, or None with more than 255 classes.
+    """
+    _check_tensor("target", target, _COMPARED_AS)
+    num_classes = as_int(num_classes, "num_classes")
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    ignore_index = resolve_ignore_index(ignore_index, num_classes)
+    if torch.compiler.is_compiling():
+        _check_labels(target, num_classes, ignore_index)  # the operator would be dropped, since its result is
+    else:
+        checked_target(target, num_classes, ignore_index)
+
+
+@torch.library.custom_op("ial_cuda::checked_target", mutates_args=())
+def checked_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """A copy of ``target`` whose labels have been checked.
+
+    An operator, since a compiler, a fake tensor or a transform of functorch must not look at labels. Who uses
+    its result keeps a compiler from dropping it.
+    """
+    _check_labels(target, num_classes, ignore_index)
+    return target.clone()
+
+
+@checked_target.register_fake
+def _(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(target)
+
+
+@checked_target.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], target: Tensor, num_classes: int, ignore_index: int
+) -> tuple[Tensor, int | None]:
+    return checked_target(target, num_classes, ignore_index), in_dims[0]
+
+
+def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    labels = target.to(_COMPARED_AS[target.dtype])
+    limits = torch.iinfo(labels.dtype)
+    bad = labels < 0  # so are those of uint64 from 2**63 on
+    # A number outside the range of a dtype would wrap in a comparison.
+    if num_classes <= limits.max:
+        bad |= labels >= num_classes
+    if (0 if target.dtype == torch.uint64 else limits.min) <= ignore_index <= limits.max:
+        bad &= labels != ignore_index
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        label = int(target[first].item())
+        raise ValueError(
+            f"target has label {label} at {first}, the first of {int(bad.sum())} bad pixels, "
+            f"expected labels 0 to {num_classes - 1} or ignore_index={ignore_index}"
+            + _label_hint(label, num_classes)
+        )
+
+
+def _label_hint(label: int, num_classes: int) -> str:
+    if label in _COMMON_VOID_LABELS:
+        return f": pass ignore_index={label} where that is the label of void"
+    return _TWO_CHANNELS if num_classes == 1 else ""
