@@ -150,15 +150,15 @@ class Hierarchy:
             return PRESETS[value]
         if isinstance(value, Mapping):
             return cls.from_dict(value)
+        if isinstance(value, Iterable) and getattr(value, "shape", None) != ():  # no 0-d array
+            return cls(value)
         try:
             return cls.flat(value)  # type: ignore[arg-type]
         except TypeError:
-            if isinstance(value, Iterable):
-                return cls(value)
-        raise TypeError(
-            f"{argument} is {value!r} ({type(value).__name__}), expected an ial_cuda.Hierarchy, the name of "
-            "a preset, a number of classes, or a nested sequence of class indices"
-        )
+            raise TypeError(
+                f"{argument} is {value!r} ({type(value).__name__}), expected an ial_cuda.Hierarchy, the name "
+                "of a preset, a number of classes, or a nested sequence of class indices"
+            ) from None
 
     def to_dict(self) -> dict[str, Any]:
         """``levels``, ``names`` and ``ignore_index`` as lists, strings, ints and None, for JSON or YAML."""

@@ -31,6 +31,7 @@ from .options import (
     Options,
     Reduction,
     Upsample,
+    unchecked,
 )
 from .validation import ClassWeights, check_inplace, check_inputs, check_logits, checked_target, class_weight
 
@@ -169,22 +170,22 @@ def importance_aware_loss(
         NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
             is asked for ("reference" has it).
     """
-    options = Options.of(
-        hierarchy=hierarchy,
-        alpha=alpha,
-        lambdas=lambdas,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        factor_normalization=factor_normalization,
-        factor_scope=factor_scope,
-        gradient=gradient,
-        upsample=upsample,
-        align_corners=align_corners,
-        backend=backend,
-        inplace=inplace,
-        return_components=return_components,
-        process_group=process_group,
-    )
+    options = unchecked(
+        hierarchy,
+        alpha,
+        lambdas,
+        ignore_index,
+        reduction,
+        factor_normalization,
+        factor_scope,
+        gradient,
+        upsample,
+        align_corners,
+        backend,
+        inplace,
+        return_components,
+        process_group,
+    ).validated()
     return _loss(logits, target, weight, pixel_weight, options)
 
 
@@ -196,7 +197,8 @@ def _loss(
     options: Options,
 ) -> Tensor | tuple[Tensor, Components]:
     hierarchy = options.hierarchy
-    class_weights = class_weight(weight, hierarchy.num_classes)
+    levels = hierarchy.class_levels
+    class_weights = class_weight(weight, len(levels))
     if class_weights is not None and class_weights is not weight:  # lists and arrays are on no device
         class_weights = class_weights.to(logits.device)
     check_inputs(logits, target, class_weights, pixel_weight, options)
@@ -221,7 +223,7 @@ def _loss(
     if options.backend == "auto" and at_once and _fuses(backend, logits, target, pixel_weight, options):
         backend = _ops.one_launch[backend]
     if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else (backend == "reference"):
-        target = checked_target(target, hierarchy.num_classes, ignore_index)
+        target = checked_target(target, len(levels), ignore_index)
 
     if backend == "reference":
         loss, f, S, count = reference.importance_aware_loss(
@@ -241,7 +243,6 @@ def _loss(
         )
     else:
         operators = _ops.operators(backend)
-        levels = hierarchy.class_levels
         pixels = (logits, target, class_weights, pixel_weight, levels, ignore_index, options.gradient)
         combining = (
             lambdas,
@@ -339,9 +340,16 @@ class _Option(Generic[Held, Given]):
         return held
 
     def __set__(self, module: ImportanceAwareLoss, value: Given) -> None:
-        options = Options.of(**(module.options._asdict() | {self.name: value}))
-        class_weight(module.weight, options.hierarchy.num_classes)
+        changed: dict[str, Any] = {self.name: value}
+        options = module.options._replace(**changed).validated()
+        _fitting(module.weight, options)
         module.options = options
+
+
+def _fitting(weight: object, options: Options) -> Tensor | None:
+    """The class weights of a module, which its options must fit, and fit each other."""
+    _ = options.void_label
+    return class_weight(weight, options.hierarchy.num_classes)
 
 
 class ImportanceAwareLoss(nn.Module):
@@ -419,27 +427,28 @@ class ImportanceAwareLoss(nn.Module):
         process_group: None = None,
     ) -> None:
         super().__init__()
-        self.options = Options.of(
-            hierarchy=hierarchy,
-            alpha=alpha,
-            lambdas=lambdas,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            factor_normalization=factor_normalization,
-            factor_scope=factor_scope,
-            gradient=gradient,
-            upsample=upsample,
-            align_corners=align_corners,
-            backend=backend,
-            inplace=inplace,
-            return_components=return_components,
-            process_group=process_group,
-        )
-        self.register_buffer("weight", class_weight(weight, self.hierarchy.num_classes))
+        options = unchecked(
+            hierarchy,
+            alpha,
+            lambdas,
+            ignore_index,
+            reduction,
+            factor_normalization,
+            factor_scope,
+            gradient,
+            upsample,
+            align_corners,
+            backend,
+            inplace,
+            return_components,
+            process_group,
+        ).validated()
+        self.options = options
+        self.register_buffer("weight", _fitting(weight, options))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
-            value = class_weight(value, self.hierarchy.num_classes)
+            value = _fitting(value, self.options)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImportanceAwareLoss:
@@ -464,9 +473,9 @@ class ImportanceAwareLoss(nn.Module):
 
 
 def _choose_backend(backend: str, device: torch.device) -> str:
+    suitable = _ops.preference.get(device.type, ("reference",))
     if device.type == "meta":  # nothing is computed, and the shapes are those of every backend
         return "reference" if backend == "reference" or _ops.unavailable["cpu"] else "cpu"
-    suitable = _ops.preference.get(device.type, ("reference",))
     if backend == "auto":
         best = next(name for name in suitable if _ops.unavailable[name] is None)
         if best in _SECOND_BEST:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeGuard, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -19,19 +19,17 @@ Gradient: TypeAlias = Literal["exact", "paper"]
 Upsample: TypeAlias = Literal["bilinear"]
 Backend: TypeAlias = Literal["auto", "cuda", "fused", "triton", "cpu", "reference"]
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "reduction": get_args(Reduction),
-    "factor_normalization": get_args(FactorNormalization),
-    "factor_scope": get_args(FactorScope),
-    "gradient": get_args(Gradient),
-    "upsample": (None, *get_args(Upsample)),
-}
+_REDUCTIONS = get_args(Reduction)
+_FACTOR_NORMALIZATIONS = get_args(FactorNormalization)
+_FACTOR_SCOPES = get_args(FactorScope)
+_GRADIENTS = get_args(Gradient)
+_UPSAMPLES = (None, *get_args(Upsample))
 
 
 class Options(NamedTuple):
-    """All options of `importance_aware_loss`, which explains them, as `Options.of` has validated them.
+    """All options of `importance_aware_loss`, which explains them.
 
-    A tuple, since each call of the function makes one: a frozen dataclass takes three times as long.
+    A tuple, since each call of the function makes one: a frozen dataclass takes four times as long.
     """
 
     hierarchy: Hierarchy
@@ -49,65 +47,68 @@ class Options(NamedTuple):
     return_components: bool = False
     process_group: None = None
 
-    @classmethod
-    def of(cls, **given: Any) -> Options:
-        """The options that a caller has given, validated. Numbers of NumPy and 0-d tensors become Python's.
+    def validated(self) -> Options:
+        """These options, of whatever types a caller has given, with Python's numbers in place of NumPy's and
+        of 0-d tensors.
 
         Raises:
             TypeError: an option of a wrong type.
             ValueError: a value that is not one of the option's.
             NotImplementedError: ``process_group``.
         """
-        options = cls(**given)
+        (
+            hierarchy,
+            alpha,
+            lambdas,
+            ignore_index,
+            reduction,
+            factor_normalization,
+            factor_scope,
+            gradient,
+            upsample,
+            align_corners,
+            backend,
+            inplace,
+            return_components,
+            process_group,
+        ) = self
         # What is right already must cost next to nothing.
         changed: dict[str, Any] = {}
-        if not isinstance(options.hierarchy, Hierarchy):
-            changed["hierarchy"] = Hierarchy.of(options.hierarchy)
-        if type(options.alpha) is not float or not -math.inf < options.alpha < math.inf:
-            changed["alpha"] = _as_finite(options.alpha, "alpha")
-        if type(options.lambdas) is not float:
-            changed["lambdas"] = _as_lambdas(options.lambdas)
-        if options.ignore_index is not None:
-            changed["ignore_index"] = as_label(options.ignore_index, "ignore_index")
-        for name, choices in _CHOICES.items():
-            value = getattr(options, name)
-            if type(value) is not str or value not in choices:
-                _check_choice(name, value, choices)
-        if options.backend != "auto":
-            _check_choice("backend", options.backend, ("auto", *_ops.unavailable))
-        for name in ("align_corners", "inplace", "return_components"):
-            value = getattr(options, name)
-            if type(value) is not bool:
-                changed[name] = _as_bool(value, name)
-        if options.process_group is not None:
-            raise NotImplementedError(
-                f"process_group is a {type(options.process_group).__name__}, expected None: sums over "
-                "processes are not in this version"
-            )
-        if changed:
-            options = options._replace(**changed)
-        if options.upsample is None and options.align_corners:
+        if not isinstance(hierarchy, Hierarchy):
+            changed["hierarchy"] = hierarchy = Hierarchy.of(hierarchy)
+        if type(alpha) is not float or not -math.inf < alpha < math.inf:
+            changed["alpha"] = _as_finite(alpha, "alpha")
+        if type(lambdas) is not float or not 0 <= lambdas < math.inf:
+            changed["lambdas"] = _as_lambdas(lambdas, hierarchy.num_levels)
+        if ignore_index is not None:
+            changed["ignore_index"] = as_label(ignore_index, "ignore_index")
+        _check_choice("reduction", reduction, _REDUCTIONS)
+        _check_choice("factor_normalization", factor_normalization, _FACTOR_NORMALIZATIONS)
+        _check_choice("factor_scope", factor_scope, _FACTOR_SCOPES)
+        _check_choice("gradient", gradient, _GRADIENTS)
+        if upsample is not None:
+            _check_choice("upsample", upsample, _UPSAMPLES)
+        if backend != "auto":
+            _check_choice("backend", backend, ("auto", *_ops.unavailable))
+        if type(align_corners) is not bool:
+            changed["align_corners"] = align_corners = _as_bool(align_corners, "align_corners")
+        if type(inplace) is not bool:
+            changed["inplace"] = inplace = _as_bool(inplace, "inplace")
+        if type(return_components) is not bool:
+            changed["return_components"] = _as_bool(return_components, "return_components")
+        if align_corners and upsample is None:
             raise ValueError("align_corners is True, expected False: upsample is None")
-        if options.upsample is not None and options.inplace:
+        if inplace and upsample is not None:
             raise ValueError(
-                f"inplace is True, expected False: with upsample={options.upsample!r} gradients depend on "
-                "logits nearby"
+                f"inplace is True, expected False: with upsample={upsample!r} gradients depend on logits "
+                "nearby"
             )
-        options._check_lambdas()
-        _ = options.void_label  # raises where it is not known
-        return options
-
-    def _check_lambdas(self) -> None:
-        values, factors = self.lambdas, self.hierarchy.num_levels - 1
-        if isinstance(values, float):
-            values = (values,)
-        elif len(values) != factors:
-            raise ValueError(
-                f"lambdas has {len(values)} values, expected one, or {factors} for {factors + 1} levels"
+        if process_group is not None:
+            raise NotImplementedError(
+                f"process_group is a {type(process_group).__name__}, expected None: sums over processes are "
+                "not in this version"
             )
-        for value in values:
-            if not 0 <= value < math.inf:
-                raise ValueError(f"lambdas is {self.lambdas!r}, expected finite numbers from 0")
+        return self._replace(**changed) if changed else self
 
     @property
     def factor_lambdas(self) -> tuple[float, ...]:
@@ -117,10 +118,10 @@ class Options(NamedTuple):
 
     @property
     def void_label(self) -> int:
-        """``ignore_index``, or what None means for ``hierarchy``."""
-        return resolve_ignore_index(
-            self.ignore_index, self.hierarchy.num_classes, self.hierarchy.ignore_index
-        )
+        """``ignore_index``, or what None means for ``hierarchy``: a ValueError where that is nothing."""
+        if self.ignore_index is not None:
+            return self.ignore_index
+        return resolve_ignore_index(None, self.hierarchy.num_classes, self.hierarchy.ignore_index)
 
     def changed(self) -> dict[str, object]:
         """The options that are not their defaults."""
@@ -132,7 +133,7 @@ class Options(NamedTuple):
         }
 
 
-def as_number(value: object, argument: str) -> float:
+def as_number(value: Any, argument: str) -> float:
     """``value`` as a Python float; errors name ``argument`` if it is a boolean, no number, or no constant."""
     number = value
     if getattr(value, "requires_grad", False):
@@ -149,7 +150,7 @@ def as_number(value: object, argument: str) -> float:
         raise ValueError(f"{argument} is {value!r}, expected a finite number") from None
 
 
-def _is_scalar(value: object) -> TypeGuard[Any]:
+def _is_scalar(value: Any) -> bool:
     """Whether it is a number of NumPy, or a 0-d tensor or array."""
     return getattr(value, "shape", None) == ()
 
@@ -161,10 +162,21 @@ def _as_finite(value: object, argument: str) -> float:
     return number
 
 
-def _as_lambdas(value: object) -> float | tuple[float, ...]:
-    if isinstance(value, str | bytes) or _is_scalar(value) or not isinstance(value, Iterable):
-        return as_number(value, "lambdas")
-    return tuple(as_number(number, f"lambdas[{t}]") for t, number in enumerate(value))
+def _as_lambdas(value: object, levels: int) -> float | tuple[float, ...]:
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes) and not _is_scalar(value):
+        numbers = tuple(as_number(number, f"lambdas[{t}]") for t, number in enumerate(value))
+        if len(numbers) != levels - 1:
+            raise ValueError(
+                f"lambdas has {len(numbers)} values, expected one, or {levels - 1} for {levels} levels"
+            )
+        result: float | tuple[float, ...] = numbers
+    else:
+        result = as_number(value, "lambdas")
+        numbers = (result,)
+    for number in numbers:
+        if not 0 <= number < math.inf:
+            raise ValueError(f"lambdas is {value!r}, expected finite numbers from 0")
+    return result
 
 
 def _as_bool(value: object, argument: str) -> bool:
@@ -174,5 +186,9 @@ def _as_bool(value: object, argument: str) -> bool:
 
 
 def _check_choice(argument: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if not isinstance(value, str | None) or value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+#: `Options` of arguments whose types nobody has looked at, for `validated`.
+unchecked: Callable[..., Options] = Options

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import GPU_KERNELS, HIERARCHY, device_of, make_logits, make_target
 
 from ial_cuda import (
-    CAMVID,
     CITYSCAPES,
     Hierarchy,
     ImportanceAwareLoss,
@@ -40,9 +38,15 @@ BAD = {
     "logits classes": (dict(logits=LOGITS[:, :4]), ValueError, "logits has shape (2, 4, 6, 7), expected (N, C, *spatial) with the C = 5 classes of hierarchy"),
     "target type": (dict(target=1), TypeError, "target is a int, expected a torch.Tensor"),
     "target dtype": (dict(target=TARGET.float()), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8"),
+    "target probabilities": (dict(target=LOGITS.softmax(1)), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8: class indices only, no probabilities"),
+    "target int16": (dict(target=TARGET.short()), TypeError, "target has dtype torch.int16, expected one of torch.int64, torch.int32, torch.uint8"),
+    "target channel": (dict(target=TARGET[:, None]), ValueError, "target has shape (2, 1, 6, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7): pass target.squeeze(1)"),
+    "fine target channel": (dict(target=TARGET[:, None], upsample="bilinear"), ValueError, "none of h, w, H and W 0, for upsample='bilinear': pass target.squeeze(1)"),
+    "binary logits": (dict(logits=LOGITS[:, :1], hierarchy=2), ValueError, "logits has shape (2, 1, 6, 7), expected (N, C, *spatial) with the C = 2 classes of hierarchy: binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"),
+    "binary labels": (dict(logits=LOGITS[:, :1], hierarchy=1, target=TARGET.clamp(max=1)), ValueError, "expected labels 0 to 0 or ignore_index=255: binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"),
     "target bool": (dict(target=TARGET > 3), TypeError, "target has dtype torch.bool, expected one of"),
     "target shape": (dict(target=TARGET[:, :5]), ValueError, "target has shape (2, 5, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7)"),
-    "target one-hot": (dict(target=torch.zeros(2, 5, 6, 7, dtype=torch.int64)), ValueError, "target has shape (2, 5, 6, 7), expected (N, *spatial) = (2, 6, 7)"),
+    "target one-hot": (dict(target=torch.zeros(2, 5, 6, 7, dtype=torch.int64)), ValueError, "target has shape (2, 5, 6, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7): class indices only, pass target.argmax(1)"),
     "target device": (dict(target=TARGET.to("meta")), ValueError, "target is on meta, expected cpu like logits"),
     "label high": (dict(target=bad_label(5)), ValueError, "target has label 5 at (0, 2, 3), the first of 2 bad pixels, expected labels 0 to 4 or ignore_index=255"),
     "label negative": (dict(target=bad_label(-1)), ValueError, "target has label -1 at (0, 2, 3), the first of 2 bad pixels"),
@@ -50,10 +54,24 @@ BAD = {
     "label beyond 32 bits": (dict(target=bad_label(2**32 + 1)), ValueError, "target has label 4294967297 at (0, 2, 3), the first of 2 bad pixels"),
     "label uint8": (dict(target=bad_label(254, torch.uint8)), ValueError, "target has label 254 at (0, 2, 3), the first of 2 bad pixels"),
     "label int32": (dict(target=bad_label(-7, torch.int32)), ValueError, "target has label -7 at (0, 2, 3), the first of 2 bad pixels"),
-    "other ignore_index": (dict(ignore_index=-100), ValueError, "expected labels 0 to 4 or ignore_index=-100"),
+    "label -100": (dict(target=bad_label(-100)), ValueError, "or ignore_index=255: pass ignore_index=-100 where that is the label of void"),
+    "label -1": (dict(target=bad_label(-1, torch.int32)), ValueError, "or ignore_index=255: pass ignore_index=-1 where that is the label of void"),
+    "label 255": (dict(target=bad_label(255, torch.uint8), ignore_index=-100), ValueError, "expected labels 0 to 4 or ignore_index=-100: pass ignore_index=255 where that is the label of void"),
+    "ignore_index string": (dict(ignore_index="255"), TypeError, "ignore_index is '255' (str), expected an integer"),
+    "ignore_index bool": (dict(ignore_index=True), TypeError, "ignore_index is True (bool), expected an integer"),
+    "ignore_index range": (dict(ignore_index=2**63), ValueError, "ignore_index is 9223372036854775808, expected an integer of 64 bits"),
+    "ignore_index of many classes": (dict(logits=torch.zeros(1, 256, 2), target=torch.zeros(1, 2, dtype=torch.int64), hierarchy=256), ValueError, "ignore_index is None, which means 255, a class of 256: expected the label of void pixels"),
     "ignore_index type": (dict(ignore_index=0.5), TypeError, "ignore_index is 0.5 (float), expected an integer"),
-    "hierarchy": (dict(hierarchy=[[0, 1, 2, 3, 4]]), TypeError, "hierarchy is a list, expected an ial_cuda.Hierarchy"),
-    "weight type": (dict(weight=[1.0] * 5), TypeError, "weight is a list, expected a torch.Tensor"),
+    "hierarchy": (dict(hierarchy=0.5), TypeError, "hierarchy is 0.5 (float), expected an ial_cuda.Hierarchy, the name of a preset"),
+    "hierarchy name": (dict(hierarchy="voc"), ValueError, "hierarchy is 'voc', expected one of 'camvid', 'cityscapes'"),
+    "hierarchy classes": (dict(hierarchy=4), ValueError, "logits has shape (2, 5, 6, 7), expected (N, C, *spatial) with the C = 4 classes of hierarchy"),
+    "weight type": (dict(weight=1.0), TypeError, "weight is a float, expected a torch.Tensor, an array or a list of numbers"),
+    "weight string": (dict(weight="1"), TypeError, "weight is a str, expected a torch.Tensor, an array or a list of numbers"),
+    "weight strings": (dict(weight=["1"] * 5), TypeError, "weight[0] is '1' (str), expected a number"),
+    "weight bools": (dict(weight=[1.0, True, 1.0, 1.0, 1.0]), TypeError, "weight[1] is True (bool), expected a number"),
+    "weight list shape": (dict(weight=[1.0] * 4), ValueError, "weight has shape (4,), expected (5,), one per class"),
+    "weight array dtype": (dict(weight=np.ones(5, dtype=bool)), TypeError, "weight has dtype bool, expected numbers"),
+    "weight array shape": (dict(weight=np.ones((5, 1))), ValueError, "weight has shape (5, 1), expected (5,), one per class"),
     "weight dtype": (dict(weight=torch.ones(5, dtype=torch.int64)), TypeError, "weight has dtype torch.int64, expected one of"),
     "weight shape": (dict(weight=torch.ones(4)), ValueError, "weight has shape (4,), expected (5,), one per class"),
     "weight gradient": (dict(weight=torch.ones(5, requires_grad=True)), ValueError, "weight requires a gradient, expected a constant: only logits are differentiated"),
@@ -63,15 +81,37 @@ BAD = {
     "pixel_weight gradient": (dict(pixel_weight=torch.ones(2, 6, 7, requires_grad=True)), ValueError, "pixel_weight requires a gradient, expected a constant"),
     "pixel_weight device": (dict(pixel_weight=torch.ones(2, 6, 7, device="meta")), ValueError, "pixel_weight is on meta, expected cpu like logits"),
     "alpha": (dict(alpha=float("nan")), ValueError, "alpha is nan, expected a finite number"),
+    "alpha huge": (dict(alpha=10**400), ValueError, f"alpha is {10**400}, expected a finite number"),
+    "alpha string": (dict(alpha="1"), TypeError, "alpha is '1' (str), expected a number"),
+    "alpha None": (dict(alpha=None), TypeError, "alpha is None (NoneType), expected a number"),
+    "alpha bool": (dict(alpha=True), TypeError, "alpha is True (bool), expected a number"),
+    "alpha NumPy bool": (dict(alpha=np.True_), TypeError, "(bool), expected a number"),
+    "alpha complex": (dict(alpha=1j), TypeError, "alpha is 1j (complex), expected a number"),
+    "alpha tensor": (dict(alpha=torch.ones(1)), TypeError, "alpha is tensor([1.]) (Tensor), expected a number"),
+    "alpha gradient": (dict(alpha=torch.tensor(1.0, requires_grad=True)), ValueError, "alpha requires a gradient, expected a constant: only logits are differentiated"),
+    "lambdas string": (dict(lambdas="0.5"), TypeError, "lambdas is '0.5' (str), expected a number"),
+    "lambdas None": (dict(lambdas=None), TypeError, "lambdas is None (NoneType), expected a number"),
+    "lambdas strings": (dict(lambdas=[0.5, "0.5", 0.5]), TypeError, "lambdas[1] is '0.5' (str), expected a number"),
+    "lambdas bool": (dict(lambdas=[0.5, 0.5, False]), TypeError, "lambdas[2] is False (bool), expected a number"),
+    "lambdas gradient": (dict(lambdas=torch.ones(3, requires_grad=True)), ValueError, "lambdas[0] requires a gradient, expected a constant"),
+    "lambdas array": (dict(lambdas=np.ones((3, 1))), TypeError, "lambdas[0] is array([1.]) (ndarray), expected a number"),
+    "inplace": (dict(inplace="no"), TypeError, "inplace is 'no' (str), expected a bool"),
+    "return_components": (dict(return_components=1), TypeError, "return_components is 1 (int), expected a bool"),
+    "align_corners": (dict(align_corners=None, upsample="bilinear"), TypeError, "align_corners is None (NoneType), expected a bool"),
+    "align_corners alone": (dict(align_corners=True), ValueError, "align_corners is True, expected False: upsample is None"),
+    "upsample": (dict(upsample="nearest"), ValueError, "upsample is 'nearest', expected one of None, 'bilinear'"),
+    "upsample inplace": (dict(upsample="bilinear", inplace=True), ValueError, "inplace is True, expected False: with upsample='bilinear'"),
     "lambdas number": (dict(lambdas=[0.5, 0.5]), ValueError, "lambdas has 2 values, expected one, or 3 for 4 levels"),
     "lambdas sign": (dict(lambdas=-0.5), ValueError, "lambdas is -0.5, expected finite numbers from 0"),
+    "reduction None": (dict(reduction=None), ValueError, "reduction is None, expected one of 'mean', 'sum', 'none'"),
+    "reduction array": (dict(reduction=np.array(["mean", "sum"])), ValueError, "expected one of 'mean', 'sum', 'none'"),
     "reduction": (dict(reduction="max"), ValueError, "reduction is 'max', expected one of 'mean', 'sum', 'none'"),
     "factor_normalization": (dict(factor_normalization="max"), ValueError, "factor_normalization is 'max', expected one of 'mean', 'sum'"),
     "factor_scope": (dict(factor_scope="pixel"), ValueError, "factor_scope is 'pixel', expected one of 'image', 'batch'"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of 'exact', 'paper'"),
     "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', 'fused', 'triton', 'reference'"),
     "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', 'reference'"),
-    "process_group": (dict(process_group=object()), NotImplementedError, "process_group is not None"),
+    "process_group": (dict(process_group=object()), NotImplementedError, "process_group is a object, expected None"),
 }  # fmt: skip
 
 
@@ -162,70 +202,6 @@ def test_reference_leaves_bad_labels_out_and_says_nan():
     logits = LOGITS.clone().requires_grad_()
     loss, *_ = reference.importance_aware_loss(logits, bad_label(5), HIERARCHY, lambdas=(0.5,) * 3)
     assert loss.isnan()
-
-
-# ---- the module -----------------------------------------------------------------------------------------
-
-
-def test_module_is_the_function():
-    weight, pixel_weight = torch.rand(5), torch.rand(2, 6, 7)
-    options = dict(alpha=0.5, lambdas=[0.1, 0.2, 0.3], ignore_index=3, reduction="none", factor_scope="batch")
-    with pytest.warns(
-        UserWarning, match="ignore_index is 3, a class of the hierarchy: its pixels are left out"
-    ):
-        criterion = ImportanceAwareLoss(HIERARCHY, weight, **options)
-    target = TARGET.where(TARGET != 255, 3)
-    expected = importance_aware_loss(
-        LOGITS, target, HIERARCHY, weight=weight, pixel_weight=pixel_weight, **options
-    )
-    assert torch.equal(criterion(LOGITS, target, pixel_weight), expected)
-    for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
-        assert torch.equal(other(LOGITS, target, pixel_weight), expected)
-
-
-def test_module_keeps_its_weight():
-    criterion = ImportanceAwareLoss(CAMVID, torch.arange(11.0))
-    assert list(criterion.state_dict()) == ["weight"]
-    assert criterion.double().weight.dtype == torch.float64
-    assert "11 classes, 4 levels" in repr(criterion) and "reduction='mean'" in repr(criterion)
-    assert ImportanceAwareLoss(CAMVID).state_dict() == {}
-
-
-@pytest.mark.parametrize(
-    ("bad", "exception", "message"),
-    [
-        (dict(hierarchy="camvid"), TypeError, "hierarchy is a str, expected an ial_cuda.Hierarchy"),
-        (dict(weight=torch.ones(3)), ValueError, "weight has shape (3,), expected (5,), one per class"),
-        (dict(reduction="max"), ValueError, "reduction is 'max', expected one of"),
-        (dict(lambdas=[1.0]), ValueError, "lambdas has 1 values, expected one, or 3 for 4 levels"),
-        (dict(ignore_index="void"), TypeError, "ignore_index is 'void' (str), expected an integer"),
-        (dict(beta=1.0), TypeError, "unexpected keyword argument 'beta'"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_options_are_found_at_construction(bad, exception, message):
-    with pytest.raises(exception, match=re.escape(message)):
-        ImportanceAwareLoss(**(dict(hierarchy=HIERARCHY) | bad))
-
-
-def test_components():
-    loss, components = importance_aware_loss(
-        LOGITS.clone().requires_grad_(),
-        TARGET,
-        HIERARCHY,
-        alpha=0.25,
-        reduction="none",
-        return_components=True,
-    )
-    f, F, S, count = components
-    assert [tuple(value.shape) for value in components] == [(2, 3), (2, 3), (2, 4), (2, 4)]
-    assert not any(value.requires_grad for value in components)
-    torch.testing.assert_close(F, f + 0.25, rtol=0, atol=0)
-    assert count.sum() == (TARGET != 255).sum()
-    chain = S[:, 3]
-    for k in (2, 1, 0):
-        chain = S[:, k] + F[:, k] * chain  # Eqs. 5 to 8
-    torch.testing.assert_close(loss.detach(), chain)
 
 
 # ---- the choice of a backend ----------------------------------------------------------------------------
