@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hierarchy import Hierarchy
+from .hierarchy import Hierarchy, resolve_ignore_index
 
 
 def importance_aware_loss(
@@ -25,7 +25,7 @@ def importance_aware_loss(
     pixel_weight: Tensor | None = None,
     alpha: float = 1.0,
     lambdas: Sequence[float],
-    ignore_index: int = 255,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     factor_normalization: str = "mean",
     factor_scope: str = "image",
@@ -39,6 +39,7 @@ def importance_aware_loss(
     `torch.nn.functional.cross_entropy`.
     """
     g = hierarchy.num_levels
+    ignore_index = resolve_ignore_index(ignore_index, hierarchy.num_classes, hierarchy.ignore_index)
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if align_corners is not None:  # coarse logits (N, C, h, w), target (N, H, W)
         x = F.interpolate(x, target.shape[1:], mode="bilinear", align_corners=align_corners)

@@ -166,8 +166,9 @@ def scales(logits, target, expected, *, weight=None, pixel_weight=None, **option
     f_scale = np.sqrt(2 * f * (1 + np.max(options.get("lambdas", 0.5), initial=0)) * compared)
     lead = np.maximum(np.abs(expected.F), 1).max(axis=0, initial=1).prod()
 
+    target = target.long()  # 300 classes are no number of a uint8
     is_class = (target >= 0) & (target < logits.shape[1])
-    y = target.long().where(is_class, 0).unsqueeze(1)
+    y = target.where(is_class, 0).unsqueeze(1)
     missing = (1 - torch.softmax(logits.double(), 1).gather(1, y).squeeze(1)).numpy()
     at_target = torch.from_numpy(expected.grad).gather(1, y).squeeze(1).abs().numpy()
     counts = is_class.numpy() & (missing > 0)

@@ -1,0 +1,48 @@
+"""Documented usage for type checkers: test_typing.py runs mypy on it. A mistake that is not found is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import ial_cuda
+from ial_cuda import CAMVID, Components, Hierarchy, ImportanceAwareLoss, importance_aware_loss
+
+
+def functions(logits: Tensor, labels: Tensor, flag: bool) -> None:
+    loss = importance_aware_loss(logits, labels, CAMVID)
+    loss.backward()
+    importance_aware_loss(logits, labels, [[0], [1, 2]], alpha=np.float32(0.5), lambdas=[0.1]).backward()
+    importance_aware_loss(logits, labels, "camvid", weight=[1.0, 2.0], upsample="bilinear").backward()
+    importance_aware_loss(logits, labels, 3, weight=np.ones(3), alpha=torch.tensor(1.0)).backward()
+    importance_aware_loss(logits, labels, 3, return_components=False).backward()
+    loss, components = importance_aware_loss(logits, labels, CAMVID, return_components=True)
+    parts: Components = components
+    parts.f.mean().item()
+    either = importance_aware_loss(logits, labels, CAMVID, return_components=flag)
+    either.backward()  # type: ignore[union-attr]
+    ial_cuda.upsampled_cross_entropy(logits, labels, ignore_index=None, reduction="sum").backward()
+    ial_cuda.validate_target(labels, 11)
+    importance_aware_loss(logits, labels, CAMVID, reduction="avg")  # type: ignore[call-overload]
+    importance_aware_loss(logits, labels, CAMVID, lambdas="0.5")  # type: ignore[arg-type]
+    importance_aware_loss(logits, labels, CAMVID, factor_scop="batch")  # type: ignore[call-overload]
+    ial_cuda.upsampled_cross_entropy(logits, labels, backend="gpu")  # type: ignore[arg-type]
+
+
+def modules(logits: Tensor, labels: Tensor) -> None:
+    criterion = ImportanceAwareLoss(
+        Hierarchy([[0], [1, 2]], names=["sky", "road", "car"]), weight=[1.0, 1.0, 2.0]
+    )
+    criterion(logits, labels).backward()
+    criterion.ignore_index = None
+    index: int = criterion.ignore_index
+    criterion.alpha = np.float64(index)
+    alpha: float = criterion.alpha
+    criterion.hierarchy = "cityscapes"
+    levels: tuple[tuple[int, ...], ...] = criterion.hierarchy.levels
+    criterion.reduction = "sum"
+    criterion.lambdas = [alpha] * (len(levels) - 1)
+    criterion.reduction = "avg"  # type: ignore[assignment]
+    ImportanceAwareLoss(CAMVID, factor_scope="pixel")  # type: ignore[arg-type]
+    ImportanceAwareLoss(CAMVID, alpha="1")  # type: ignore[arg-type]
