@@ -6,8 +6,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/extension.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -214,7 +215,6 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
 
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // A registered operator, found once.
@@ -246,152 +246,218 @@ IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double,
                      std::string_view, std::string_view))
 #undef IAL_OP
 
-OptionalTensor defined(const Tensor& tensor) {
-    return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
-Tensor or_undefined(const OptionalTensor& tensor) { return tensor ? *tensor : Tensor(); }
+// Nodes of the graph, written out rather than made by torch::autograd::Function, which torch.func does not
+// take.
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
+using NodePtr = decltype(torch::autograd::Edge::function);  // a std::shared_ptr in torch 2.11
 
-struct ReduceFunction : torch::autograd::Function<ReduceFunction> {
-    static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
-                          bool inplace, std::optional<bool> align_corners) {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        ctx->save_for_backward({logits, target, or_undefined(weight), or_undefined(pixel_weight)});
-        ctx->saved_data["class_levels"] = class_levels.vec();
-        ctx->saved_data["ignore_index"] = ignore_index;
-        ctx->saved_data["gradient"] = std::string(gradient);
-        ctx->saved_data["inplace"] = inplace;
-        ctx->saved_data["align_corners"] = align_corners;
-        return reduce_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                                inplace, align_corners);
+template <typename T, typename Pointer = NodePtr, typename... Args>
+NodePtr make_node(torch::autograd::edge_list&& inputs, Args&&... args) {
+    Pointer node;
+    if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
+        node.reset(new T(std::forward<Args>(args)...), [](auto* last) { deleteNode(last); });
+    else
+        node = c10::make_intrusive<T>(std::forward<Args>(args)...);
+    node->set_next_edges(std::move(inputs));
+    return node;
+}
+
+// A derivative already: differentiating it once more is an error, not a silent zero.
+struct DerivativeBackward final : Node {
+    variable_list apply(variable_list&&) override { TORCH_CHECK_NOT_IMPLEMENTED(false, kDoubleBackward); }
+    std::string name() const override { return "DerivativeBackward"; }
+};
+
+Tensor as_derivative(const Tensor& result, const Tensor& logits_or_stats, const Tensor& incoming) {
+    using namespace torch::autograd;
+    if (compute_requires_grad(logits_or_stats, incoming))
+        set_history(result, make_node<DerivativeBackward>(collect_next_edges(logits_or_stats, incoming)));
+    return result;
+}
+
+template <typename... Tensors>
+void check_no_tangent(const Tensors&... tensors) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!(torch::autograd::isFwGradDefined(tensors) || ...),
+                                "ial_cuda: forward-mode derivatives (jvp) are not implemented; "
+                                "backend='reference' has them");
+}
+
+void check_constant(const char* name, const OptionalTensor& tensor) {
+    check_no_tangent(tensor);
+    TORCH_CHECK_VALUE(!torch::autograd::compute_requires_grad(tensor), name,
+                      " requires a gradient, expected a constant: only logits are differentiated");
+}
+
+// The arguments that gradient shares with reduce and fused.
+struct Pixels {
+    SavedVariable logits, target, weight, pixel_weight;
+    std::vector<int64_t> class_levels;
+    int64_t ignore_index;
+    std::string gradient;
+    std::optional<bool> align_corners;
+
+    Pixels(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+           const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
+           std::string_view gradient, std::optional<bool> align_corners)
+        : logits(logits, false),
+          target(target, false),
+          weight(weight, false),
+          pixel_weight(pixel_weight, false),
+          class_levels(class_levels.vec()),
+          ignore_index(ignore_index),
+          gradient(gradient),
+          align_corners(align_corners) {}
+
+    // Calls f with the arguments of gradient but for the table, unpacked.
+    template <typename F>
+    auto unpack(const F& f) const {
+        const auto optional = [](const Tensor& tensor) {
+            return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+        };
+        return f(logits.unpack(), target.unpack(), optional(weight.unpack()),
+                 optional(pixel_weight.unpack()));
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        const variable_list saved = ctx->get_saved_variables();
-        const Tensor& logits = saved[0];
-        const std::vector<int64_t> class_levels = ctx->saved_data["class_levels"].toIntVector();
-        const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-        const std::string gradient = ctx->saved_data["gradient"].toStringRef();
-        const OptionalTensor weight = defined(saved[2]), pixel_weight = defined(saved[3]);
-        const Tensor table = grads[0].contiguous();
-        Tensor grad;
-        if (ctx->saved_data["inplace"].toBool()) {
-            const at::AutoDispatchBelowAutograd guard;
-            gradient__op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index,
-                                gradient);
-            grad = logits.detach();
-        } else {
-            grad =
-                gradient_op().call(logits, table, saved[1], weight, pixel_weight, class_levels, ignore_index,
-                                   gradient, ctx->saved_data["align_corners"].toOptional<bool>());
-        }
-        return {grad, {}, {}, {}, {}, {}, {}, {}, {}};
+    Tensor differentiate(const Tensor& table) const {
+        return unpack([&](const Tensor& x, const Tensor& y, const OptionalTensor& w,
+                          const OptionalTensor& v) {
+            return gradient_op().call(x, table, y, w, v, class_levels, ignore_index, gradient, align_corners);
+        });
+    }
+
+    void release() {
+        for (SavedVariable* saved : {&logits, &target, &weight, &pixel_weight}) saved->reset_data();
     }
 };
 
-struct CombineFunction : torch::autograd::Function<CombineFunction> {
-    static variable_list forward(AutogradContext* ctx, const Tensor& stats, at::ArrayRef<double> lambdas,
-                                 double alpha, std::string_view reduction,
-                                 std::string_view factor_normalization, std::string_view factor_scope,
-                                 at::ScalarType dtype) {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        ctx->save_for_backward({stats});
-        ctx->saved_data["lambdas"] = lambdas.vec();
-        ctx->saved_data["alpha"] = alpha;
-        ctx->saved_data["reduction"] = std::string(reduction);
-        ctx->saved_data["factor_normalization"] = std::string(factor_normalization);
-        ctx->saved_data["factor_scope"] = std::string(factor_scope);
-        auto [loss, factors] =
-            combine_op().call(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
-        ctx->mark_non_differentiable({factors});
-        return {loss, factors};
+struct ReduceBackward final : Node {
+    Pixels pixels;
+    bool inplace;
+
+    ReduceBackward(Pixels&& pixels, bool inplace) : pixels(std::move(pixels)), inplace(inplace) {}
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!grads[0].defined()) return {Tensor()};
+        const Tensor table = grads[0].contiguous();
+        // A gradient that is to be differentiated keeps its history, and so the logits.
+        if (!inplace || at::GradMode::is_enabled()) return {pixels.differentiate(table)};
+        return {pixels.unpack([&](const Tensor& x, const auto&... rest) {
+            gradient__op().call(x, table, rest..., pixels.class_levels, pixels.ignore_index, pixels.gradient);
+            return x.detach();
+        })};
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        auto& saved = ctx->saved_data;
-        const Tensor grad_stats =
-            table_op().call(ctx->get_saved_variables()[0], grads[0], saved["lambdas"].toDoubleVector(),
-                            saved["alpha"].toDouble(), saved["reduction"].toStringRef(),
-                            saved["factor_normalization"].toStringRef(), saved["factor_scope"].toStringRef());
-        return {grad_stats, {}, {}, {}, {}, {}, {}};
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        pixels.release();
     }
+    std::string name() const override { return "ImportanceAwareLossReduceBackward"; }
+};
+
+struct CombineBackward final : Node {
+    SavedVariable stats;
+    std::vector<double> lambdas;
+    double alpha;
+    std::string reduction, factor_normalization, factor_scope;
+
+    CombineBackward(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
+                    std::string_view reduction, std::string_view factor_normalization,
+                    std::string_view factor_scope)
+        : stats(stats, false),
+          lambdas(lambdas.vec()),
+          alpha(alpha),
+          reduction(reduction),
+          factor_normalization(factor_normalization),
+          factor_scope(factor_scope) {}
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!grads[0].defined()) return {Tensor()};
+        return {table_op().call(stats.unpack(), grads[0], lambdas, alpha, reduction, factor_normalization,
+                                factor_scope)};
+    }
+
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stats.reset_data();
+    }
+    std::string name() const override { return "ImportanceAwareLossCombineBackward"; }
 };
 
 // The gradient is there before it is asked for, for an incoming gradient of 1. The first backward pass gives
 // it away, made anew where that was not 1; a second one, or one that is to be differentiated, computes
 // another.
-struct FusedFunction : torch::autograd::Function<FusedFunction> {
-    static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                                 const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                                 at::IntArrayRef class_levels, int64_t ignore_index,
-                                 std::string_view gradient, at::ArrayRef<double> lambdas, double alpha,
-                                 std::string_view reduction, std::string_view factor_normalization,
-                                 std::string_view factor_scope) {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        const auto [loss, factors, stats, table, grad] =
-            fused_op().call(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                            lambdas, alpha, reduction, factor_normalization, factor_scope);
-        ctx->save_for_backward({logits, target, or_undefined(weight), or_undefined(pixel_weight), table});
-        ctx->saved_data["class_levels"] = class_levels.vec();
-        ctx->saved_data["ignore_index"] = ignore_index;
-        ctx->saved_data["gradient"] = std::string(gradient);
-        ctx->saved_data["grad"] = grad;
-        ctx->mark_non_differentiable({factors, stats, table, grad});
-        return {loss, factors, stats, table, grad};
+struct FusedBackward final : Node {
+    Pixels pixels;
+    SavedVariable table;
+    Tensor computed;
+
+    FusedBackward(Pixels&& pixels, const Tensor& table, const Tensor& computed)
+        : pixels(std::move(pixels)), table(table, false), computed(computed) {}
+
+    variable_list apply(variable_list&& grads) override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!grads[0].defined()) return {Tensor()};
+        const Tensor rows = table.unpack();
+        if (!computed.defined() || at::GradMode::is_enabled()) return {pixels.differentiate(rows * grads[0])};
+        const Tensor grad = std::move(computed);
+        pixels.unpack(
+            [&](const Tensor& x, const Tensor& y, const OptionalTensor& w, const OptionalTensor& v) {
+                rescale__op().call(grad, grads[0], x, rows, y, w, v, pixels.class_levels, pixels.ignore_index,
+                                   pixels.gradient);
+            });
+        return {grad};
     }
 
-    static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-        auto& data = ctx->saved_data;
-        const variable_list saved = ctx->get_saved_variables();
-        const Tensor &logits = saved[0], &target = saved[1], &table = saved[4], &grad_loss = grads[0];
-        const OptionalTensor weight = defined(saved[2]), pixel_weight = defined(saved[3]);
-        const std::vector<int64_t> class_levels = data["class_levels"].toIntVector();
-        const int64_t ignore_index = data["ignore_index"].toInt();
-        const std::string gradient = data["gradient"].toStringRef();
-        const auto computed = data.find("grad");
-        Tensor grad;
-        if (computed != data.end() && !at::GradMode::is_enabled()) {
-            grad = computed->second.toTensor();
-            data.erase(computed);
-            rescale__op().call(grad, grad_loss, logits, table, target, weight, pixel_weight, class_levels,
-                               ignore_index, gradient);
-        } else {
-            grad = gradient_op().call(logits, table * grad_loss, target, weight, pixel_weight, class_levels,
-                                      ignore_index, gradient, std::nullopt);
-        }
-        variable_list result(12);
-        result[0] = grad;
-        return result;
+    void release_variables() override {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        pixels.release();
+        table.reset_data();
+        computed.reset();
     }
+    std::string name() const override { return "ImportanceAwareLossBackward"; }
 };
 
-// gradient and table are derivatives already; differentiating them once more is an error, not a silent zero.
-template <auto& op>
-struct Once : torch::autograd::Function<Once<op>> {
-    template <typename... Args>
-    static Tensor forward(AutogradContext*, const Args&... args) {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        return op().call(args...);
-    }
-    static variable_list backward(AutogradContext*, const variable_list&) {
-        TORCH_CHECK_NOT_IMPLEMENTED(false, kDoubleBackward);
-    }
-};
+// One of our operators, below autograd.
+template <auto& op, typename... Args>
+auto below_autograd(const Args&... args) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return op().call(args...);
+}
 
 Tensor reduce_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                        const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
                        std::string_view gradient, bool inplace, std::optional<bool> align_corners) {
-    return ReduceFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                                 inplace, align_corners);
+    using namespace torch::autograd;
+    check_constant("weight", weight);
+    check_constant("pixel_weight", pixel_weight);
+    check_no_tangent(logits);
+    const bool differentiable = compute_requires_grad(logits);
+    if (inplace) check_inplace(logits, differentiable);
+    const Tensor stats = below_autograd<reduce_op>(logits, target, weight, pixel_weight, class_levels,
+                                                   ignore_index, gradient, inplace, align_corners);
+    if (differentiable)
+        set_history(stats,
+                    make_node<ReduceBackward>(collect_next_edges(logits),
+                                              Pixels(logits, target, weight, pixel_weight, class_levels,
+                                                     ignore_index, gradient, align_corners),
+                                              inplace));
+    return stats;
 }
 
 std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
                                             std::string_view reduction, std::string_view factor_normalization,
                                             std::string_view factor_scope, at::ScalarType dtype) {
-    const variable_list outputs =
-        CombineFunction::apply(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
-    return {outputs[0], outputs[1]};
+    using namespace torch::autograd;
+    check_no_tangent(stats);
+    const auto [loss, factors] = below_autograd<combine_op>(stats, lambdas, alpha, reduction,
+                                                            factor_normalization, factor_scope, dtype);
+    if (compute_requires_grad(stats))
+        set_history(loss, make_node<CombineBackward>(collect_next_edges(stats), stats, lambdas, alpha,
+                                                     reduction, factor_normalization, factor_scope));
+    return {loss, factors};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_autograd(
@@ -399,36 +465,69 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_autograd(
     const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
     std::string_view gradient, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
     std::string_view factor_normalization, std::string_view factor_scope) {
-    const variable_list outputs =
-        FusedFunction::apply(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                             lambdas, alpha, reduction, factor_normalization, factor_scope);
-    return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+    using namespace torch::autograd;
+    check_constant("weight", weight);
+    check_constant("pixel_weight", pixel_weight);
+    check_no_tangent(logits);
+    const auto results =
+        below_autograd<fused_op>(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
+                                 lambdas, alpha, reduction, factor_normalization, factor_scope);
+    const auto& [loss, factors, stats, table, grad] = results;
+    if (compute_requires_grad(logits))
+        set_history(loss, make_node<FusedBackward>(collect_next_edges(logits),
+                                                   Pixels(logits, target, weight, pixel_weight, class_levels,
+                                                          ignore_index, gradient, std::nullopt),
+                                                   table, grad));
+    return results;
 }
 
 Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor& target,
                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
                          std::optional<bool> align_corners) {
-    return Once<gradient_op>::apply(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
-                                    gradient, align_corners);
+    check_constant("weight", weight);
+    check_constant("pixel_weight", pixel_weight);
+    check_no_tangent(logits, table);
+    return as_derivative(below_autograd<gradient_op>(logits, table, target, weight, pixel_weight,
+                                                     class_levels, ignore_index, gradient, align_corners),
+                         logits, table);
 }
 
 Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas,
                       double alpha, std::string_view reduction, std::string_view factor_normalization,
                       std::string_view factor_scope) {
-    return Once<table_op>::apply(stats, grad_loss, lambdas, alpha, reduction, factor_normalization,
-                                 factor_scope);
+    check_no_tangent(stats, grad_loss);
+    return as_derivative(below_autograd<table_op>(stats, grad_loss, lambdas, alpha, reduction,
+                                                  factor_normalization, factor_scope),
+                         stats, grad_loss);
 }
+
+// An operator that writes a derivative over its first argument, made of that and the next two.
+template <auto& op, typename Handle = std::decay_t<decltype(op())>>
+struct Overwriting;
+
+template <auto& op, typename... Rest>
+struct Overwriting<op, c10::TypedOperatorHandle<void(const Tensor&, const Tensor&, const Tensor&, Rest...)>> {
+    static void call(const Tensor& written, const Tensor& a, const Tensor& b, Rest... rest) {
+        using namespace torch::autograd;
+        check_no_tangent(written, a, b);
+        const bool differentiable = compute_requires_grad(written, a, b);
+        check_inplace(written, differentiable);
+        {
+            const at::AutoDispatchBelowAutograd guard;
+            op().call(written, a, b, rest...);
+        }
+        if (differentiable)
+            rebase_history(written, make_node<DerivativeBackward>(collect_next_edges(written, a, b)));
+    }
+};
 
 // What was saved for the backward of another operator, or twice of this one, must not be read after this.
 void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tensor& target,
                            const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                            at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-    {
-        const at::AutoDispatchBelowADInplaceOrView guard;
-        gradient__op().call(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
-                            gradient);
-    }
+    below_autograd<gradient__op>(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
+                                 gradient);
     torch::autograd::increment_version(logits);
 }
 
@@ -479,6 +578,8 @@ TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
     m.impl("combine", combine_autograd);
     m.impl("table", table_autograd);
     m.impl("fused", fused_autograd);
+    m.impl("gradient_", Overwriting<gradient__op>::call);
+    m.impl("rescale_", Overwriting<rescale__op>::call);
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 import triton
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import Function, _SingleLevelFunction
 from torch.library import triton_op, wrap_triton
 
 from . import _ops
@@ -27,6 +31,7 @@ _DOUBLE_BACKWARD = (
     'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
     "are needed"
 )
+_JVP = "ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='reference' has them"
 # Programs of reduce for each multiprocessor: in rounds of equal size, whether it holds 1, 2 or 4 at a time.
 _PROGRAMS = 4
 
@@ -597,20 +602,21 @@ def table(
 
 
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace, ctx.align_corners = inputs
+    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace = inputs[:8]
+    ctx.align_corners = inputs[8] if len(inputs) > 8 else None  # torch leaves a default out
     ctx.save_for_backward(*tensors)
 
 
 def _backward_of_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
     logits, *rest = ctx.saved_tensors
     arguments = (logits, grad_stats.contiguous(), *rest, ctx.class_levels, ctx.ignore_index, ctx.gradient)
-    if ctx.inplace:
-        with torch._C._AutoDispatchBelowAutograd():
-            gradient_(*arguments)
+    # A gradient that is to be differentiated keeps its history, and so the logits.
+    if ctx.inplace and not torch.is_grad_enabled():
+        gradient_(*arguments)
         grad = logits.detach()
     else:
         grad = gradient(*arguments, ctx.align_corners)
-    return grad, *[None] * 8
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -623,13 +629,56 @@ def _backward_of_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple
     return table(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _save_written(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_dirty(output)
+
+
 def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
     raise NotImplementedError(_DOUBLE_BACKWARD)
 
 
-reduce.register_autograd(_backward_of_reduce, setup_context=_save_reduce)
-combine.register_autograd(_backward_of_combine, setup_context=_save_combine)
-gradient.register_autograd(_no_double_backward)
-table.register_autograd(_no_double_backward)
+def _no_jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+    raise NotImplementedError(_JVP)
+
+
+_library = torch.library.Library("ial_triton", "FRAGMENT")
+
+
+def _register_autograd(op: Any, save: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """`op.register_autograd` that torch.func takes too. torch calls an Autograd kernel at each level of its
+    transforms, where the autograd.Function that register_autograd makes raises, or leaves out the tangent.
+    """
+
+    def forward(*args: Any) -> Any:
+        # Autograd switches gradients off here, and the levels below need them.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            result = op(*args)
+        return args[0] if result is None else result
+
+    members = {"forward": forward, "setup_context": save, "backward": backward, "jvp": _no_jvp}
+    members["_compiled_autograd_key"] = Function._compiled_autograd_key
+    function = type(
+        f"{op._name}_autograd", (_SingleLevelFunction,), {k: staticmethod(v) for k, v in members.items()}
+    )
+    writes = op._opoverload._schema.is_mutable
+
+    def apply(*args: Any) -> Any:
+        with enable_single_level_autograd_function():
+            result = function.apply(*args)
+        return None if writes else result
+
+    _library.impl(op._name, apply, "Autograd", allow_override=True)
+
+
+_register_autograd(reduce, _save_reduce, _backward_of_reduce)
+_register_autograd(combine, _save_combine, _backward_of_combine)
+_register_autograd(gradient, _save_nothing, _no_double_backward)
+_register_autograd(gradient_, _save_written, _no_double_backward)
+_register_autograd(table, _save_nothing, _no_double_backward)
+
 # Traced, kernels would run: on meta tensors, and in the interpreter.
 _ops.register_fakes("ial_triton")
