@@ -152,8 +152,8 @@ def importance_aware_loss(
             Without a backward pass, with ``upsample``, ``inplace`` or ``reduction="none"`` and under
             torch.compile, "fused" is "cuda".
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
-            size. Then they are gone, and a backward pass that still needs them raises. "reference" and
-            torch.compile, which plans memory itself, leave them.
+            size. Then they are gone, and a backward pass that still needs them raises. "reference",
+            torch.compile, torch.func and backward passes with ``create_graph`` leave them.
         return_components: return ``(loss, Components)``.
         process_group: None; sums over processes are not in this version.
 
@@ -202,23 +202,27 @@ def _loss(
     if class_weights is not None and class_weights is not weight:  # lists and arrays are on no device
         class_weights = class_weights.to(logits.device)
     check_inputs(logits, target, class_weights, pixel_weight, options)
-    inplace, compiling = options.inplace, torch.compiler.is_compiling()
+    # torch.compile plans memory itself, and torch.func's transforms have levels of their own to write into.
+    inplace = options.inplace and not (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
     if inplace:
-        check_inplace(logits)
+        check_inplace(logits, class_weights, pixel_weight)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
     lambdas, ignore_index = options.factor_lambdas, options.void_label
     corners = options.align_corners if options.upsample else None
     backend = _choose_backend(options.backend, logits.device)
     # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the
-    # logits as they are. torch.compile would copy it.
+    # logits as they are.
     at_once = (
         logits.requires_grad
         and torch.is_grad_enabled()
         and not inplace
         and corners is None
         and options.reduction != "none"
-        and not compiling
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
     if options.backend == "auto" and at_once and _fuses(backend, logits, target, pixel_weight, options):
         backend = _ops.one_launch[backend]
@@ -254,7 +258,7 @@ def _loss(
         if at_once and backend in _ops.one_launch.values():
             loss, f, stats, *_ = operators.fused(*pixels, *combining)
         else:
-            stats = operators.reduce(*pixels, inplace and not compiling, corners)
+            stats = operators.reduce(*pixels, inplace, corners)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
             loss, f = operators.combine(stats, *combining, dtype)
         if options.return_components:

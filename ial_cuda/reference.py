@@ -35,8 +35,8 @@ def importance_aware_loss(
     """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
     A label that is neither a class nor ``ignore_index`` is left out and makes the loss NaN, with no
-    synchronisation. Logits that are not finite give NaN gradients under ignored pixels too, as they do in
-    `torch.nn.functional.cross_entropy`.
+    synchronisation. Whatever the logits and weights of a pixel that is left out are, NaN too, they reach
+    nothing, and its gradient is 0.
     """
     g = hierarchy.num_levels
     ignore_index = resolve_ignore_index(ignore_index, hierarchy.num_classes, hierarchy.ignore_index)
@@ -47,20 +47,23 @@ def importance_aware_loss(
     # (N, P), as all that follows; int64, since a number beyond the range of a smaller dtype would wrap
     target = target.reshape(x.shape[0], x.shape[2]).long()
 
+    target = target.long()  # a smaller type would wrap what it is compared with
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
     y = torch.where(is_class, target, 0)
     level = torch.where(is_class, torch.tensor(hierarchy.class_levels, device=x.device)[y], -1)
+    x = torch.where(is_class.unsqueeze(1), x, 0)  # not a product with 0, which is NaN for NaN and infinity
     w = is_class.to(x.dtype)
     if weight is not None:
-        w = w * weight.to(x.dtype)[y]
+        w = torch.where(is_class, weight.to(x.dtype)[y], 0)
     if pixel_weight is not None:
-        w = w * pixel_weight.reshape_as(target).to(x.dtype)
+        w = torch.where(is_class, w * pixel_weight.reshape_as(target).to(x.dtype), 0)
 
     nll = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
     if gradient == "exact":
         pi = torch.exp(-nll)
     else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
+        x = x - x.detach().amax(1, keepdim=True)  # before logsumexp rounds to the size of the logits
         others = x.detach().scatter(1, y.unsqueeze(1), -torch.inf).logsumexp(1)
         pi = torch.sigmoid(x.gather(1, y.unsqueeze(1)).squeeze(1) - others)
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from .hierarchy import as_int, resolve_ignore_index
 from .options import Options, as_number
@@ -115,10 +116,27 @@ def check_inputs(
             raise ValueError(f"{name} is on {tensor.device}, expected {device} like logits")
 
 
-def check_inplace(logits: Tensor) -> None:
-    """Whether a gradient may be written over ``logits``."""
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace is True, expected False: logits is a leaf that requires a gradient")
+def check_inplace(logits: Tensor, *weights: Tensor | None) -> None:
+    """Whatever torch refuses to write in place, before the forward pass instead of in the backward one."""
+    problem = None
+    if torch._debug_has_internal_overlap(logits) == 1:
+        problem = "elements of logits share memory; clone() them"
+    elif any(w is not None and _share_memory(w, logits) for w in weights):
+        problem = "logits share memory with weight or pixel_weight"
+    elif logits.requires_grad and torch.is_grad_enabled():
+        base = logits._base
+        if logits.is_leaf:
+            problem = "logits is a leaf that requires a gradient"
+        elif base is not None and base.is_leaf and base.requires_grad:
+            problem = "logits is a view of a leaf that requires a gradient"
+        elif base is not None and _get_creation_meta(logits) != CreationMeta.DEFAULT:
+            problem = "logits is one of several views, or a view made without gradients"
+    if problem:
+        raise ValueError(f"inplace is True, expected False: {problem}")
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 _TWO_CHANNELS = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"
