@@ -3,7 +3,7 @@
 // a virtual machine whose host takes free memory back pays several times that. Here a gradient's mapping is
 // parked when it is freed, and the next gradient that fits takes it, as torch keeps memory on a GPU. One is
 // kept, the largest; its contents are given up (MADV_FREE), so that Linux may have its pages whenever it
-// needs memory.
+// needs memory. Its addresses stay taken, so nothing is kept where those are limited.
 #include "ial_memory.h"
 
 #include <ATen/Context.h>
@@ -14,11 +14,15 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
+#include <string_view>
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/resource.h>
 #endif
 
 namespace ial {
@@ -79,9 +83,31 @@ struct Mapping {
 // never destroyed, since tensors may outlive whatever is destroyed at the end of a process.
 std::atomic<Mapping*> parked{nullptr};
 
+bool from_environment() {
+    const char* const value = std::getenv("IAL_CUDA_KEEP_GRADIENT");
+    return !value || std::string_view(value) != "0";
+}
+
+std::atomic<bool> keeps{from_environment()};
+
+// Whether addresses that nobody uses are missing elsewhere: this process's are limited, or the system hands
+// out no more than it has memory for.
+bool addresses_are_scarce() {
+    static const bool strict = [] {
+        char mode = 0;
+        return std::ifstream("/proc/sys/vm/overcommit_memory").get(mode) && mode == '2';
+    }();
+    const auto limited = [](auto resource) {
+        rlimit limit;
+        return getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+    };
+    return strict || limited(RLIMIT_AS) || limited(RLIMIT_DATA);
+}
+
 void park(void* context) {
     std::unique_ptr<Mapping> freed(static_cast<Mapping*>(context));
     c10::profiledCPUMemoryReporter().Delete(freed->begin);
+    if (!keeps || addresses_are_scarce()) return;
     freed->give_up();
     std::unique_ptr<Mapping> other(parked.exchange(nullptr));
     if (other && other->size > freed->size) freed.swap(other);
@@ -119,9 +145,22 @@ at::Tensor empty_gradient(const at::Tensor& like) {
     return gradient;
 }
 
+int64_t release_gradient() {
+    const std::unique_ptr<Mapping> mapping(parked.exchange(nullptr));
+    return mapping ? static_cast<int64_t>(mapping->size) : 0;
+}
+
+bool keep_gradient(bool keep) {
+    const bool before = keeps.exchange(keep);
+    if (!keep) release_gradient();
+    return before;
+}
+
 #else
 
 at::Tensor empty_gradient(const at::Tensor& like) { return at::empty_like(like); }
+int64_t release_gradient() { return 0; }
+bool keep_gradient(bool) { return false; }
 
 #endif
 

@@ -9,4 +9,10 @@ namespace ial {
 // of the gradient that was freed last, if it fits.
 at::Tensor empty_gradient(const at::Tensor& like);
 
+// Gives the memory that is kept, and that no tensor has, back to the system: how many bytes.
+int64_t release_gradient();
+
+// Whether memory is kept from now on; returns whether it was. What is kept is released where not.
+bool keep_gradient(bool keep);
+
 }  // namespace ial

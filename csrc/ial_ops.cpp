@@ -1,6 +1,8 @@
 // The operators: schemas, checks shared by the devices, autograd, and the Python module that carries them.
 #include "ial_ops.h"
 
+#include "ial_memory.h"
+
 #include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -598,4 +600,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             return info;
         },
         "What the extension was built with, and the instruction set its CPU kernels use on this machine.");
+    m.def("release_gradient_memory", ial::release_gradient);
+    m.def("keep_gradient_memory", ial::keep_gradient);
 }

@@ -7,6 +7,7 @@ from .loss import (
     importance_aware_loss,
     upsampled_cross_entropy,
 )
+from .memory import keep_gradient_memory, release_gradient_memory
 from .validation import validate_target
 from .weights import median_frequency_weights
 
@@ -19,7 +20,9 @@ __all__ = [
     "Hierarchy",
     "ImportanceAwareLoss",
     "importance_aware_loss",
+    "keep_gradient_memory",
     "median_frequency_weights",
+    "release_gradient_memory",
     "upsampled_cross_entropy",
     "validate_target",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from cases import make_logits, make_target
 
+import ial_cuda
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 resource = pytest.importorskip("resource", reason="tells page faults, on Unix only")
@@ -173,3 +175,61 @@ def test_memory_that_there_is_not():
             "exact",
             None,
         )
+
+
+def test_memory_that_is_kept_can_be_released():
+    del_me = gradient()
+    size = del_me.nbytes
+    del del_me
+    assert ial_cuda.release_gradient_memory() >= size
+    assert ial_cuda.release_gradient_memory() == 0
+
+
+def test_keeping_memory_can_be_switched_off():
+    gradient()
+    assert ial_cuda.keep_gradient_memory(False) is True
+    try:
+        assert ial_cuda.release_gradient_memory() == 0, "what was kept is released"
+        gradient()
+        assert ial_cuda.release_gradient_memory() == 0, "nothing is kept"
+    finally:
+        assert ial_cuda.keep_gradient_memory(True) is False
+    gradient()
+    assert ial_cuda.release_gradient_memory() > 0
+    with pytest.raises(TypeError, match=r"enabled is 1 \(int\), expected a bool"):
+        ial_cuda.keep_gradient_memory(1)
+
+
+CHILD = """
+import torch, resource, ial_cuda
+logits = torch.zeros(1, 11, 512, 512, requires_grad=True)
+labels = torch.zeros(1, 512, 512, dtype=torch.uint8)
+loss = ial_cuda.importance_aware_loss(logits, labels, ial_cuda.Hierarchy.flat(11), backend="cpu")
+if LIMIT:
+    resource.setrlimit(getattr(resource, LIMIT), (2**40, resource.RLIM_INFINITY))
+loss.backward()
+del loss
+logits.grad = None
+print(ial_cuda.release_gradient_memory() > 0)
+"""
+
+
+@pytest.mark.parametrize(
+    "limit, keep, expected",
+    [
+        (None, None, "True"),
+        (None, "1", "True"),
+        (None, "0", "False"),
+        ("RLIMIT_AS", None, "False"),
+        ("RLIMIT_DATA", None, "False"),
+    ],
+)
+def test_nothing_is_kept_where_addresses_are_limited_or_the_environment_says_so(limit, keep, expected):
+    environment = {key: value for key, value in os.environ.items() if key != "IAL_CUDA_KEEP_GRADIENT"}
+    if keep:
+        environment["IAL_CUDA_KEEP_GRADIENT"] = keep
+    code = CHILD.replace("LIMIT:", f"{limit!r}:").replace("LIMIT)", f"{limit!r})")
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert child.stdout.strip() == expected

@@ -289,23 +289,197 @@ def test_inplace_old_values_raise_later(backend):
         importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True).backward()
 
 
+def several_views(logits):
+    return torch.cat([logits, logits]).split(2)[0]
+
+
+def view_of_a_function(logits):
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    return Identity.apply(logits)
+
+
+NOT_IN_PLACE = {
+    "leaf": (lambda leaf, logits: leaf, "logits is a leaf"),
+    "view of a leaf": (lambda leaf, logits: leaf[:], "logits is a view of a leaf"),
+    "view of a view": (
+        lambda leaf, logits: leaf[:1].view(-1)[:].view(1, *leaf.shape[1:]),
+        "logits is a view of",
+    ),
+    "expanded": (
+        lambda leaf, logits: logits[:1].expand(2, *leaf.shape[1:]),
+        "elements of logits share memory",
+    ),
+    "one of several": (lambda leaf, logits: several_views(logits), "logits is one of several views"),
+    "of a function": (lambda leaf, logits: view_of_a_function(logits), "logits is one of several views"),
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inplace_is_not_for_leaves(backend):
-    leaf, _, target = problem(backend)
-    with pytest.raises(ValueError, match="inplace is True, expected False: logits is a leaf"):
+@pytest.mark.parametrize("case", NOT_IN_PLACE)
+def test_inplace_refuses_what_torch_refuses(backend, case):
+    leaf, logits, target = problem(backend)
+    make, message = NOT_IN_PLACE[case]
+    logits = make(leaf, logits)
+    values = leaf.detach().clone()
+    with pytest.raises(ValueError, match=f"inplace is True, expected False: {message}"):
+        importance_aware_loss(logits, target[: len(logits)], HIERARCHY, backend=backend, inplace=True)
+    assert torch.equal(leaf, values)
+    with pytest.raises(RuntimeError):
+        logits.mul_(2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_takes_what_torch_takes(backend):
+    leaf, logits, target = problem(backend)
+    with torch.no_grad():
         importance_aware_loss(leaf, target, HIERARCHY, backend=backend, inplace=True)
+    importance_aware_loss(leaf.detach(), target, HIERARCHY, backend=backend, inplace=True)
+    importance_aware_loss(logits[1:], target[1:], HIERARCHY, backend=backend, inplace=True).backward()
+    assert not leaf.grad[0].any() and leaf.grad[1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inplace_reads_no_weights_that_it_writes_over(backend):
+    _, logits, target = problem(backend)
+    with pytest.raises(ValueError, match="inplace is True, expected False: logits share memory with"):
+        importance_aware_loss(
+            logits, target, HIERARCHY, pixel_weight=logits[:, 0].detach(), backend=backend, inplace=True
+        )
+
+
+# ---- derivatives of the gradient, and torch.func ---------------------------------------------------------
+
+DOUBLE = "double backward is not implemented"
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_inplace_needs_elements_of_their_own(backend):
-    leaf = make_logits((1, 5, *SPATIAL), torch.float32).to(device_of(backend)).requires_grad_()
-    logits = leaf.expand(2, 5, *SPATIAL)
-    target = make_target((2, *SPATIAL), 5).to(device_of(backend))
-    loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True)
-    with pytest.raises(
-        RuntimeError, match="more than one element of the written-to tensor refers to a single"
+@pytest.mark.parametrize("way", ["plain", "inplace", "upsample", "retained", "hook", "checkpoint", "offload"])
+def test_gradients_of_gradients_raise(backend, way):
+    leaf, _, target = problem(backend)
+    factor = torch.tensor(1.3, device=leaf.device, requires_grad=True)
+    options = {"inplace": {"inplace": True}, "upsample": {"upsample": "bilinear"}}.get(way, {})
+
+    def forward(leaf):
+        logits = leaf * factor
+        if way == "hook":
+            logits.register_hook(lambda grad: grad * 2)
+        return importance_aware_loss(logits, target, HIERARCHY, backend=backend, **options)
+
+    if way == "checkpoint":
+        loss = torch.utils.checkpoint.checkpoint(forward, leaf, use_reentrant=False)
+    elif way == "offload":
+        with torch.autograd.graph.save_on_cpu():
+            loss = forward(leaf)
+    else:
+        loss = forward(leaf)
+    if way == "retained":
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(
+        importance_aware_loss(leaf * factor, target, HIERARCHY, backend=backend, **options), leaf
+    )
+    torch.testing.assert_close(grad.detach(), expected * (2 if way == "hook" else 1), rtol=1e-6, atol=0)
+    with pytest.raises(NotImplementedError, match=DOUBLE):
+        torch.autograd.grad(grad.square().sum(), factor)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_operators_that_write_a_derivative_are_not_differentiated(backend):
+    op, (logits, table, *rest) = op_arguments(backend)["gradient_"]
+    factor = torch.ones((), device=logits.device, requires_grad=True)
+    written = logits * factor
+    op(written, table, *rest)
+    with pytest.raises(NotImplementedError, match=DOUBLE):
+        written.sum().backward()
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        op(logits.clone().requires_grad_(), table, *rest)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_operators_take_no_weights_that_require_a_gradient(backend):
+    op, (logits, target, weight, *rest) = op_arguments(backend)["reduce"]
+    with pytest.raises(ValueError, match="weight requires a gradient, expected a constant"):
+        op(logits, target, weight.requires_grad_(), *rest)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"upsample": "bilinear"}, {"reduction": "sum"}])
+def test_torch_func_grad(backend, options):
+    leaf, logits, target = problem(backend)
+    expected = torch.autograd.grad(
+        importance_aware_loss(logits, target, HIERARCHY, backend=backend, **options), leaf
+    )[0]
+
+    def loss(logits):
+        return importance_aware_loss(logits * 1, target, HIERARCHY, backend=backend, **options)
+
+    grad, value = torch.func.grad_and_value(loss)(leaf.detach())
+    assert torch.equal(grad, expected)
+    assert torch.equal(value, loss(leaf))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_torch_func_vmap(backend):
+    leaf, _, target = problem(backend)
+    images = leaf.detach().unsqueeze(1)
+
+    def loss(logits, target):
+        return importance_aware_loss(logits, target, HIERARCHY, backend=backend)
+
+    grads = torch.vmap(torch.func.grad(loss))(images, target.unsqueeze(1))
+    losses = torch.vmap(loss)(images, target.unsqueeze(1))
+    for i in range(len(images)):
+        grad, value = torch.func.grad_and_value(loss)(images[i], target[i : i + 1])
+        # The reference sums a batch in another order.
+        torch.testing.assert_close(grads[i], grad, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(losses[i], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_torch_func_raises_what_is_not_written(backend):
+    leaf, _, target = problem(backend)
+    logits = leaf.detach()
+
+    def loss(logits):
+        return importance_aware_loss(logits, target, HIERARCHY, backend=backend)
+
+    for transform in (
+        lambda: torch.func.jvp(loss, (logits,), (logits,)),
+        lambda: torch.func.jvp(torch.func.grad(loss), (logits,), (logits,)),
     ):
-        loss.backward()
+        with pytest.raises(NotImplementedError, match=r"forward-mode derivatives .* backend='reference' has"):
+            transform()
+    with pytest.raises(NotImplementedError, match=DOUBLE):
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).sum())(logits)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        loss(torch.autograd.forward_ad.make_dual(logits, logits))
+
+
+@pytest.mark.parametrize("backend", TRACEABLE)
+@pytest.mark.parametrize("upsample", [None, "bilinear"])
+def test_export_leaves_the_batch_and_the_size_open(backend, upsample):
+    device = device_of(backend)
+    criterion = ImportanceAwareLoss(HIERARCHY, backend=backend, upsample=upsample).to(device)
+    leaf, _, target = problem(backend)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    labels = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    if upsample:
+        sizes = labels = {0: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(
+            criterion, (leaf.detach(), target), dynamic_shapes={"logits": sizes, "target": labels}
+        )
+        logits = make_logits((3, 5, SPATIAL[0] + (7 if upsample is None else 0), SPATIAL[1]), torch.float32)
+        target = make_target((3, *logits.shape[2:]), 5).to(device)
+        assert torch.equal(program.module()(logits.to(device), target), criterion(logits.to(device), target))
 
 
 # ---- memory, threads, instruction sets ------------------------------------------------------------------

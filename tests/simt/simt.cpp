@@ -83,6 +83,8 @@ void disturb(std::string_view skipped, bool descending) {
 }  // namespace
 
 const char* cpu_instruction_set() { return "simt"; }
+int64_t release_gradient() { return 0; }
+bool keep_gradient(bool) { return false; }
 
 TORCH_LIBRARY_IMPL(ial_simt, CPU, m) { gpu::Operators<Simt>::implement(m); }
 TORCH_LIBRARY_FRAGMENT(ial_simt, m) {
