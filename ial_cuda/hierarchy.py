@@ -182,6 +182,12 @@ class Hierarchy:
             )
         return cls(**data)
 
+    def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
+        """For `torch.fx`: the node of a graph that makes this hierarchy."""
+        return tracer.create_node(
+            "call_function", type(self), (self.levels, self.names, self.ignore_index), {}
+        )
+
     @property
     def class_levels(self) -> tuple[int, ...]:
         """The level of each class."""

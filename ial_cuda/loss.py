@@ -11,6 +11,7 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    NoReturn,
     SupportsFloat,
     SupportsIndex,
     TypeAlias,
@@ -356,6 +357,10 @@ def _fitting(weight: object, options: Options) -> Tensor | None:
     return class_weight(weight, options.hierarchy.num_classes)
 
 
+# torch.fx.symbolic_trace of the module leaves the call as it is: what it checks is not known of a proxy.
+torch.fx.wrap("_loss")
+
+
 class ImportanceAwareLoss(nn.Module):
     """`importance_aware_loss` with its options fixed, as a drop-in for `torch.nn.CrossEntropyLoss`.
 
@@ -467,6 +472,12 @@ class ImportanceAwareLoss(nn.Module):
         self, logits: Tensor, target: Tensor, pixel_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Components]:
         return _loss(logits, target, self.weight, pixel_weight, self.options)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "torch.jit.script of ImportanceAwareLoss is not supported: use torch.compile, torch.export or "
+            "torch.jit.trace"
+        )
 
     def extra_repr(self) -> str:
         shown = [f"{self.hierarchy.num_classes} classes", f"{self.hierarchy.num_levels} levels"]

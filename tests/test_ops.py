@@ -482,6 +482,21 @@ def test_export_leaves_the_batch_and_the_size_open(backend, upsample):
         assert torch.equal(program.module()(logits.to(device), target), criterion(logits.to(device), target))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_symbolic_trace_and_jit_trace(backend):
+    _, logits, target = problem(backend)
+    criterion = ImportanceAwareLoss(HIERARCHY, torch.rand(5), ignore_index=255, backend=backend)
+    criterion.to(logits.device)
+    expected = criterion(logits, target)
+    assert torch.equal(torch.fx.symbolic_trace(criterion)(logits, target), expected)
+    assert torch.equal(torch.jit.trace(criterion, (logits, target))(logits, target), expected)
+
+
+def test_script_says_what_to_use():
+    with pytest.raises(NotImplementedError, match=r"use torch.compile, torch.export or torch.jit.trace"):
+        torch.jit.script(torch.nn.Sequential(ImportanceAwareLoss(HIERARCHY)))
+
+
 # ---- memory, threads, instruction sets ------------------------------------------------------------------
 
 
