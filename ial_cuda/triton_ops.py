@@ -664,12 +664,18 @@ def _register_autograd(op: Any, save: Callable[..., None], backward: Callable[..
     function = type(
         f"{op._name}_autograd", (_SingleLevelFunction,), {k: staticmethod(v) for k, v in members.items()}
     )
-    writes = op._opoverload._schema.is_mutable
+    schema = op._opoverload._schema
+    weights = [(i, a.name) for i, a in enumerate(schema.arguments) if a.name in ("weight", "pixel_weight")]
 
     def apply(*args: Any) -> Any:
+        for i, name in weights:
+            if torch.is_grad_enabled() and args[i] is not None and args[i].requires_grad:
+                raise ValueError(
+                    f"{name} requires a gradient, expected a constant: only logits are differentiated"
+                )
         with enable_single_level_autograd_function():
             result = function.apply(*args)
-        return None if writes else result
+        return None if schema.is_mutable else result
 
     _library.impl(op._name, apply, "Autograd", allow_override=True)
 
