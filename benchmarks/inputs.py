@@ -66,7 +66,7 @@ class Inputs:
         labels, self.origin = _label_maps(batch, classes, ratio * height, ratio * width)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # classes that are in no image
-            weight = median_frequency_weights(labels, classes)
+            weight = median_frequency_weights(labels, classes, batched=True, ignore_index=IGNORE_INDEX)
         labels = labels.to(device)
         self.targets = {labels_as: labels.to(labels_as) for labels_as in label_dtypes(classes)}
         self.weight = weight.to(device, dtype)

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
+import secrets
+import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,14 +20,25 @@ import numpy as np
 import torch
 
 from . import __version__
-from .hierarchy import CAMVID, CITYSCAPES
-from .weights import LabelError, LabelFolder, median_frequency_weights
+from .hierarchy import PRESETS, Hierarchy
+from .label_images import CITYSCAPES_IDS, LabelFolder
+from .weights import LabelError, median_frequency_weights
 
-HIERARCHIES = {"camvid": CAMVID, "cityscapes": CITYSCAPES}
-WRITERS: dict[str, Callable[[Any, Any], Any]] = {
-    ".json": lambda file, weights: file.write(json.dumps(weights.tolist()).encode()),
-    ".npy": lambda file, weights: np.save(file, weights.numpy()),
-    ".pt": lambda file, weights: torch.save(weights, file),
+
+def _with_file(write: Callable[[io.BytesIO, torch.Tensor], None]) -> Callable[[torch.Tensor], bytes]:
+    def to_bytes(weights: torch.Tensor) -> bytes:
+        file = io.BytesIO()
+        write(file, weights)
+        return file.getvalue()
+
+    return to_bytes
+
+
+# To bytes first: torch.save and np.save have errors of their own for a file that cannot be written.
+TO_BYTES = {
+    ".json": lambda weights: json.dumps(weights.tolist()).encode(),
+    ".npy": _with_file(lambda file, weights: np.save(file, weights.numpy())),
+    ".pt": _with_file(lambda file, weights: torch.save(weights, file)),
 }
 
 
@@ -31,13 +48,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line on ``argv``; bad input leaves one line on stderr and exits with status 2."""
+    """Run the command line on ``argv``.
+
+    Bad input leaves one line on stderr and exits with status 2, an interrupt one line and 130.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
         arguments.command(arguments)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
+        _flush()
+    except KeyboardInterrupt:
+        parser.exit(128 + signal.SIGINT, "interrupted\n")
+    except (ImportError, MemoryError, OSError, ValueError) as error:
+        parser.error(str(error) or "out of memory")
+
+
+def _flush() -> None:
+    try:
+        print(end="", flush=True)
+    except OSError:
+        # Python would try again at exit, and complain in its own words.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,20 +80,43 @@ def _parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="the build, the backends, and why one is missing")
     info.set_defaults(command=_info)
 
-    weights = commands.add_parser("weights", help="median frequency weights of a folder of label images")
+    weights = commands.add_parser(
+        "weights",
+        help="median frequency weights of a folder of label images",
+        description="Median frequency weights, counted from label images: PNG files that store the class of "
+        "each pixel as a grey value or a palette index, of any bit depth. Cityscapes as it is shipped: "
+        "weights gtFine/train --hierarchy cityscapes --cityscapes-ids",
+    )
     weights.set_defaults(command=_weights)
-    weights.add_argument("folder", metavar="FOLDER", help="label images *.png, 8-bit grey or palette")
+    weights.add_argument("folder", metavar="FOLDER", help="where the label images are, sub-folders included")
     classes = weights.add_mutually_exclusive_group(required=True)
     classes.add_argument("--num-classes", type=int, metavar="C", help="number of classes")
-    classes.add_argument("--hierarchy", choices=HIERARCHIES, help="preset with number and names of classes")
+    classes.add_argument(
+        "--hierarchy", choices=PRESETS, help="a data set with number and names of classes and its void label"
+    )
     weights.add_argument(
-        "--ignore-index", type=int, default=255, metavar="I", help="label of void (default 255)"
+        "--pattern",
+        metavar="GLOB",
+        help="which files are label images, such as '*_labelTrainIds.png' (default '*.png'; capital letters "
+        "do not matter, hidden files are skipped)",
+    )
+    weights.add_argument(
+        "--cityscapes-ids",
+        action="store_true",
+        help="the labels are Cityscapes' label ids (7 is road); count them as train ids. The default of "
+        "--pattern is then '*_labelIds.png'",
+    )
+    weights.add_argument(
+        "--ignore-index",
+        type=int,
+        metavar="I",
+        help="label of void (default: that of --hierarchy; with --num-classes 255)",
     )
     weights.add_argument(
         "--count-void",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the pixels of an image include its void pixels",
+        help="whether the pixels of an image include its void pixels (default: they do)",
     )
     weights.add_argument("--output", type=_output, metavar="FILE", help="save to a .json, .npy or .pt file")
     return parser
@@ -69,10 +124,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _output(text: str) -> Path:
     file = Path(text)
-    if file.suffix not in WRITERS:
-        raise argparse.ArgumentTypeError(f"{text!r} ends in {file.suffix!r}, expected {', '.join(WRITERS)}")
-    if not file.parent.is_dir():
+    if file.suffix not in TO_BYTES:
+        raise argparse.ArgumentTypeError(f"{text!r} ends in {file.suffix!r}, expected {', '.join(TO_BYTES)}")
+    target = Path(os.path.realpath(file))
+    if not target.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is in no existing folder, expected a file in one")
+    if target.exists() and not target.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a regular file, expected one or a new name")
+    for path in (target, target.parent):
+        if path.exists() and not os.access(path, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} needs write permission for {str(path)!r}")
     return file
 
 
@@ -83,44 +144,71 @@ def _info(arguments: argparse.Namespace) -> None:
 
 
 def _weights(arguments: argparse.Namespace) -> None:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("the progress bar needs tqdm: pip install 'ial_cuda[cli]'") from error
-
-    hierarchy = HIERARCHIES.get(arguments.hierarchy)
-    label_maps = LabelFolder(arguments.folder)
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        tqdm(label_maps, unit="image", leave=False, disable=None) as progress,
-    ):
+    if arguments.hierarchy:
+        hierarchy = PRESETS[arguments.hierarchy]
+    else:
+        hierarchy = Hierarchy.of(arguments.num_classes, "--num-classes")
+    ids = arguments.cityscapes_ids
+    label_maps = LabelFolder(
+        arguments.folder,
+        arguments.pattern or ("*_labelIds.png" if ids else "*.png"),
+        CITYSCAPES_IDS if ids else None,
+    )
+    with warnings.catch_warnings(record=True) as caught, _progress(label_maps) as progress:
         warnings.simplefilter("always")
         try:
             weights = median_frequency_weights(
-                progress,
-                hierarchy.num_classes if hierarchy else arguments.num_classes,
-                ignore_index=arguments.ignore_index,
-                count_void=arguments.count_void,
+                progress, hierarchy, ignore_index=arguments.ignore_index, count_void=arguments.count_void
             )
         except LabelError as error:
-            raise ValueError(f"{label_maps.files[error.map_index]}: {error}") from error
+            what = str(error).removeprefix(f"label_maps[{error.map_index}]")
+            raise ValueError(f"{label_maps.files[error.map_index]}{what}") from error
+    if arguments.output:
+        _save(arguments.output, TO_BYTES[arguments.output.suffix](weights))
     for warning in caught:
         print(f"warning: {warning.message}", file=sys.stderr)
 
-    names = hierarchy.names if hierarchy else None
+    print(f"{len(label_maps)} images")
+    names = hierarchy.names
     width = max(map(len, names)) if names else 0
     for c, weight in enumerate(weights.tolist()):
         name = f"{names[c]:<{width}}  " if names else ""
         print(f"{c:>5}  {name}{weight:>10.4f}")
-
     if arguments.output:
-        with arguments.output.open("wb") as file:
-            WRITERS[arguments.output.suffix](file, weights)
         print(f"saved to {arguments.output}")
     else:
         # str() of a float32 is the shortest decimal that reads back as the same float32
         print(f"weight = torch.tensor([{', '.join(map(str, weights.numpy()))}])")
 
 
+def _progress(label_maps: LabelFolder) -> contextlib.AbstractContextManager[Any]:
+    """``label_maps`` to be iterated, with a bar where tqdm is installed and stderr is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return contextlib.nullcontext(label_maps)
+    return tqdm(label_maps, unit="image", leave=False, disable=None)
+
+
+def _save(file: Path, data: bytes) -> None:
+    """Save so that a kill or a full disk at any moment leaves the old file or the new one, whole."""
+    target = Path(os.path.realpath(file))  # a link stays, and leads to the new file
+    new = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with new.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if target.exists():
+            shutil.copymode(target, new)
+        os.replace(new, target)
+    except OSError as error:
+        raise OSError(f"{str(file)!r} cannot be saved: {error.strerror}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently, like other tools
     main()

@@ -12,12 +12,23 @@ import torch
 
 def as_int(value: object, argument: str) -> int:
     """``value`` as a Python int; a TypeError that names ``argument`` if it is a boolean or no integer."""
-    if not isinstance(value, bool):
+    if not (isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool):
         try:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
             pass
     raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected an integer")
+
+
+#: Far more than a segmentation has. A mistaken number must not fill the memory with a list of classes.
+_MAX_FLAT = 2**20
+
+
+def _as_num_classes(value: object, argument: str) -> int:
+    num_classes = as_int(value, argument)
+    if not 1 <= num_classes <= _MAX_FLAT:
+        raise ValueError(f"{argument} is {num_classes}, expected 1 to {_MAX_FLAT} classes")
+    return num_classes
 
 
 def as_label(value: object, argument: str) -> int:
@@ -124,11 +135,12 @@ class Hierarchy:
 
     @classmethod
     def flat(cls, num_classes: SupportsIndex) -> Hierarchy:
-        """All classes in one level: nothing is compared, and the loss is plain weighted cross-entropy."""
-        num_classes = as_int(num_classes, "num_classes")
-        if num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, expected at least 1")
-        return cls((tuple(range(num_classes)),))
+        """All classes in one level: nothing is compared, and the loss is plain weighted cross-entropy.
+
+        Raises:
+            TypeError, ValueError: ``num_classes`` is not an integer from 1 to 2**20.
+        """
+        return cls([range(_as_num_classes(num_classes, "num_classes"))])
 
     @classmethod
     def of(cls, value: HierarchyLike, argument: str = "hierarchy") -> Hierarchy:
@@ -148,17 +160,18 @@ class Hierarchy:
             if value not in PRESETS:
                 raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, PRESETS))}")
             return PRESETS[value]
-        if isinstance(value, Mapping):
-            return cls.from_dict(value)
-        if isinstance(value, Iterable) and getattr(value, "shape", None) != ():  # no 0-d array
-            return cls(value)
-        try:
-            return cls.flat(value)  # type: ignore[arg-type]
-        except TypeError:
+        if isinstance(value, SupportsIndex) and not getattr(value, "ndim", 0):
+            return cls([range(_as_num_classes(value, argument))])
+        if not isinstance(value, Iterable):
             raise TypeError(
                 f"{argument} is {value!r} ({type(value).__name__}), expected an ial_cuda.Hierarchy, the name "
                 "of a preset, a number of classes, or a nested sequence of class indices"
-            ) from None
+            )
+        try:
+            return cls.from_dict(value) if isinstance(value, Mapping) else cls(value)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{argument}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """``levels``, ``names`` and ``ignore_index`` as lists, strings, ints and None, for JSON or YAML."""
@@ -173,9 +186,12 @@ class Hierarchy:
         """The hierarchy of `to_dict`; ``names`` and ``ignore_index`` may be missing.
 
         Raises:
-            TypeError: ``data`` lacks ``levels`` or has another key; or what the constructor raises.
+            TypeError: ``data`` is not a mapping, lacks ``levels`` or has another key.
+            TypeError, ValueError: what the constructor raises.
         """
         fields = ("levels", "names", "ignore_index")
+        if not isinstance(data, Mapping):
+            raise TypeError(f"data is {data!r} ({type(data).__name__}), expected a mapping as of to_dict")
         if "levels" not in data or not set(data) <= set(fields):
             raise TypeError(
                 f"data has the keys {list(data)}, expected levels and at most {', '.join(fields)}"
@@ -187,6 +203,10 @@ class Hierarchy:
         return tracer.create_node(
             "call_function", type(self), (self.levels, self.names, self.ignore_index), {}
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Unpickled by the constructor, so that a file cannot hold levels and class_levels that disagree.
+        return type(self), (self.levels, self.names, self.ignore_index)
 
     @property
     def class_levels(self) -> tuple[int, ...]:

@@ -1,17 +1,17 @@
-"""Class weights by median frequency balancing, Eq. 2, and the label images that they are counted from."""
+"""Class weights by median frequency balancing, Eq. 2."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from .hierarchy import as_int
+from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
+
+LabelMap: TypeAlias = torch.Tensor | np.ndarray[Any, Any]
 
 
 class LabelError(ValueError):
@@ -23,10 +23,11 @@ class LabelError(ValueError):
 
 
 def median_frequency_weights(
-    label_maps: Iterable[torch.Tensor | np.ndarray[Any, Any]],
-    num_classes: int,
+    label_maps: LabelMap | Iterable[LabelMap],
+    hierarchy: HierarchyLike,
     *,
-    ignore_index: int = 255,
+    batched: bool | None = None,
+    ignore_index: int | None = None,
     count_void: bool = True,
 ) -> torch.Tensor:
     """Weights that balance frequent and rare classes, Eq. 2:
@@ -37,10 +38,12 @@ def median_frequency_weights(
     and divided in float64; every image is counted by itself, so how images are batched changes nothing.
 
     Args:
-        label_maps: label maps of any integer dtype, tensors or NumPy arrays, each one image (H, W) or a batch
-            of images (N, H, W); read once and one at a time, so a generator over a whole data set will do.
-        num_classes: C.
-        ignore_index: the label of void pixels, which are no class.
+        label_maps: label maps of any integer dtype or bool, tensors or NumPy arrays. They are read once and
+            one at a time, so a generator over a whole data set will do. One tensor or array is one map.
+        hierarchy: C, or whatever `Hierarchy.of` takes; only its classes and its void label matter here.
+        batched: what the first dimension of a map means. True: it counts images, (N, *spatial). False: a map
+            is one image, (*spatial), such as a volume (D, H, W). None: every map is one image (H, W).
+        ignore_index: the label of void pixels, which are no class; by default the hierarchy's, else 255.
         count_void: whether void pixels count among "all pixels of the images". With them, the 367 training
             label maps of CamVid give Column/Pole 4.7865 and Bicyclist 8.8587; without them 4.7889 and 8.8193.
 
@@ -48,25 +51,32 @@ def median_frequency_weights(
         Weights (C,), float32, on the CPU. A class in no image gets 1.0, and a UserWarning names it.
 
     Raises:
-        TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer one.
+        TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer one; an
+            argument has the wrong type.
         LabelError: a label lies outside [0, C) and is not ``ignore_index`` (a ValueError).
-        ValueError: a label map is neither (H, W) nor (N, H, W), ``num_classes`` < 1, or no pixel has a class.
+        ValueError: the shape of a label map does not fit ``batched``; no pixel has a class; or what
+            `Hierarchy.of` and `resolve_ignore_index` raise.
     """
-    num_classes = as_int(num_classes, "num_classes")
-    ignore_index = as_int(ignore_index, "ignore_index")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    hierarchy = Hierarchy.of(hierarchy)
+    num_classes = hierarchy.num_classes
+    ignore_index = resolve_ignore_index(ignore_index, num_classes, hierarchy.ignore_index)
+    batched = None if batched is None else _as_bool(batched, "batched")
+    count_void = _as_bool(count_void, "count_void")
+    if isinstance(label_maps, torch.Tensor | np.ndarray):
+        label_maps = [label_maps]
 
     images = 0
     pixels = np.zeros(num_classes, dtype=np.int64)
     pixels_where_present = np.zeros(num_classes, dtype=np.int64)
     for map_index, label_map in enumerate(label_maps):
-        for image in _checked_batch(label_map, map_index, num_classes, ignore_index):
-            valid = image[image != ignore_index]
-            counts = np.bincount(valid.astype(np.intp), minlength=num_classes)
+        labels = _as_array(label_map, f"label_maps[{map_index}]", batched)
+        for image in labels if batched else [labels]:
+            counts, valid = _count(image, num_classes, ignore_index)
+            if counts.sum() != valid:
+                raise _label_error(labels, map_index, num_classes, ignore_index)
             images += 1
             pixels += counts
-            pixels_where_present[counts > 0] += image.size if count_void else valid.size
+            pixels_where_present[counts > 0] += image.size if count_void else valid
 
     present = pixels > 0
     if not present.any():
@@ -83,78 +93,77 @@ def median_frequency_weights(
     return torch.from_numpy(weights).float()
 
 
-def _checked_batch(
-    label_map: object, map_index: int, num_classes: int, ignore_index: int
-) -> np.ndarray[Any, Any]:
-    """``label_map`` as an array (N, H, W) that holds nothing but classes and ``ignore_index``."""
-    argument = f"label_maps[{map_index}]"
-    if not isinstance(label_map, torch.Tensor | np.ndarray):
+def _as_bool(value: object, argument: str) -> bool:
+    if isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected True or False")
+
+
+def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndarray[Any, Any]:
+    """``label_map`` as an array of the shape that ``batched`` says."""
+    if not isinstance(label_map, torch.Tensor | np.ndarray) or isinstance(label_map, np.ma.MaskedArray):
         raise TypeError(
             f"{argument} is a {type(label_map).__name__}, expected a torch.Tensor or numpy.ndarray"
         )
     if not _is_integer(label_map.dtype):
         raise TypeError(f"{argument} has dtype {label_map.dtype}, expected an integer dtype")
-    if label_map.ndim not in (2, 3):
-        raise ValueError(f"{argument} has shape {tuple(label_map.shape)}, expected (H, W) or (N, H, W)")
-
-    labels = label_map.cpu().numpy() if isinstance(label_map, torch.Tensor) else label_map
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if outside.any():
-        first = tuple(int(i) for i in np.unravel_index(outside.argmax(), outside.shape))
-        raise LabelError(
-            f"{argument} has label {labels[first]} at {first}, the first of {outside.sum()} bad pixels, "
-            f"expected labels 0 to {num_classes - 1} or ignore_index={ignore_index}",
-            map_index,
+    shape = tuple(label_map.shape)
+    if batched is None and len(shape) != 2:
+        raise ValueError(
+            f"{argument} has shape {shape}, expected (H, W); or batched=True if the first dimension counts "
+            "images, batched=False if it does not"
         )
-    return labels if labels.ndim == 3 else labels[np.newaxis]
+    if len(shape) < (2 if batched else 1):
+        expected = "(N, *spatial)" if batched else "(*spatial)"
+        raise ValueError(f"{argument} has shape {shape}, expected {expected} for batched={batched}")
+    if isinstance(label_map, np.ndarray):
+        return label_map
+    if label_map.is_meta:
+        raise ValueError(f"{argument} is on the meta device, expected a device that holds labels")
+    return label_map.cpu().numpy()
 
 
 def _is_integer(dtype: torch.dtype | np.dtype[Any]) -> bool:
     if isinstance(dtype, torch.dtype):
-        return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
-    return dtype.kind in "iu"
+        return not (dtype.is_floating_point or dtype.is_complex)
+    return dtype.kind in "iub"
 
 
-class LabelFolder:
-    """The label images of a folder: its ``*.png``, sorted by name, read one at a time as it is iterated.
+def _blocks(labels: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """The labels in C order, a few at a time, so that nothing of the map's size is allocated."""
+    return iter(np.nditer(labels, ["external_loop", "buffered", "zerosize_ok"], order="C", buffersize=2**18))
 
-    Yields (H, W) uint8 arrays. Images are 8-bit with a single channel (grey), or with a palette whose indices
-    are the labels. Needs Pillow.
 
-    Attributes:
-        files: the images' paths, in the order of iteration.
+def _is_class(labels: np.ndarray[Any, Any], num_classes: int) -> np.ndarray[Any, Any]:
+    return (labels >= 0) & (labels < num_classes)
 
-    Raises:
-        NotADirectoryError: ``folder`` is no folder.
-        FileNotFoundError: ``folder`` has no ``*.png``.
-        ValueError: while iterating, an image of another kind, such as RGB; the file is named.
-        OSError: while iterating, a file that cannot be read; the file is named.
-        ImportError: while iterating, Pillow is not installed.
-    """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        if not Path(folder).is_dir():
-            raise NotADirectoryError(f"folder is {os.fspath(folder)!r}, expected a folder of label images")
-        self.files = sorted(Path(folder).glob("*.png"))
-        if not self.files:
-            raise FileNotFoundError(f"folder {os.fspath(folder)!r} has no *.png, expected label images in it")
+def _count(
+    image: np.ndarray[Any, Any], num_classes: int, ignore_index: int
+) -> tuple[np.ndarray[Any, Any], int]:
+    """How many pixels each class has, and how many are not void."""
+    counts = np.zeros(num_classes, dtype=np.int64)
+    valid = 0
+    for block in _blocks(image):
+        labels = block[block != ignore_index]
+        valid += labels.size
+        classes = labels[_is_class(labels, num_classes)]
+        counts += np.bincount(classes.astype(np.intp), minlength=num_classes)
+    return counts, valid
 
-    def __len__(self) -> int:
-        return len(self.files)
 
-    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
-        try:
-            from PIL import Image
-        except ImportError as error:
-            raise ImportError("reading label images needs Pillow: pip install 'ial_cuda[cli]'") from error
-        for file in self.files:
-            try:
-                with Image.open(file) as image:
-                    mode, labels = image.mode, np.asarray(image)
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow has all three for a broken PNG
-                raise OSError(f"{file} cannot be read as an image: {error}") from error
-            if mode not in ("L", "P"):
-                raise ValueError(
-                    f"{file} has mode {mode}, expected 8-bit labels, a single channel (L) or a palette (P)"
-                )
-            yield labels
+def _label_error(
+    labels: np.ndarray[Any, Any], map_index: int, num_classes: int, ignore_index: int
+) -> LabelError:
+    first, bad, seen = None, 0, 0
+    for block in _blocks(labels):
+        outside = (block != ignore_index) & ~_is_class(block, num_classes)
+        if first is None and outside.any():
+            first = tuple(int(i) for i in np.unravel_index(seen + outside.argmax(), labels.shape))
+        bad += int(outside.sum())
+        seen += block.size
+    return LabelError(
+        f"label_maps[{map_index}] has label {labels[first]} at {first}, the first of {bad} bad pixels, "
+        f"expected labels 0 to {num_classes - 1} or ignore_index={ignore_index}",
+        map_index,
+    )

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy
+from ial_cuda.label_images import CITYSCAPES_IDS
 
-#: Cityscapes' label ids in the order of their train ids; every other id is void.
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 #: Mean and standard deviation of ImageNet's red, green and blue, as is usual.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
