@@ -189,12 +189,13 @@ class Hierarchy:
             TypeError: ``data`` is not a mapping, lacks ``levels`` or has another key.
             TypeError, ValueError: what the constructor raises.
         """
-        fields = ("levels", "names", "ignore_index")
         if not isinstance(data, Mapping):
-            raise TypeError(f"data is {data!r} ({type(data).__name__}), expected a mapping as of to_dict")
-        if "levels" not in data or not set(data) <= set(fields):
             raise TypeError(
-                f"data has the keys {list(data)}, expected levels and at most {', '.join(fields)}"
+                f"data is {data!r} ({type(data).__name__}), expected a mapping such as to_dict returns"
+            )
+        if "levels" not in data or not set(data) <= {"levels", "names", "ignore_index"}:
+            raise TypeError(
+                f"data has the keys {list(data)}, expected levels and, optionally, names and ignore_index"
             )
         return cls(**data)
 
