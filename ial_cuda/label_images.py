@@ -226,4 +226,5 @@ def _unpack(stored: np.ndarray[Any, Any], depth: int) -> np.ndarray[Any, Any]:
     if depth == 16:
         return stored.view(">u2")
     shifts = np.arange(8 - depth, -1, -depth, dtype=np.uint8)
-    return (stored[:, :, np.newaxis] >> shifts & 2**depth - 1).reshape(len(stored), -1)
+    numbers: np.ndarray[Any, Any] = stored[:, :, np.newaxis] >> shifts & 2**depth - 1
+    return numbers.reshape(len(stored), -1)
