@@ -41,7 +41,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE) | options
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) | options
     return subprocess.run(
         [sys.executable, "-m", "ial_cuda", *map(str, arguments)], text=True, timeout=120, **options
     )
