@@ -211,6 +211,18 @@ assert (labels[:, -1] == np.arange(1, {side} + 1) % 256).all()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+def test_what_does_not_fit_in_memory_is_named(tmp_path, monkeypatch):
+    file = png.save(tmp_path / "a.png", drawn((2, 2), 8))
+
+    def too_much(*_):
+        raise MemoryError("Unable to allocate 373. GiB")
+
+    monkeypatch.setattr(np, "empty", too_much)
+    with pytest.raises(MemoryError) as caught:
+        read_labels(file)
+    assert str(caught.value) == f"{file} does not fit in memory: Unable to allocate 373. GiB"
+
+
 def tree(folder: Path, *names: str) -> Path:
     for i, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -259,8 +271,8 @@ def test_folder_follows_links_and_reads_no_folder_twice(tmp_path):
     tree(tmp_path / "elsewhere", "a.png")
     tree(tmp_path / "labels", "b.png", "sub/c.png")
     (tmp_path / "labels" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "labels" / "sub" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "labels" / "sub" / "loop").symlink_to(tmp_path / "labels")
-    (tmp_path / "labels" / "again").symlink_to(tmp_path / "labels" / "sub")
     files = LabelFolder(tmp_path / "labels").files
     assert sorted(file.name for file in files) == ["a.png", "b.png", "c.png"]
 

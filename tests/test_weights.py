@@ -259,7 +259,7 @@ def test_many_blocks_count_like_one():
     labels = np.random.default_rng(0).integers(0, 5, (777, 1111), dtype=np.uint8)
     expected = brute_force([labels], 5, VOID, True)
     np.testing.assert_allclose(median_frequency_weights([labels], 5).numpy(), expected, rtol=1e-7)
-    labels[600, 13] = labels[700, 14] = 5
+    labels[600, 13] = labels[770, 14] = 5  # in two blocks
     for layout in (labels, np.asfortranarray(labels)):
         with pytest.raises(LabelError, match=r"has label 5 at \(600, 13\), the first of 2 bad pixels"):
             median_frequency_weights([layout], 5)
