@@ -210,7 +210,7 @@ def _unfilter(above: bytes, filtered: bytes, row_bytes: int, depth: int) -> np.n
     try:
         from PIL import Image
     except ImportError as error:
-        raise ImportError("reading label images needs Pillow: pip install 'ial_cuda[cli]'") from error
+        raise ImportError("reading label images needs Pillow: pip install Pillow") from error
 
     # Pillow's own reader fills missing rows with 0, scales depths below 8 and refuses large images. Its
     # decoder of the filters does none of this when each pixel is a byte, or two bytes at 16 bits.

@@ -209,9 +209,7 @@ def test_pillow_is_asked_for(folder, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         main(["weights", str(folder), "--num-classes", "3"])
     assert stopped.value.code == 2
-    assert capsys.readouterr().err == (
-        "error: reading label images needs Pillow: pip install 'ial_cuda[cli]'\n"
-    )
+    assert capsys.readouterr().err == ("error: reading label images needs Pillow: pip install Pillow\n")
 
 
 def test_tqdm_is_not_needed(folder, tmp_path, capsys, monkeypatch):
