@@ -118,7 +118,7 @@ def importance_aware_loss(
         logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Contiguous and
             channels_last tensors are read as they lie; so is every other stride, more slowly. Half precision
             is computed in float32.
-            Logits (M, C) are M images of one pixel each: see ``factor_scope``.
+            Logits (M, C) are M images of one pixel each, slower than (1, C, M): see ``factor_scope``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
         hierarchy: the levels of the C classes, least important first. Anything that `Hierarchy.of` takes:
             the name of a preset, nested lists, a number of classes for one level.

@@ -441,7 +441,7 @@ def shapes(device, backend, **options):
     """What every entry point gives, forward and backward, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        leaf = torch.empty(2, 5, 6, 7, device=device, requires_grad=True)
+        leaf = torch.ones(2, 5, 6, 7, device=device, requires_grad=True)
         target = torch.zeros(2, 6, 7, dtype=torch.uint8, device=device)
         weighted = dict(weight=[1.0] * 5, pixel_weight=torch.ones(2, 6, 7, device=device))
         validate_target(target, 5)
