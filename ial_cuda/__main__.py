@@ -187,7 +187,8 @@ def _progress(label_maps: LabelFolder) -> contextlib.AbstractContextManager[Any]
         from tqdm import tqdm
     except ImportError:
         return contextlib.nullcontext(label_maps)
-    return tqdm(label_maps, unit="image", leave=False, disable=None)
+    bar: contextlib.AbstractContextManager[Any] = tqdm(label_maps, unit="image", leave=False, disable=None)
+    return bar
 
 
 def _save(file: Path, data: bytes) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import triton
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.library import triton_op, wrap_triton
@@ -661,7 +661,7 @@ def _register_autograd(op: Any, save: Callable[..., None], backward: Callable[..
 
     members = {"forward": forward, "setup_context": save, "backward": backward, "jvp": _no_jvp}
     members["_compiled_autograd_key"] = Function._compiled_autograd_key
-    function = type(
+    function: Any = type(
         f"{op._name}_autograd", (_SingleLevelFunction,), {k: staticmethod(v) for k, v in members.items()}
     )
     schema = op._opoverload._schema
