@@ -13,11 +13,13 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <set>
 #include <sstream>
 #include <type_traits>
 
 #include "ial_memory.h"
 #include "ial_ops.h"
+#include "ial_parallel.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -299,7 +301,7 @@ Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t size, c
     const int64_t row = inputs.levels() * kStats;
     std::vector<double> sums(chunks.count * row);
     std::vector<BadLabels> bad(chunks.count);
-    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(size);
         Buffer<double> lanes(row * kLanes);
         for (int64_t i = first; i < last; ++i) {
@@ -369,7 +371,7 @@ void gradient_of_pixels(const Problem<T>& problem, const Tensor& table) {
     using A = typename Problem<T>::A;
     const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
     // Backwards, since the caches hold the end of what reduce has read.
-    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(2 * problem.layout.classes * kWide), rows(3 * problem.layout.classes);
         int64_t image = -1;
         for (int64_t i = last - 1; i >= first; --i) {
@@ -391,7 +393,7 @@ void gradient_of_cells(const Problem<T>& problem, const Upsampling& up, const Te
     const Tensor kept = at::empty({2 * chunks.count, row}, c10::CppTypeToScalarType<A>::value);
     A* const heads = kept.mutable_data_ptr<A>();
     A* const tails = heads + chunks.count * row;
-    at::parallel_for(0, chunks.count, 1, [&](int64_t first, int64_t last) {
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(call.buffer()), rows(3 * up.classes), work(row);
         for (int64_t i = first; i < last; ++i) {
             load_rows(problem, table, chunks.image(i), rows.aligned());
@@ -518,6 +520,14 @@ const char* cpu_instruction_set() {
         default:
             return "baseline";
     }
+}
+
+int64_t cpu_threads() {
+    std::vector<int> ran(at::get_num_threads());
+    parallel_for(ran.size(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) ran[i] = at::get_thread_num();
+    });
+    return static_cast<int64_t>(std::set<int>(ran.begin(), ran.end()).size());
 }
 
 TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {

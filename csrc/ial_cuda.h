@@ -23,7 +23,7 @@ class Cuda {
     template <typename Kernel>
     int resident(Kernel kernel, size_t shared) const {
         int blocks;
-        C10_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
+        check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, shared));
         return blocks;
     }
 
@@ -37,15 +37,25 @@ class Cuda {
     void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    const Arguments&... arguments) const {
         // The limit belongs to the kernel, not to the launch: other threads may launch it with other sizes.
-        C10_CUDA_CHECK(
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         launch(kernel, grid, threads, shared, true, arguments...);
     }
 
  private:
+    static void check(cudaError_t error) {
+        // What a kernel gives that was not compiled for this GPU.
+        if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+            cudaGetLastError();
+            TORCH_CHECK(false,
+                        "ial_cuda's CUDA kernels are not built for this GPU: "
+                        "`python -m ial_cuda info` says for which, and how to build them for it");
+        }
+        C10_CUDA_CHECK(error);
+    }
+
     int attribute(cudaDeviceAttr name) const {
         int value;
-        C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
+        check(cudaDeviceGetAttribute(&value, name, guard_.current_device().index()));
         return value;
     }
 
@@ -62,7 +72,7 @@ class Cuda {
         config.stream = stream_;
         config.attrs = &together;
         config.numAttrs = 1;
-        C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+        check(cudaLaunchKernelEx(&config, kernel, arguments...));
     }
 
     c10::cuda::CUDAGuard guard_;

@@ -8,7 +8,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
-#include <ATen/Parallel.h>
 #include <ATen/native/TensorFactories.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/CPUAllocator.h>
@@ -19,6 +18,8 @@
 #include <fstream>
 #include <memory>
 #include <string_view>
+
+#include "ial_parallel.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -40,7 +41,7 @@ constexpr size_t kHuge = 2 << 20;
 void prefault(char* begin, size_t size) {
     const auto pages = static_cast<int64_t>(size / kHuge);
     if (madvise(begin, pages * kHuge, MADV_HUGEPAGE) != 0) return;
-    at::parallel_for(0, pages, 1, [&](int64_t first, int64_t last) {
+    parallel_for(pages, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) *static_cast<volatile char*>(begin + i * kHuge) = 0;
     });
 }

@@ -597,9 +597,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             info["torch"] = TORCH_VERSION;
             info["compiler"] = __VERSION__;
             info["cpu"] = ial::cpu_instruction_set();
+            info["threads"] = ial::cpu_threads();
             return info;
         },
-        "What the extension was built with, and the instruction set its CPU kernels use on this machine.");
+        "What the extension was built with, and the instruction set and threads of its CPU kernels here.");
     m.def("release_gradient_memory", ial::release_gradient);
     m.def("keep_gradient_memory", ial::keep_gradient);
 }
