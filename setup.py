@@ -1,10 +1,11 @@
 """Builds ial_cuda._C against the torch installed here, with the CUDA kernels where nvcc fits that torch.
 
-Everything else about the package stands in pyproject.toml. Environment:
+The rest of the package's description is in pyproject.toml. Environment:
 
 IAL_CUDA_FORCE_CPU=1      leaves the CUDA kernels out
-IAL_CUDA_REQUIRE_EXT=1    makes a failed build an error; else it leaves pure Python and a warning
-TORCH_CUDA_ARCH_LIST      the architectures, as torch spells them ("9.0;12.0+PTX"); default: DEFAULT_ARCHS
+IAL_CUDA_PURE_PYTHON=1    leaves the extension out: needs no compiler, and is slow on the CPU
+TORCH_CUDA_ARCH_LIST      the architectures, as torch spells them ("9.0;12.0+PTX"); default: those of the GPUs
+                          of this machine, else DEFAULT_ARCHS. Set it for a wheel that goes to other machines.
 MAX_JOBS                  how many compilers run at once
 CXX, CUDA_HOME            which compilers
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import setuptools
+from setuptools.command.egg_info import egg_info
 
 try:
     import torch
@@ -32,13 +34,13 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"ial_cuda builds against the torch you run it with, which build isolation hides ({error}): install "
-        "torch first, then `pip install --no-build-isolation ial_cuda` (in a checkout, `.` for `ial_cuda`)."
+        "torch first, then run the same command with --no-build-isolation (`python -m build`: --no-isolation)"
     ) from None
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
         f"ial_cuda needs setuptools>=77 to build, and {setuptools.__version__} is installed, which "
-        "--no-build-isolation uses as it is: `pip install --upgrade setuptools` first."
+        f"--no-build-isolation uses as it is: `{sys.executable} -m pip install 'setuptools>=77'` first."
     )
 
 NAME = "ial_cuda._C"
@@ -46,8 +48,12 @@ NAME = "ial_cuda._C"
 # A binary serves the later minor versions of its generation too (8.0 runs on 8.9); PTX, what is yet to come.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
-# pip keeps the wheels that it builds: without --no-cache-dir it would bring back the one complained about.
-REINSTALL = "`pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall ial_cuda`"
+# The oldest torch that the sources fit.
+TORCH = "torch>=2.11"
+
+OPT_OUT = (
+    "IAL_CUDA_PURE_PYTHON=1 leaves the extension out: slow on the CPU, and Triton's kernels alone on a GPU."
+)
 
 
 class Nvcc(NamedTuple):
@@ -66,8 +72,13 @@ def is_set(env: Mapping[str, str], name: str) -> bool:
     return env.get(name, "") not in ("", "0")
 
 
-def decide(env: Mapping[str, str], torch_cuda: str | None, nvcc: Nvcc | None) -> Plan:
-    """CUDA or not, for which architectures, and what the user must hear; from its arguments alone."""
+def decide(
+    env: Mapping[str, str], torch_cuda: str | None, nvcc: Nvcc | None, gpus: tuple[str, ...] = ()
+) -> Plan:
+    """CUDA or not, for which architectures, and what the user must hear; from its arguments alone.
+
+    The GPUs, by compute capability, choose the architectures. Whether CUDA is built does not depend on them.
+    """
     if is_set(env, "IAL_CUDA_FORCE_CPU") or torch_cuda is None:
         return Plan(cuda=False)
 
@@ -81,15 +92,15 @@ def decide(env: Mapping[str, str], torch_cuda: str | None, nvcc: Nvcc | None) ->
     if found:
         return Plan(
             cuda=False,
-            warning=f"built without the CUDA kernels: torch is for CUDA {torch_cuda}, and {found}. To have "
-            f"them, install the CUDA {major} toolkit, point CUDA_HOME at it and reinstall with {REINSTALL}; "
-            "IAL_CUDA_FORCE_CPU=1 does without them and without this warning.",
+            warning=f"built without the CUDA kernels, since torch is for CUDA {torch_cuda} and {found}: "
+            f"install the CUDA {major} toolkit and point CUDA_HOME at it",
         )
 
     listed = env.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     archs = [arch for arch in listed.split(";") if arch]
     if not archs:
-        archs = [arch for arch in DEFAULT_ARCHS if arch in nvcc.archs]
+        known = nvcc.archs.issuperset(gpus)
+        archs = list(gpus if gpus and known else (arch for arch in DEFAULT_ARCHS if arch in nvcc.archs))
         archs[-1] += "+PTX"
     return Plan(cuda=True, arch_list=tuple(archs))
 
@@ -120,6 +131,17 @@ def find_nvcc() -> Nvcc | None:
     )
 
 
+def find_gpus() -> tuple[str, ...]:
+    """The compute capabilities of the GPUs here, as the driver tells them without starting CUDA."""
+    question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(question, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    found = set(re.findall(r"^(\d+)\.(\d)$", answer, re.MULTILINE))
+    return tuple(".".join(gpu) for gpu in sorted(found, key=lambda gpu: tuple(map(int, gpu))))
+
+
 def compile_flags(plan: Plan) -> dict[str, list[str]]:
     """No -std among them: torch adds the one that its headers need, which differs between its versions."""
     if os.name == "nt":
@@ -130,13 +152,9 @@ def compile_flags(plan: Plan) -> dict[str, list[str]]:
         cxx = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
         # What the vectoriser needs, and no more: results stay IEEE's, with NaN and infinity.
         cxx += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
-    if sys.platform == "linux" and "clang" not in compiler():
-        # at::parallel_for is a header and, included without OpenMP, runs on one thread. The linker is not
-        # told: the runtime must be the one that torch brings, whose threads torch.set_num_threads sets. It is
-        # libgomp, which lacks what clang calls.
-        cxx.append("-fopenmp")
-        # A loop that clears a few hundred bytes is to stay one: "rep stos" takes long to start.
-        cxx.append("-fno-tree-loop-distribute-patterns")
+        if "clang" not in compiler():
+            # A loop that clears a few hundred bytes is to stay one: "rep stos" takes long to start.
+            cxx.append("-fno-tree-loop-distribute-patterns")
     # Files are compiled side by side; where that leaves cores idle, so are a file's architectures.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, min(jobs // len(glob("csrc/*.cu")), len(plan.arch_list))) if plan.cuda else 1
@@ -165,7 +183,7 @@ def extension(plan: Plan) -> setuptools.Extension:
 
 
 class BuildExt(cpp_extension.BuildExtension):
-    """torch's build_ext that records what it built (ial_cuda/_build.json) and survives what it could not."""
+    """torch's build_ext that records what it built, in ial_cuda/_build.json."""
 
     plan: Plan
     nvcc: Nvcc | None
@@ -175,50 +193,48 @@ class BuildExt(cpp_extension.BuildExtension):
         # Kept from one editable install to the next, where setuptools would take a fresh temporary folder.
         # One per torch: objects compiled for another must not be linked again.
         self.build_temp = os.path.join("build", f"torch-{torch.__version__}")
+        # setuptools goes by time alone: what was linked for another torch would pass for up to date.
+        self.force = True
 
     def run(self) -> None:
-        inplace = self.inplace
-        warning = self.plan.warning
-        built = True
+        command = shlex.split(cpp_extension.get_cxx_compiler())[0]
+        if os.name != "nt" and shutil.which(command) is None:
+            raise SystemExit(
+                f"ial_cuda needs a C++ compiler, but {command!r} is not on PATH: install g++ or set CXX. "
+                + OPT_OUT
+            )
         try:
-            command = shlex.split(cpp_extension.get_cxx_compiler())[0]
-            if os.name != "nt" and shutil.which(command) is None:
-                raise FileNotFoundError(
-                    f"no C++ compiler, {command!r} is not on PATH: install g++ or set CXX"
-                )
             super().run()
         except Exception as error:
-            if is_set(os.environ, "IAL_CUDA_REQUIRE_EXT"):
-                raise
-            built = False
-            warning = (
-                f"BUILT WITHOUT ITS C++ EXTENSION, with its backends in Python alone: {error} (all that "
-                f"the compilers said: `pip install -v`). Mend this and reinstall with {REINSTALL}; "
-                "IAL_CUDA_REQUIRE_EXT=1 makes it an error."
-            )
-            # super().run() stopped half way: `inplace` is still cleared, and an old build may be lying there.
-            self.inplace = inplace
-            Path(self.get_ext_fullpath(NAME)).unlink(missing_ok=True)
-        self.record(built, warning)
-        if not built:
-            self.extensions = []
-        if warning:
-            print(f"\n{'*' * 80}\nial_cuda: {warning}\n{'*' * 80}\n", file=sys.stderr)
+            raise SystemExit(
+                f"ial_cuda's extension does not build ({type(error).__name__}: {error}). "
+                f"IAL_CUDA_FORCE_CPU=1 leaves the CUDA kernels out. {OPT_OUT}"
+            ) from error
+        self.record()
+        if self.plan.warning:
+            text = f"{self.plan.warning}, then build again. IAL_CUDA_FORCE_CPU=1 does without this warning."
+            print(f"\n{'*' * 80}\nial_cuda: {text}\n{'*' * 80}\n", file=sys.stderr)
 
-    def record(self, built: bool, warning: str | None) -> None:
-        with_cuda = built and self.plan.cuda
+    def record(self) -> None:
         facts = {
             "torch": torch.__version__,
-            "cuda": torch.version.cuda if with_cuda else None,
+            "cuda": torch.version.cuda if self.plan.cuda else None,
             "torch_cuda": torch.version.cuda,
             "nvcc": self.nvcc.version if self.nvcc else None,
-            "arch_list": self.plan.arch_list if with_cuda else [],
-            "compiler": compiler() if built else None,
-            "warning": warning,
+            "arch_list": self.plan.arch_list,
+            "compiler": compiler(),
+            "warning": self.plan.warning,
         }
         path = Path(self.get_ext_fullpath(NAME)).with_name("_build.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+class EggInfo(egg_info):
+    """Names the torch in the version: wheels for several lie side by side, and each says which it fits."""
+
+    def finalize_options(self) -> None:
+        self.tag_build = "+torch" + re.sub(r"[^0-9a-zA-Z]+", ".", torch.__version__)
+        super().finalize_options()
 
 
 def main() -> None:
@@ -230,12 +246,20 @@ def main() -> None:
 
     BuildExt.nvcc = find_nvcc()
     # Without kernels to compile (csrc/*.cu), a torch for CUDA is as good as one without.
-    BuildExt.plan = decide(os.environ, torch.version.cuda if glob("csrc/*.cu") else None, BuildExt.nvcc)
+    torch_cuda = torch.version.cuda if glob("csrc/*.cu") else None
+    BuildExt.plan = decide(os.environ, torch_cuda, BuildExt.nvcc, find_gpus())
     if BuildExt.plan.cuda:
         cpp_extension.CUDA_HOME = BuildExt.nvcc.home
         # Without a list torch asks the GPUs of this machine, and fails where there is none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(BuildExt.plan.arch_list)
-    setuptools.setup(ext_modules=[extension(BuildExt.plan)], cmdclass={"build_ext": BuildExt})
+    pure = is_set(os.environ, "IAL_CUDA_PURE_PYTHON")
+    # The extension fits one torch. The sources fit many, and so does a package without the extension.
+    one_torch = not pure and "sdist" not in sys.argv
+    setuptools.setup(
+        install_requires=[f"torch=={torch.__version__.partition('+')[0]}" if one_torch else TORCH, "numpy"],
+        ext_modules=[] if pure else [extension(BuildExt.plan)],
+        cmdclass={"build_ext": BuildExt} | ({"egg_info": EggInfo} if one_torch else {}),
+    )
 
 
 # PEP 517's setuptools.build_meta runs this file as __main__; the tests import it.

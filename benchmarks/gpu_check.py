@@ -187,14 +187,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def build(found: Found) -> Stage:
-    """For this GPU alone. Forced, since setuptools compares times alone, and the build may be for another."""
+    """For this GPU alone."""
     return Stage(
         "build",
-        [sys.executable, "setup.py", "build_ext", "--inplace", "--force"],
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
         150,
         env={
             "IAL_CUDA_FORCE_CPU": "0" if found.capability else "1",
-            "IAL_CUDA_REQUIRE_EXT": "1",
+            "IAL_CUDA_PURE_PYTHON": "0",
             "MAX_JOBS": str(CORES),
             "TORCH_CUDA_ARCH_LIST": found.capability or "",
         },

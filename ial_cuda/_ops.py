@@ -1,24 +1,65 @@
 """Loads the compiled operators, tells torch their shapes, and knows why a backend is missing.
 
-``unavailable[backend]`` is None where the backend can be used, else a sentence with the reason and the mend.
+``unavailable[backend]`` is None where the backend can be used, else a sentence: the reason and the remedy.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
-_REBUILD = (
-    "reinstall it against this torch: "
-    "pip install --no-build-isolation --no-deps --no-cache-dir --force-reinstall ial_cuda"
-)
+_PACKAGE = Path(__file__).resolve().parent
+_PIP = f"{shlex.quote(sys.executable)} -m pip install"
+
+
+def _is_source_tree() -> bool:
+    """Whether this package is the folder in a checkout, as it also is after an editable install."""
+    return all((_PACKAGE.parent / name).exists() for name in ("setup.py", "csrc"))
+
+
+def _installed_from() -> str | None:
+    """Where pip found the sources of this package (PEP 610), if they are still there."""
+    try:
+        found = metadata.distribution("ial_cuda")
+    except metadata.PackageNotFoundError:
+        return None
+    if Path(str(found.locate_file("ial_cuda"))).resolve() != _PACKAGE:
+        return None
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    url = origin.get("url", "")
+    if vcs := origin.get("vcs_info"):
+        folder = f"#subdirectory={origin['subdirectory']}" if "subdirectory" in origin else ""
+        return f"{vcs['vcs']}+{url}@{vcs['commit_id']}{folder}"
+    path = Path(url2pathname(urlsplit(url).path))
+    is_source = (path / "setup.py").exists() or (path.is_file() and path.suffix != ".whl")
+    return str(path) if url.startswith("file:") and is_source else None
+
+
+def _reinstall() -> str:
+    """What to type for an extension that fits this torch."""
+    build = f"{_PIP} --no-build-isolation --no-deps"
+    if _is_source_tree():
+        return f"reinstall it: `{build} -e {shlex.quote(str(_PACKAGE.parent))}`"
+    # pip may have kept a wheel that it built before, which is the one that does not fit.
+    build += " --no-cache-dir --force-reinstall"
+    source = _installed_from()
+    if source is None:
+        return f"reinstall it, in a checkout of ial_cuda: `{build} .`"
+    return f"reinstall it: `{build} {shlex.quote(source)}`"
 
 
 def _read_build() -> dict[str, Any]:
@@ -31,26 +72,56 @@ def _read_build() -> dict[str, Any]:
 
 def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
     """The extension, or why there is none. Versions come first: a foreign torch is an undefined symbol."""
-    if build and build["compiler"] is None:
-        return None, build["warning"]
     if build and (build["torch"], build["torch_cuda"]) != (torch.__version__, torch.version.cuda):
         return None, (
             f"the extension was built for torch {build['torch']} (CUDA {build['torch_cuda']}), but torch "
-            f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_REBUILD}"
+            f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_reinstall()}"
         )
+    if find_spec(f"{__package__}._C") is None:
+        return None, _why_no_extension()
     try:
         from . import _C  # type: ignore[attr-defined]
     except ImportError as error:
-        return None, f"the extension does not load ({error}); {_REBUILD}"
+        return None, f"the extension does not load ({error}); {_reinstall()}"
     return _C, None
+
+
+def _why_no_extension() -> str:
+    others = sorted(file.name for file in _PACKAGE.glob("_C.*"))
+    if others:
+        return f"the extension is for another Python ({', '.join(others)}); {_reinstall()}"
+    if _is_source_tree():
+        return (
+            f"ial_cuda is imported from {_PACKAGE.parent}, a source tree without its extension; start Python "
+            f"elsewhere to use the ial_cuda that is installed, or {_reinstall()}"
+        )
+    return f"ial_cuda is installed without its extension; {_reinstall()}"
 
 
 def _why_no_cuda(build: dict[str, Any]) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("ial_cuda::reduce", "CUDA"):
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with it, then {_REBUILD}"
-    return build.get("warning") or f"the extension was built without the CUDA kernels; {_REBUILD}"
+        return f"torch {torch.__version__} is a build without CUDA; install one with it, then {_reinstall()}"
+    if warning := build.get("warning"):
+        return f"{warning}, then {_reinstall()}"
+    return f"the extension was built without the CUDA kernels; {_reinstall()}"
+
+
+def _covers(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels for these architectures, as torch spells them, run on a GPU of this capability."""
+    for arch in arch_list:
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            return True  # a name, such as Hopper
+        major, minor, feature, ptx = found.groups()
+        built = int(major), int(minor)
+        # A binary runs on the later minor versions, PTX on all later versions; "a" is for one version.
+        if built == capability or (
+            built < capability and feature != "a" and (ptx or built[0] == capability[0])
+        ):
+            return True
+    return False
 
 
 build = _read_build()
@@ -60,7 +131,7 @@ unavailable: dict[str, str | None] = {
     "cpu": _problem,
     "cuda": _why_cuda_is_missing,
     "fused": _why_cuda_is_missing,
-    "triton": None if find_spec("triton") else "Triton is not installed; pip install triton",
+    "triton": None if find_spec("triton") else f"Triton is not installed; `{_PIP} triton`",
     "reference": None,
 }
 #: The library of operators under torch.ops that a backend with kernels runs.
@@ -92,21 +163,27 @@ def describe() -> str:
     from . import __version__
 
     lines = [
-        f"ial_cuda {__version__}, Python {platform.python_version()}, {platform.machine()}",
+        f"ial_cuda {__version__} in {_PACKAGE}, Python {platform.python_version()}, {platform.machine()}",
         f"torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
     ]
     if build:
-        kernels = f"nvcc {build['nvcc']} for {', '.join(build['arch_list'])}" if build["cuda"] else "no nvcc"
+        kernels = (
+            f"nvcc {build['nvcc']} for {', '.join(build['arch_list'])}"
+            if build["cuda"]
+            else "no CUDA kernels"
+        )
         lines.append(f"built with torch {build['torch']}, {build['compiler']}, {kernels}")
-        if build["warning"]:
-            lines.append(f"warning of the build: {build['warning']}")
-    if torch.cuda.is_available():
-        lines += [
-            f"device cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
-        ]
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        capability = torch.cuda.get_device_capability(i)
+        version = ".".join(map(str, capability))
+        line = f"device cuda:{i}: {torch.cuda.get_device_name(i)}, compute capability {version}"
+        if unavailable["cuda"] is None and not _covers(build["arch_list"], capability):
+            line += ", for which the CUDA kernels are not built; "
+            line += f"set TORCH_CUDA_ARCH_LIST={version} and {_reinstall()}"
+        lines.append(line)
     lines.append("backends:")
     for backend, reason in unavailable.items():
-        detail = f" ({_C.build_info()['cpu']})" if _C and backend == "cpu" else ""
+        detail = " ({cpu}, threads: {threads})".format(**_C.build_info()) if _C and backend == "cpu" else ""
         lines.append(f"  {backend:<9} {'no: ' + reason if reason else 'yes' + detail}")
     for device, backends in preference.items():
         best = next(name for name in backends if unavailable[name] is None)

@@ -574,8 +574,7 @@ def test_memcheck_goes_on_after_an_error(has_option, monkeypatch):
 def test_the_build_is_for_the_gpu_that_is_there():
     stage = gpu_check.build(H100)
     assert stage.env["TORCH_CUDA_ARCH_LIST"] == "9.0"
-    assert stage.env["IAL_CUDA_FORCE_CPU"] == "0" and stage.env["IAL_CUDA_REQUIRE_EXT"] == "1"
-    assert "--force" in stage.command
+    assert stage.env["IAL_CUDA_FORCE_CPU"] == "0" and stage.env["IAL_CUDA_PURE_PYTHON"] == "0"
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,23 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+import ial_cuda
+from ial_cuda import _ops
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {".gitignore", ".ci/run"}
@@ -103,13 +109,48 @@ def test_decides_for_cuda(setup, env, torch_cuda, version, archs, expected):
         pytest.param({}, "1.0", "10.0", ("CUDA 1.0", "CUDA 10.0"), id="major, not a prefix"),
     ],
 )
-def test_decides_for_the_cpu(setup, env, torch_cuda, version, said):
+@pytest.mark.parametrize("gpus", [(), ("9.0",)])
+def test_decides_for_the_cpu(setup, env, torch_cuda, version, said, gpus):
     nvcc = setup.Nvcc("/cuda", version, ARCHS) if version else None
-    plan = setup.decide(env, torch_cuda, nvcc)
+    plan = setup.decide(env, torch_cuda, nvcc, gpus)
     assert (plan.cuda, plan.arch_list) == (False, ())
     assert (plan.warning is None) == (not said)
     for words in said:
         assert words in plan.warning
+
+
+@pytest.mark.parametrize(
+    ("env", "gpus", "expected"),
+    [
+        pytest.param({}, ("9.0",), ("9.0+PTX",), id="one"),
+        pytest.param({}, ("8.6", "12.0"), ("8.6", "12.0+PTX"), id="two"),
+        pytest.param({}, ("9.0", "13.0"), ALL, id="one that nvcc does not know"),
+        pytest.param({"TORCH_CUDA_ARCH_LIST": "8.0"}, ("9.0",), ("8.0",), id="the list goes first"),
+    ],
+)
+def test_builds_for_the_gpus_that_are_there(setup, env, gpus, expected):
+    plan = setup.decide(env, "13.0", setup.Nvcc("/cuda", "13.0", ARCHS), gpus)
+    assert plan == setup.Plan(cuda=True, arch_list=expected, warning=None)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the nvidia-smi of this test is a shell script")
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("printf '9.0\\n12.0\\n8.6\\n9.0\\n'", ("8.6", "9.0", "12.0")),
+        ("echo 'NVIDIA-SMI has failed because it could not communicate with the driver.'; exit 9", ()),
+        ("echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2", ()),
+        ("echo '[N/A]'", ()),
+        (None, ()),
+    ],
+    ids=["three kinds", "no driver", "old driver", "unknown", "no nvidia-smi"],
+)
+def test_asks_the_driver_for_the_gpus(setup, script, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    if script:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    assert setup.find_gpus() == expected
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the nvcc of this test is a shell script")
@@ -147,7 +188,7 @@ def test_without_torch_one_sentence(tree, tmp_path):
     assert (newline, rest) == ("\n", ""), done.stderr
     assert sentence.startswith("ial_cuda builds against the torch you run it with")
     assert "which build isolation hides" in sentence
-    assert "pip install --no-build-isolation" in sentence
+    assert "run the same command with --no-build-isolation" in sentence
 
 
 def test_old_setuptools_one_sentence(monkeypatch):
@@ -156,49 +197,96 @@ def test_old_setuptools_one_sentence(monkeypatch):
         load_setup()
 
 
-def test_without_compiler_a_wheel_of_pure_python(tree, tmp_path):
-    pytest.importorskip("pip")
-    with (tree / "ial_cuda" / "__init__.py").open("a") as file:
-        file.write("\nraise RuntimeError('a build must not import the package')\n")
-    wheel = ("-m", "pip", "wheel", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-w", "dist", ".")
-    done = python(*wheel, cwd=tree, **without_compiler(tmp_path))
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
-    assert "BUILT WITHOUT ITS C++ EXTENSION" in said
-    assert "no C++ compiler, 'no-such-c++' is not on PATH" in said
-
-    (path,) = (tree / "dist").glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        record = json.loads(archive.read("ial_cuda/_build.json"))
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"ial_cuda"}
-    assert {"ial_cuda/__init__.py", "ial_cuda/py.typed"} <= set(names)
-    assert not [name for name in names if name.startswith("ial_cuda/_C")]
-    assert record["torch"] == torch.__version__
-    assert record["cuda"] is None
-    assert "no-such-c++" in record["warning"]
-
-
-def test_required_extension_is_an_error(tree, tmp_path):
+def test_without_compiler_an_error_that_names_the_way_out(tree, tmp_path):
     hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    done = python("-c", hook, cwd=tree, IAL_CUDA_REQUIRE_EXT="1", **without_compiler(tmp_path))
+    done = python("-c", hook, cwd=tree, **without_compiler(tmp_path))
     assert done.returncode != 0
-    assert "no C++ compiler, 'no-such-c++' is not on PATH" in done.stderr
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert "'no-such-c++' is not on PATH: install g++ or set CXX. IAL_CUDA_PURE_PYTHON=1 leaves" in last
     assert not list(tree.glob("dist/*.whl"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the failing compiler of this test is POSIX's `false`")
-def test_failed_compile_leaves_no_old_extension(tree):
+def test_failed_compile_is_an_error_and_touches_nothing(tree):
     old = tree / "ial_cuda" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    old.write_bytes(b"built for another torch")
+    old.write_bytes(b"the last build")
+    (tree / "ial_cuda" / "_build.json").write_text("its record")
     false = shutil.which("false")
-    # "strict" asks for every file that the build says it wrote, so that none may be missing.
-    hook = "from setuptools import build_meta; build_meta.build_editable('dist', {'editable_mode': 'strict'})"
+    hook = "from setuptools import build_meta; build_meta.build_editable('dist')"
     done = python("-c", hook, cwd=tree, CC=false, CXX=false, IAL_CUDA_FORCE_CPU="1")
+    assert done.returncode != 0
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("ial_cuda's extension does not build (") and "IAL_CUDA_PURE_PYTHON=1" in last
+    assert old.read_bytes() == b"the last build"
+    assert (tree / "ial_cuda" / "_build.json").read_text() == "its record"
+
+
+def test_pure_python_on_request(tree, tmp_path):
+    with (tree / "ial_cuda" / "__init__.py").open("a") as file:
+        file.write("\nraise RuntimeError('a build must not import the package')\n")
+    hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    done = python("-c", hook, cwd=tree, IAL_CUDA_PURE_PYTHON="1", **without_compiler(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert "BUILT WITHOUT ITS C++ EXTENSION" in done.stderr
-    assert not old.exists()
-    assert json.loads((tree / "ial_cuda" / "_build.json").read_text())["warning"]
+    (path,) = (tree / "dist").glob("*.whl")
+    name = f"ial_cuda-{ial_cuda.__version__}"
+    assert path.name == f"{name}-py3-none-any.whl"
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        requires = message_from_bytes(archive.read(f"{name}.dist-info/METADATA"))
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"ial_cuda"}
+    assert {"ial_cuda/__init__.py", "ial_cuda/py.typed"} <= set(names)
+    assert not [name for name in names if name.startswith(("ial_cuda/_C", "ial_cuda/_build"))]
+    assert torch_of(requires) == "torch>=2.11"
+
+
+# ------------------------------------------------------------------------------------ for which torch
+
+
+def torch_of(metadata: Message) -> str:
+    (requirement,) = (line for line in metadata.get_all("Requires-Dist") if re.match(r"torch\b", line))
+    return requirement
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_what_has_the_extension_requires_its_torch(tree, kind):
+    (tree / "meta").mkdir()
+    hook = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_{kind}('meta')"
+    done = python("-c", hook, cwd=tree, IAL_CUDA_FORCE_CPU="1")
+    assert done.returncode == 0, done.stderr
+    (path,) = (tree / "meta").glob("*.dist-info/METADATA")
+    metadata = message_from_bytes(path.read_bytes())
+    public = torch.__version__.partition("+")[0]
+    assert torch_of(metadata) == f"torch=={public}"
+    version, _, local = metadata["Version"].partition("+")
+    assert version == ial_cuda.__version__
+    assert local == f"torch{torch.__version__.replace('+', '.')}"
+
+
+def stub_extension(tree: Path) -> None:
+    """Sources that compile in a second: a module that says which torch it was compiled for."""
+    for file in (tree / "csrc").iterdir():
+        file.unlink()
+    (tree / "csrc" / "stub.cpp").write_text(
+        "#include <Python.h>\n"
+        'static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C"};\n'
+        'extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() '
+        "{ return PyModule_Create(&module); }\n"
+    )
+
+
+def test_what_another_torch_left_is_not_packed(tree):
+    """setuptools keeps build/lib*, and would take a newer file there for up to date."""
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    stub_extension(tree)
+    hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    assert python("-c", hook, cwd=tree).returncode == 0
+    (stale,) = (tree / "build").glob("lib*/ial_cuda/_C*")
+    stale.write_bytes(b"for another torch")
+    assert python("-c", hook, cwd=tree).returncode == 0
+    (wheel,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(f"ial_cuda/{stale.name}").startswith(b"\x7fELF")
 
 
 # ----------------------------------------------------------------------------------------- what was built
@@ -215,6 +303,18 @@ def test_record_beside_the_extension():
     assert record["cuda"] in (None, torch.version.cuda)
     assert bool(record["arch_list"]) == (record["cuda"] is not None)
     assert any(digit in record["compiler"] for digit in "0123456789")
+
+
+def test_loops_run_on_torchs_threads():
+    if _ops._C is None:
+        pytest.skip(_ops.unavailable["cpu"])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert _ops._C.build_info()["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def source_files() -> list[str]:
@@ -254,7 +354,12 @@ def test_sdist_holds_the_sources_and_nothing_else(tmp_path):
     (path,) = (tmp_path / "dist").glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {member.name.partition("/")[2] for member in archive if not member.isdir()}
+        metadata = message_from_bytes(
+            archive.extractfile(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO").read()
+        )
     written = {
         name for name in names if name in ("PKG-INFO", "setup.cfg") or name.startswith("ial_cuda.egg-info/")
     }
     assert names - written == set(sources) - NOT_SHIPPED
+    assert metadata["Version"] == ial_cuda.__version__
+    assert torch_of(metadata) == "torch>=2.11"
