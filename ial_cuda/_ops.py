@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).parent
 _PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
 
@@ -37,7 +38,7 @@ def _installed_from() -> str | None:
         found = metadata.distribution("ial_cuda")
     except metadata.PackageNotFoundError:
         return None
-    if Path(str(found.locate_file("ial_cuda"))).resolve() != _PACKAGE:
+    if Path(str(found.locate_file("ial_cuda"))).resolve() != _PACKAGE.resolve():
         return None
     origin = json.loads(found.read_text("direct_url.json") or "{}")
     url = origin.get("url", "")
@@ -65,7 +66,7 @@ def _reinstall() -> str:
 def _read_build() -> dict[str, Any]:
     """What setup.py left beside the extension: versions of torch, CUDA, nvcc and compiler, archs, warning."""
     try:
-        return dict(json.loads((Path(__file__).parent / "_build.json").read_text()))
+        return dict(json.loads((_PACKAGE / "_build.json").read_text()))
     except FileNotFoundError:
         return {}
 
@@ -77,7 +78,8 @@ def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
             f"the extension was built for torch {build['torch']} (CUDA {build['torch_cuda']}), but torch "
             f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_reinstall()}"
         )
-    if find_spec(f"{__package__}._C") is None:
+    # In this folder alone: an editable install would lend the extension of another checkout.
+    if PathFinder.find_spec(f"{__package__}._C", [str(_PACKAGE)]) is None:
         return None, _why_no_extension()
     try:
         from . import _C  # type: ignore[attr-defined]

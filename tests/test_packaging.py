@@ -6,12 +6,14 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -287,6 +289,153 @@ def test_what_another_torch_left_is_not_packed(tree):
     (wheel,) = (tree / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(f"ial_cuda/{stale.name}").startswith(b"\x7fELF")
+
+
+# ------------------------------------------------------------------------------- what it says without one
+
+
+def why_no_cpu(cwd: Path, **env: str) -> tuple[str, list[str]]:
+    """Why a Python started in `cwd` has no "cpu" backend, and the command that the reason ends with."""
+    done = python("-c", "from ial_cuda import _ops; print(_ops.unavailable['cpu'])", cwd=cwd, **env)
+    assert done.returncode == 0, done.stderr
+    reason, command, rest = done.stdout.split("`")
+    assert rest == "\n"
+    return reason, shlex.split(command)
+
+
+def assert_installs(command: list[str], cwd: Path) -> None:
+    interpreter, *arguments = command
+    assert interpreter == sys.executable and arguments[:3] == ["-m", "pip", "install"]
+    done = python(*arguments, "--dry-run", "--no-index", cwd=cwd, IAL_CUDA_FORCE_CPU="1")
+    assert done.returncode == 0, done.stderr
+    assert f"Would install ial_cuda-{ial_cuda.__version__}" in done.stdout
+
+
+def test_a_source_tree_says_that_it_is_one(tree):
+    pytest.importorskip("pip")
+    reason, command = why_no_cpu(tree)
+    assert f"imported from {tree}, a source tree without its extension; start Python elsewhere" in reason
+    assert_installs(command, tree.parent)
+
+
+@pytest.mark.parametrize("origin", ["folder", "folder gone", "git", "wheel", "unknown"])
+def test_what_is_installed_names_its_sources(tree, tmp_path, origin):
+    """Each command is run as it is printed but for --dry-run."""
+    pytest.importorskip("pip")
+    site = tmp_path / "site"
+    shutil.copytree(tree / "ial_cuda", site / "ial_cuda")
+    info = site / f"ial_cuda-{ial_cuda.__version__}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: ial_cuda\nVersion: {ial_cuda.__version__}\n"
+    )
+    wheel = tmp_path / "ial_cuda-1-py3-none-any.whl"
+    wheel.touch()
+    direct_url = {
+        "folder": {"url": tree.as_uri(), "dir_info": {}},
+        "folder gone": {"url": (tmp_path / "gone").as_uri(), "dir_info": {}},
+        "git": {"url": tree.as_uri(), "vcs_info": {"vcs": "git", "commit_id": ""}},
+        "wheel": {"url": wheel.as_uri(), "archive_info": {}},
+        "unknown": None,
+    }[origin]
+    if origin == "git":
+        direct_url["vcs_info"]["commit_id"] = commit(tree)
+    if direct_url:
+        (info / "direct_url.json").write_text(json.dumps(direct_url))
+
+    reason, command = why_no_cpu(tmp_path, PYTHONPATH=str(site))
+    known = origin in ("folder", "git")
+    where = "" if known else ", in a checkout of ial_cuda"
+    assert reason == f"ial_cuda is installed without its extension; reinstall it{where}: "
+    assert_installs(command, tmp_path if known else tree)
+
+
+def commit(tree: Path) -> str:
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("no git")
+
+    def run(*arguments: str) -> str:
+        command = [git, "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+        return subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True).stdout.strip()
+
+    run("init")
+    run("add", ".")
+    run("commit", "-m", "all")
+    return run("rev-parse", "HEAD")
+
+
+def test_an_extension_for_another_python_is_named(tree):
+    (tree / "ial_cuda" / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    reason, _ = why_no_cpu(tree)
+    assert reason.startswith(
+        "the extension is for another Python (_C.cpython-39-x86_64-linux-gnu.so); reinstall"
+    )
+
+
+def test_an_extension_for_another_torch_is_named(tree):
+    (tree / "ial_cuda" / "_build.json").write_text(json.dumps({"torch": "1.0", "torch_cuda": None}))
+    reason, command = why_no_cpu(tree)
+    assert reason.startswith("the extension was built for torch 1.0 (CUDA None), but torch")
+    assert command[-2:] == ["-e", str(tree)]
+
+
+def test_no_remedy_asks_an_index_for_this_package():
+    asks = re.compile(r"pip install[^`\n]*[ '\"]ial_cuda\b")
+    found = [f"{name}: {asks.search(text).group()}" for name, text in texts() if asks.search(text)]
+    assert not found
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """The files that a user may take a command from."""
+    for name in source_files():
+        if name.endswith((".py", ".md", ".toml", "Makefile")) and not name.startswith("tests/"):
+            yield name, (ROOT / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "capability", "expected"),
+    [
+        (["9.0"], (9, 0), True),
+        (["8.0"], (8, 6), True),
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0+PTX"], (9, 0), True),
+        (["9.0+PTX"], (8, 9), False),
+        (["8.0", "9.0", "10.0", "12.0+PTX"], (12, 1), True),
+        (["8.0", "9.0", "10.0", "12.0+PTX"], (7, 5), False),
+        (["9.0a"], (9, 0), True),
+        (["10.0a"], (10, 3), False),
+        (["10.0f"], (10, 3), True),
+        (["Hopper"], (9, 0), True),
+    ],
+)
+def test_which_gpus_the_kernels_run_on(arch_list, capability, expected):
+    assert _ops._covers(arch_list, capability) == expected
+
+
+@pytest.mark.parametrize("arch_list", [["9.0+PTX"], ["8.0", "9.0"]])
+def test_info_names_a_gpu_that_the_kernels_are_not_built_for(arch_list, monkeypatch):
+    build = {"torch": "2", "compiler": "g++", "nvcc": "13.0", "cuda": "13.0", "arch_list": arch_list}
+    monkeypatch.setattr(_ops, "build", build)
+    monkeypatch.setattr(_ops, "unavailable", _ops.unavailable | {"cuda": None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
+    (line,) = (line for line in _ops.describe().splitlines() if line.startswith("device cuda:0: "))
+    assert line.startswith("device cuda:0: A GPU, compute capability 8.6")
+    assert ("not built; set TORCH_CUDA_ARCH_LIST=8.6 and reinstall it" in line) == ("8.0" not in arch_list)
+
+
+def test_make_help_has_the_whole_of_each_text():
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make")
+    texts = re.findall(r"^([a-z-]+):.*?## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    done = subprocess.run([make, "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.split(maxsplit=2) for line in done.stdout.split("\n\n")[0].splitlines()]
+    assert lines == [["make", target, text] for target, text in texts]
 
 
 # ----------------------------------------------------------------------------------------- what was built
