@@ -193,7 +193,10 @@ class BuildExt(cpp_extension.BuildExtension):
         # Kept from one editable install to the next, where setuptools would take a fresh temporary folder.
         # One per torch: objects compiled for another must not be linked again.
         self.build_temp = os.path.join("build", f"torch-{torch.__version__}")
-        # setuptools goes by time alone: what was linked for another torch would pass for up to date.
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        # Without ninja setuptools goes by time alone: a file for another torch would pass for up to date.
         self.force = True
 
     def run(self) -> None:

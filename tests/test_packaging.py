@@ -277,11 +277,14 @@ def stub_extension(tree: Path) -> None:
 
 
 def test_what_another_torch_left_is_not_packed(tree):
-    """setuptools keeps build/lib*, and would take a newer file there for up to date."""
+    """Without ninja setuptools would take a newer file in build/lib* for up to date."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     stub_extension(tree)
-    hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    hook = (
+        "from torch.utils import cpp_extension; cpp_extension.is_ninja_available = lambda: False; "
+        "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    )
     assert python("-c", hook, cwd=tree).returncode == 0
     (stale,) = (tree / "build").glob("lib*/ial_cuda/_C*")
     stale.write_bytes(b"for another torch")
