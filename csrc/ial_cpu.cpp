@@ -37,6 +37,10 @@ constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamByt
 // right.
 constexpr int kCells = 32, kCellPad = 16;
 
+// The pixels of a cell on a line whose places are kept for all rows: more than usual, so that these tables take
+// little memory however wide the image is.
+constexpr int kSweeps = 64;
+
 // Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
 // lane.
 template <typename T>
@@ -78,9 +82,24 @@ struct Coarse {
     Upsampling up;
     int64_t lanes, width;   // width: of a row of gradients, those at the right of the last lane included
     const int32_t* sweeps;  // [lanes / kCells]: the most pixels that a cell of the block has on a line
-    const int32_t* pixel;   // [sweeps, lanes]: a cell's pixel of each sweep, -1 where it has no more
-    const A* fraction;      // [sweeps, lanes]: how far that is beyond the logit at the left
+    const int32_t* pixel;   // [kSweeps or fewer, lanes]: a cell's pixel of each sweep, -1 where it has no more
+    const A* fraction;      // [same, lanes]: how far that is beyond the logit at the left
 };
+
+// pixel and fraction [sweeps, stride] for the cells [cell, cell + cells) from sweep `first` on.
+template <typename A>
+void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, int64_t sweeps, int64_t stride,
+                  int32_t* pixel, A* fraction) {
+    for (int64_t i = 0; i < cells; ++i) {
+        const int64_t begin = axis.first(cell + i) + first;
+        const int64_t end = cell + i < axis.coarse ? axis.first(cell + i + 1) : begin;
+        for (int64_t k = 0; k < sweeps; ++k) {
+            const bool inside = begin + k < end;
+            pixel[k * stride + i] = inside ? static_cast<int32_t>(begin + k) : -1;
+            fraction[k * stride + i] = inside ? axis.fraction<A>(cell + i, begin + k) : A(0);
+        }
+    }
+}
 
 // Labels of an image that are neither a class nor ignore_index: how many, and the first.
 struct BadLabels {
@@ -277,14 +296,10 @@ struct CoarseCall {
             const auto pixels = static_cast<int32_t>(axis.first(i + 1) - axis.first(i));
             sweeps[i / kCells] = std::max(sweeps[i / kCells], pixels);
         }
-        const int64_t places = *std::max_element(sweeps.begin(), sweeps.end()) * coarse.lanes;
-        pixel.assign(places, -1);
-        fraction.assign(places, 0);
-        for (int64_t i = 0; i < axis.coarse; ++i)
-            for (int64_t first = axis.first(i), d = first; d < axis.first(i + 1); ++d) {
-                pixel[(d - first) * coarse.lanes + i] = static_cast<int32_t>(d);
-                fraction[(d - first) * coarse.lanes + i] = axis.fraction<A>(i, d);
-            }
+        const int rows = std::min(kSweeps, *std::max_element(sweeps.begin(), sweeps.end()));
+        pixel.resize(rows * coarse.lanes);
+        fraction.resize(rows * coarse.lanes);
+        place_pixels(axis, 0, coarse.lanes, 0, rows, coarse.lanes, pixel.data(), fraction.data());
         coarse.sweeps = sweeps.data();
         coarse.pixel = pixel.data();
         coarse.fraction = fraction.data();

@@ -5,9 +5,18 @@
 // lane is at the k-th pixel of its cell. So what a class needs of its coarse logits lies side by side, as in
 // memory, for any ratio, and so does what it adds to their gradient: to the logit at the left of a cell and
 // to the one at its right, which are other lanes' in none of these two additions.
+//
+// Interpolated in the fewest instructions, a + f (b - a), a logit of weight 0 still counts, and a difference may
+// overflow. Where that would show, because a logit is infinite, NaN or huge, a block is `careful`.
 
 namespace ial {
 namespace IAL_ISA {
+
+// f of the way from a to b, without the one whose weight is 0.
+template <typename A>
+IAL_INLINE A between(A a, A b, A f) {
+    return f == 0 ? a : f == 1 ? b : (1 - f) * a + f * b;
+}
 
 // Where the rows of a block are kept: numbers of the arithmetic type for each of C classes.
 template <typename T>
@@ -16,18 +25,18 @@ struct CellBuffer {
     static constexpr int B = kCells, kRow = kCells + kCellPad;  // one logit more than cells, aligned
 
     A* x;           // [C, B], first, as Block has it: the pixels of a sweep
-    A *above, *dy;  // [C, kRow]: the coarse logits above the cells, and how much larger those below are
-    A *left, *dx;   // [C, B]: the logits at the left of the cells on a line of pixels; how much larger at
-                    // the right
+    A *above, *below;  // [C, kRow]: the coarse logits above the cells and below them
+    A *left, *right;   // [C, B]: the logits at the left of the cells and at their right, on a line of pixels.
+                       // Unless it is careful: how much larger those below and at the right are
     A* to_both;     // [C, B]: the gradient of the line, which the logits at the left and the right share
     A* to_right;    // [C, kRow]: what the right gets of it, after a 0 that is not a cell's
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
-        dy = above + classes * kRow;
-        left = dy + classes * kRow;
-        dx = left + classes * B;
-        to_both = dx + classes * B;
+        below = above + classes * kRow;
+        left = below + classes * kRow;
+        right = left + classes * B;
+        to_both = right + classes * B;
         to_right = to_both + classes * B + kCellPad;
         for (int64_t c = 0; c < classes; ++c) to_right[c * kRow - 1] = 0;
     }
@@ -51,6 +60,7 @@ struct Cells {
     const int classes;
     const CellBuffer<T> at;
     Block<T, B> block;
+    bool careful = false;
 
     IAL_INLINE Cells(const Problem<T>& problem, const Coarse<T>& coarse, A* buffer)
         : problem(problem),
@@ -59,51 +69,66 @@ struct Cells {
           at(buffer, classes),
           block(problem, buffer) {}
 
-    // The coarse logits around the cells from `first` of row j. Beyond the last logit, it repeats itself.
+    // The coarse logits around the cells from `first` of row j.
     IAL_INLINE void load_corners(int64_t n, int64_t j, int64_t first) {
         const Image& view = coarse.up.logits;
+        const T* const logits = problem.logits + view.offset(n, j, first);
         const int64_t last = coarse.up.x.coarse - 1, step = j + 1 < coarse.up.y.coarse ? view.row : 0;
         const int there = static_cast<int>(last - first < B ? last - first : B);
+        alignas(64) A extent[kRow];  // not finite where a logit is not, or a difference of two might not be
+        IAL_SIMD for (int i = 0; i <= B; ++i) extent[i] = 0;
         for (int c = 0; c < classes; ++c) {
-            const T* from = problem.logits + view.offset(n, j, first) + c * view.channel;
-            A *above = at.above + c * kRow, *below = at.dy + c * kRow;
-            if (view.pixel == 1) {
-                IAL_SIMD for (int i = 0; i <= there; ++i) above[i] = widen(from[i]);
-                IAL_SIMD for (int i = 0; i <= there; ++i) below[i] = widen(from[step + i]);
-            } else {
-                for (int i = 0; i <= there; ++i) {
-                    above[i] = widen(from[i * view.pixel]);
-                    below[i] = widen(from[step + i * view.pixel]);
-                }
+            A *above = at.above + c * kRow, *below = at.below + c * kRow;
+            load_row(logits + c * view.channel, view.pixel, there, above);
+            load_row(logits + c * view.channel + step, view.pixel, there, below);
+            IAL_SIMD for (int i = 0; i <= B; ++i) {
+                below[i] -= above[i];
+                extent[i] += above[i] * above[i] + below[i] * below[i];
             }
-            for (int i = there + 1; i <= B; ++i) {
-                above[i] = above[there];
-                below[i] = below[there];
-            }
-            IAL_SIMD for (int i = 0; i <= B; ++i) below[i] -= above[i];
         }
+        careful = false;
+        for (int i = 0; i <= B; ++i) careful |= !(extent[i] <= std::numeric_limits<A>::max());
+        for (int c = 0; careful && c < classes; ++c)
+            load_row(logits + c * view.channel + step, view.pixel, there, at.below + c * kRow);
+    }
+
+    // Logits [0, there], of which the last one repeats itself.
+    IAL_INLINE static void load_row(const T* from, int64_t stride, int there, A* to) {
+        if (stride == 1) {
+            IAL_SIMD for (int i = 0; i <= there; ++i) to[i] = widen(from[i]);
+        } else {
+            for (int i = 0; i <= there; ++i) to[i] = widen(from[i * stride]);
+        }
+        for (int i = there + 1; i <= B; ++i) to[i] = to[there];
     }
 
     // A line of pixels, beyond the logits above by the fraction f.
+    template <bool careful>
     IAL_INLINE void load_line(A f) {
         for (int c = 0; c < classes; ++c) {
-            const A *above = at.above + c * kRow, *dy = at.dy + c * kRow;
-            A *left = at.left + c * B, *dx = at.dx + c * B;
+            const A *above = at.above + c * kRow, *below = at.below + c * kRow;
+            A *left = at.left + c * B, *right = at.right + c * B;
             IAL_SIMD for (int i = 0; i < B; ++i) {
-                left[i] = above[i] + f * dy[i];
-                dx[i] = (above[i + 1] + f * dy[i + 1]) - left[i];
+                if constexpr (careful) {
+                    left[i] = between(above[i], below[i], f);
+                    right[i] = between(above[i + 1], below[i + 1], f);
+                } else {
+                    left[i] = above[i] + f * below[i];
+                    right[i] = (above[i + 1] + f * below[i + 1]) - left[i];
+                }
             }
         }
     }
 
+    template <bool careful>
     IAL_INLINE void load_sweep(const A* f) {
         A* const max = block.max;
         IAL_SIMD for (int i = 0; i < B; ++i) max[i] = -__builtin_inf();
         for (int c = 0; c < classes; ++c) {
-            const A *left = at.left + c * B, *dx = at.dx + c * B;
+            const A *left = at.left + c * B, *right = at.right + c * B;
             A* x = at.x + c * B;
             IAL_SIMD for (int i = 0; i < B; ++i) {
-                x[i] = left[i] + f[i] * dx[i];
+                x[i] = careful ? between(left[i], right[i], f[i]) : left[i] + f[i] * right[i];
                 max[i] = x[i] > max[i] ? x[i] : max[i];
             }
         }
@@ -161,26 +186,35 @@ struct Cells {
         }
     }
 
-    // Does `sweep(y, pixel, f)` for the pixels of the row of cells j, in blocks of cells, in lines; and
-    // `line(first, f)` after each line, for the block's first cell.
+    // Does `sweep(y, k, pixel, f)` for the pixels of the row of cells j, in blocks of cells, in lines of up to
+    // kSweeps sweeps; and `line(first, f)` after each line, for the block's first cell.
     template <typename Kernel>
     IAL_INLINE void for_row(int64_t n, int64_t j, const Kernel& kernel) {
         const Axis& axis = coarse.up.y;
         const int64_t begin = axis.first(j), end = axis.first(j + 1);
         if (begin == end) return;
+        alignas(64) A some_fraction[kSweeps * B];  // of a block that has more sweeps than coarse.pixel
+        alignas(64) int32_t some_pixel[kSweeps * B];
         for (int64_t first = 0; first < coarse.lanes; first += B) {
             load_corners(n, j, first);
-            for (int64_t y = begin; y < end; ++y) {
-                const A f = axis.fraction<A>(j, y);
-                load_line(f);
-                for (int k = 0; k < coarse.sweeps[first / B]; ++k) {
-                    const int32_t* const pixel = coarse.pixel + k * coarse.lanes + first;
-                    const A* const fraction = coarse.fraction + k * coarse.lanes + first;
-                    load_sweep(fraction);
-                    load_target(n, y, pixel);
-                    kernel.sweep(*this, n, y, k, pixel, fraction);
+            const int sweeps = coarse.sweeps[first / B];
+            const bool placed = sweeps <= kSweeps;
+            const int32_t* const pixel = placed ? coarse.pixel + first : some_pixel;
+            const A* const fraction = placed ? coarse.fraction + first : some_fraction;
+            const int64_t step = placed ? coarse.lanes : B;
+            for (int done = 0; done < sweeps; done += kSweeps) {
+                const int count = sweeps - done < kSweeps ? sweeps - done : kSweeps;
+                if (!placed) place_pixels(coarse.up.x, first, B, done, count, B, some_pixel, some_fraction);
+                for (int64_t y = begin; y < end; ++y) {
+                    const A f = axis.fraction<A>(j, y);
+                    careful ? load_line<true>(f) : load_line<false>(f);
+                    for (int k = 0; k < count; ++k) {
+                        careful ? load_sweep<true>(fraction + k * step) : load_sweep<false>(fraction + k * step);
+                        load_target(n, y, pixel + k * step);
+                        kernel.sweep(*this, n, y, k, pixel + k * step, fraction + k * step);
+                    }
+                    kernel.line(*this, first, f);
                 }
-                kernel.line(*this, first, f);
             }
         }
     }
@@ -208,28 +242,30 @@ struct GradientCells {
     template <typename T>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int k, const int32_t* pixel,
                           const A* f) const {
-        constexpr int B = Cells<T>::B, kRow = Cells<T>::kRow;
+        constexpr int B = Cells<T>::B;
         auto& block = cells.block;
         alignas(64) A scale[B], extra[B];
         cells.weigh(to.rows + kS * cells.classes, n, y, pixel);
         block.template softmax<true>(nullptr);
         block.differentiate(to.rows, scale, extra);
-        const auto* const label = block.label;
+        if (cells.careful)
+            k == 0 ? add<true, true>(cells, f, scale, extra) : add<true, false>(cells, f, scale, extra);
+        else
+            k == 0 ? add<false, true>(cells, f, scale, extra) : add<false, false>(cells, f, scale, extra);
+    }
+
+    template <bool careful, bool first, typename T>
+    IAL_INLINE static void add(Cells<T>& cells, const A* f, const A* scale, const A* extra) {
+        constexpr int B = Cells<T>::B, kRow = Cells<T>::kRow;
+        const auto* const label = cells.block.label;
         for (typename Problem<T>::I c = 0; c < cells.classes; ++c) {
             const A* e = cells.at.x + c * B;
             A *to_both = cells.at.to_both + c * B, *to_right = cells.at.to_right + c * kRow;
-            if (k == 0) {
-                IAL_SIMD for (int i = 0; i < B; ++i) {
-                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0));
-                    to_both[i] = g;
-                    to_right[i] = f[i] * g;
-                }
-            } else {
-                IAL_SIMD for (int i = 0; i < B; ++i) {
-                    const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0));
-                    to_both[i] += g;
-                    to_right[i] += f[i] * g;
-                }
+            IAL_SIMD for (int i = 0; i < B; ++i) {
+                const A g = e[i] * scale[i] + (label[i] == c ? extra[i] : A(0));
+                const A right = careful && f[i] == 0 ? A(0) : f[i] * g;
+                to_both[i] = first ? g : to_both[i] + g;
+                to_right[i] = first ? right : to_right[i] + right;
             }
         }
     }
@@ -243,10 +279,10 @@ struct GradientCells {
             IAL_SIMD for (int i = 0; i < B; ++i) {
                 const A g = both[i] - right[i] + right[i - 1];
                 above[i] += (1 - f) * g;
-                below[i] += f * g;
+                below[i] += f == 0 ? A(0) : f * g;
             }
             above[B] += (1 - f) * right[B - 1];
-            below[B] += f * right[B - 1];
+            below[B] += f == 0 ? A(0) : f * right[B - 1];
         }
     }
 };

@@ -54,12 +54,16 @@ void Inputs::check() const {
         TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", expected ",
                           logits.device(), " as logits");
     };
-    if (align_corners)
+    if (align_corners) {
         TORCH_CHECK_VALUE(logits.dim() == 4 && target.dim() == 3 && target.size(0) == logits.size(0) &&
                               logits.size(2) > 0 && logits.size(3) > 0 && target.size(1) > 0 &&
                               target.size(2) > 0,
                           "logits has shape ", logits.sizes(), " and target ", target.sizes(),
                           ", expected (N, C, h, w) and (N, H, W), none of h, w, H and W 0, to upsample");
+        TORCH_CHECK_VALUE(std::max({logits.size(2), logits.size(3), target.size(1), target.size(2)}) <= kMaxSide,
+                          "logits has shape ", logits.sizes(), " and target ", target.sizes(),
+                          ", expected none of h, w, H and W above ", kMaxSide, " to upsample");
+    }
     expect("target", target);
     const auto type = target.scalar_type();
     TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target has dtype ", type,

@@ -9,6 +9,9 @@
 // takes the classes one after another: of each, it interpolates the four logits around the cell to the
 // pixels. So the number of classes costs no registers, and the gradient of the four logits is a sum over the
 // chunk.
+//
+// Interpolated in the fewest instructions, a logit of weight 0 still counts, and a difference of two may
+// overflow. Where that would show, because a logit is infinite, NaN or huge, the chunk starts again, carefully.
 #pragma once
 
 #include "ial_bilinear.h"
@@ -54,6 +57,7 @@ struct Span {
         for (int i = 0; i < S; ++i) {
             count += first + i < axis.fine && beyond + i * axis.step < axis.unit;
             fraction[i] = cell < 0 ? A(1) : high == low ? A(0) : static_cast<A>(beyond) * unit + step * i;
+            if (fraction[i] > 1) fraction[i] = 1;  // a pixel that the cell does not have stays between its logits
         }
     }
 };
@@ -70,6 +74,25 @@ struct Corners {
         const A right = multiply_add(y, bottom_right - top_right, top_right);
         return multiply_add(x, right - left, left);
     }
+
+    // sum, or not a finite number if one of the differences in interpolate() is none for a y between these.
+    IAL_D A add_differences(A sum, A first_y, A last_y) const {
+        const auto across = [this](A y) {
+            return multiply_add(y, bottom_right - top_right, top_right) -
+                   multiply_add(y, bottom_left - top_left, top_left);
+        };
+        sum = multiply_add(bottom_left - top_left, bottom_right - top_right, sum);
+        return multiply_add(across(first_y), across(last_y), sum);
+    }
+
+    // interpolate() for logits of any size, without those whose weight is 0.
+    IAL_D A interpolate_carefully(A y, A x) const {
+        return between(between(top_left, bottom_left, y), between(top_right, bottom_right, y), x);
+    }
+    IAL_D static A between(A a, A b, A f) {
+        return f == 0 ? a : f == 1 ? b : multiply_add(f, b, (1 - f) * a);
+    }
+    IAL_D static A share(A f, A g) { return f == 0 ? A(0) : f * g; }
 };
 
 // The labels and weights of the pixels of a chunk: those that the cell does not have have no class.
@@ -121,14 +144,15 @@ struct ChunkLabels {
     }
 };
 
-// A thread's pixels. Logits are in the unit of `power` throughout.
+// A thread's pixels. Logits are in the unit of `power`, but those of a careful chunk, which may be too large for
+// it.
 template <typename T_, int S_>
 struct Chunk {
     using T = T_;
     using A = typename Arithmetic<T>::A;
     static constexpr int S = S_, V = S * S;
-    // The sum up to which a pixel's own logit is near enough to the largest: e^44 below.
-    static constexpr float kFar = 0x1p64f;
+    // How far a pixel's own logit may be below the largest.
+    static constexpr float kFar = 44, kFarSum = 0x1p64f;  // e^44
 
     const UpsampledProblem<T>& problem;
     Span<A, S> y, x;
@@ -139,6 +163,7 @@ struct Chunk {
     A sum[V];      // sum_c e^(x_c - shift)
     A target[V];   // x_y - shift, natural
     unsigned far;  // bit j is set where that is not 0
+    bool careful;  // shift is natural
 
     IAL_D explicit Chunk(const UpsampledProblem<T>& problem) : problem(problem) {}
 
@@ -154,14 +179,20 @@ struct Chunk {
         labels.read(problem, image, y, x);
     }
 
-    IAL_D Corners<A> corners(int c) const {
+    IAL_D Corners<A> natural_corners(int c) const {
         const T *const above = top + c * channel, *const below = bottom + c * channel;
-        return {to_unit(widen(above[0])), to_unit(widen(above[right])), to_unit(widen(below[0])),
-                to_unit(widen(below[right]))};
+        return {widen(above[0]), widen(above[right]), widen(below[0]), widen(below[right])};
+    }
+    IAL_D Corners<A> corners(int c) const {
+        const Corners<A> x = natural_corners(c);
+        return {to_unit(x.top_left), to_unit(x.top_right), to_unit(x.bottom_left), to_unit(x.bottom_right)};
     }
 
     IAL_D A interpolate(const Corners<A>& around, int j) const {
         return around.interpolate(y.fraction[j / S], x.fraction[j % S]);
+    }
+    IAL_D A interpolate_carefully(const Corners<A>& around, int j) const {
+        return around.interpolate_carefully(y.fraction[j / S], x.fraction[j % S]);
     }
 
     // Subtracts a pixel's own logit from the others: it is needed anyway, and mostly it is the largest, so
@@ -176,28 +207,50 @@ struct Chunk {
             shift[j] = label < 0 ? A(HUGE_VALF) : interpolate(around, j);
             sum[j] = target[j] = 0;
         }
+        A differences = 0;
 #pragma unroll 1
         for (int c = 0; c < problem.classes; ++c) {
             around = corners(c);
+            differences = around.add_differences(differences, y.fraction[0], y.fraction[S - 1]);
             for (int j = 0; j < V; ++j) sum[j] += power(interpolate(around, j) - shift[j]);
         }
         far = 0;
+        careful = !(differences - differences == 0);
 #pragma unroll
-        for (int j = 0; j < V; ++j)
-            if (sum[j] > kFar) subtract_largest(j);
+        for (int j = 0; j < V; ++j) careful |= sum[j] > kFarSum;
+        if (!careful) return;
+#pragma unroll
+        for (int i = 0; i < S; ++i) look_for_largest(i);
     }
 
-    // For a pixel of which another logit turned out to be far larger than its own.
-    IAL_D void subtract_largest(int j) {
-        far |= 1u << j;
-        A largest = shift[j];
+    // Row i of a chunk of which a logit is not finite, or huge, or far larger than a pixel's own. All rows at a
+    // time would not fit the registers.
+    IAL_D void look_for_largest(int i) {
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) sum[j] = -HUGE_VALF;
 #pragma unroll 1
-        for (int c = 0; c < problem.classes; ++c) largest = larger(largest, interpolate(corners(c), j));
-        target[j] = from_unit(shift[j] - largest);
-        shift[j] = largest;
-        sum[j] = 0;
+        for (int c = 0; c < problem.classes; ++c) {
+            const Corners<A> around = natural_corners(c);
+#pragma unroll
+            for (int j = i * S; j < (i + 1) * S; ++j)
+                sum[j] = larger(sum[j], interpolate_carefully(around, j));
+        }
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) {
+            const A own = interpolate_carefully(natural_corners(labels.some_class(j)), j);
+            const bool near = sum[j] - own < kFar;
+            if (!near) far |= 1u << j;
+            shift[j] = near ? own : sum[j];
+            target[j] = own - shift[j];
+            sum[j] = 0;
+        }
 #pragma unroll 1
-        for (int c = 0; c < problem.classes; ++c) sum[j] += power(interpolate(corners(c), j) - largest);
+        for (int c = 0; c < problem.classes; ++c) {
+            const Corners<A> around = natural_corners(c);
+#pragma unroll
+            for (int j = i * S; j < (i + 1) * S; ++j)
+                sum[j] += exponential(interpolate_carefully(around, j) - shift[j]);
+        }
     }
 
     // e^target, which is nothing where that is not 0.
@@ -221,7 +274,24 @@ struct Chunk {
         }
     }
 
-    // What the chunk adds to the gradient of the logits of class c around it.
+    // What row i of a careful chunk adds to the gradient of the logits of class c around it.
+    IAL_D Corners<A> gradient_carefully(int i, int c) const {
+        const Corners<A> around = natural_corners(c);
+        A left = 0, right = 0;
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) {
+            A g = exponential(interpolate_carefully(around, j) - shift[j]) * scale[j];
+            if (labels.label[j] == c) g += extra[j * kTileThreads];
+            if (!labels.has(j)) continue;
+            left += Corners<A>::share(1 - x.fraction[j % S], g);
+            right += Corners<A>::share(x.fraction[j % S], g);
+        }
+        const A above = 1 - y.fraction[i], below = y.fraction[i];
+        return {Corners<A>::share(above, left), Corners<A>::share(above, right),
+                Corners<A>::share(below, left), Corners<A>::share(below, right)};
+    }
+
+    // What another chunk adds.
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
         A g[V];
@@ -250,12 +320,11 @@ struct Chunk {
 // -------------------------------------------------------------------------------------------------
 // reduce, with sum_levels' grid and `partial`: the chunks of an image are counted along their rows
 
-// Blocks that a multiprocessor must hold. Asked for a fourth, the compiler spills a few registers of double.
-template <typename T>
-constexpr int kReduceBlocks = std::is_same_v<T, double> ? 3 : 4;
+// Blocks that a multiprocessor must hold.
+constexpr int kReduceBlocks = 4;
 
 template <typename Chunk>
-__global__ void __launch_bounds__(kThreads, kReduceBlocks<typename Chunk::T>)
+__global__ void __launch_bounds__(kThreads, kReduceBlocks)
     reduce_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
                             int block_levels, double* partial) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
@@ -355,6 +424,13 @@ __global__ void __launch_bounds__(kTileThreads, 2)
                 if (is_new) {
                     chunk.softmax();
                     chunk.weigh(by_class, exact, extra);
+                }
+                if (chunk.careful) {
+#pragma unroll
+                    for (int j = 0; j < Chunk::S; ++j)
+#pragma unroll 1
+                        for (int i = 0; i < count; ++i) sums.add(i, chunk.gradient_carefully(j, first + i));
+                    continue;
                 }
 #pragma unroll 1
                 for (int i = 0; i < count; ++i) sums.add(i, chunk.gradient(first + i));
