@@ -13,7 +13,8 @@
 
 namespace ial {
 
-// The longest line, coarse or fine: the kernels hold up to twice as much in 32 bits, and a product of two in 64.
+// The longest line, coarse or fine: the kernels hold up to twice as much in 32 bits, and a product of two
+// in 64.
 constexpr int64_t kMaxSide = (int64_t(1) << 30) - 1;
 
 struct Axis {

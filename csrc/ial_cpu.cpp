@@ -37,8 +37,8 @@ constexpr int kWide = 64, kNarrow = 16, kRowsAhead = 14, kLanes = 16, kStreamByt
 // right.
 constexpr int kCells = 32, kCellPad = 16;
 
-// The pixels of a cell on a line whose places are kept for all rows: more than usual, so that these tables take
-// little memory however wide the image is.
+// The pixels of a cell on a line whose places are kept for all rows: more than usual, so that these tables
+// take little memory however wide the image is.
 constexpr int kSweeps = 64;
 
 // Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
@@ -82,14 +82,14 @@ struct Coarse {
     Upsampling up;
     int64_t lanes, width;   // width: of a row of gradients, those at the right of the last lane included
     const int32_t* sweeps;  // [lanes / kCells]: the most pixels that a cell of the block has on a line
-    const int32_t* pixel;   // [kSweeps or fewer, lanes]: a cell's pixel of each sweep, -1 where it has no more
-    const A* fraction;      // [same, lanes]: how far that is beyond the logit at the left
+    const int32_t* pixel;  // [kSweeps or fewer, lanes]: a cell's pixel of each sweep, -1 where it has no more
+    const A* fraction;     // [same, lanes]: how far that is beyond the logit at the left
 };
 
 // pixel and fraction [sweeps, stride] for the cells [cell, cell + cells) from sweep `first` on.
 template <typename A>
-void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, int64_t sweeps, int64_t stride,
-                  int32_t* pixel, A* fraction) {
+void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, int64_t sweeps,
+                  int64_t stride, int32_t* pixel, A* fraction) {
     for (int64_t i = 0; i < cells; ++i) {
         const int64_t begin = axis.first(cell + i) + first;
         const int64_t end = cell + i < axis.coarse ? axis.first(cell + i + 1) : begin;

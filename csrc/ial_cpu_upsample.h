@@ -6,8 +6,8 @@
 // memory, for any ratio, and so does what it adds to their gradient: to the logit at the left of a cell and
 // to the one at its right, which are other lanes' in none of these two additions.
 //
-// Interpolated in the fewest instructions, a + f (b - a), a logit of weight 0 still counts, and a difference may
-// overflow. Where that would show, because a logit is infinite, NaN or huge, a block is `careful`.
+// Interpolated in the fewest instructions, a + f (b - a), a logit of weight 0 still counts, and a difference
+// may overflow. Where that would show, because a logit is infinite, NaN or huge, a block is `careful`.
 
 namespace ial {
 namespace IAL_ISA {
@@ -24,12 +24,12 @@ struct CellBuffer {
     using A = typename Problem<T>::A;
     static constexpr int B = kCells, kRow = kCells + kCellPad;  // one logit more than cells, aligned
 
-    A* x;           // [C, B], first, as Block has it: the pixels of a sweep
+    A* x;              // [C, B], first, as Block has it: the pixels of a sweep
     A *above, *below;  // [C, kRow]: the coarse logits above the cells and below them
     A *left, *right;   // [C, B]: the logits at the left of the cells and at their right, on a line of pixels.
                        // Unless it is careful: how much larger those below and at the right are
-    A* to_both;     // [C, B]: the gradient of the line, which the logits at the left and the right share
-    A* to_right;    // [C, kRow]: what the right gets of it, after a 0 that is not a cell's
+    A* to_both;        // [C, B]: the gradient of the line, which the logits at the left and the right share
+    A* to_right;       // [C, kRow]: what the right gets of it, after a 0 that is not a cell's
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
@@ -186,8 +186,8 @@ struct Cells {
         }
     }
 
-    // Does `sweep(y, k, pixel, f)` for the pixels of the row of cells j, in blocks of cells, in lines of up to
-    // kSweeps sweeps; and `line(first, f)` after each line, for the block's first cell.
+    // Does `sweep(y, k, pixel, f)` for the pixels of the row of cells j, in blocks of cells, in lines of up
+    // to kSweeps sweeps; and `line(first, f)` after each line, for the block's first cell.
     template <typename Kernel>
     IAL_INLINE void for_row(int64_t n, int64_t j, const Kernel& kernel) {
         const Axis& axis = coarse.up.y;
@@ -209,7 +209,8 @@ struct Cells {
                     const A f = axis.fraction<A>(j, y);
                     careful ? load_line<true>(f) : load_line<false>(f);
                     for (int k = 0; k < count; ++k) {
-                        careful ? load_sweep<true>(fraction + k * step) : load_sweep<false>(fraction + k * step);
+                        careful ? load_sweep<true>(fraction + k * step)
+                                : load_sweep<false>(fraction + k * step);
                         load_target(n, y, pixel + k * step);
                         kernel.sweep(*this, n, y, k, pixel + k * step, fraction + k * step);
                     }

@@ -14,6 +14,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "ial_ops.h"
 #include "ial_upsample.cuh"
@@ -36,11 +37,18 @@ constexpr int kWideClasses = 24;
 // Levels up to which the fused kernel leaves room for logits beside its sums.
 constexpr int kMostFusedLevels = 8;
 
-inline void check_limits(int64_t classes, int levels) {
+// What a kernel counts in 32 bits: blocks of a grid, one for each sum of an image and level, and chunks of a
+// cell. It leaves room for the next step.
+constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max() - kThreads;
+
+inline void check_limits(int64_t images, int64_t classes, int levels) {
     TORCH_CHECK_VALUE(classes <= kMaxClasses, "logits has ", classes, " classes, expected at most ",
                       kMaxClasses, " on CUDA; use backend=\"reference\"");
     TORCH_CHECK_VALUE(levels <= kMaxLevels, "hierarchy has ", levels, " levels, expected at most ",
                       kMaxLevels, " on CUDA; use backend=\"reference\"");
+    const int64_t most = kMaxCount / (levels * kStats);
+    TORCH_CHECK_VALUE(images <= most, "logits has ", images, " images, expected at most ", most, " with ",
+                      levels, " levels on CUDA");
 }
 
 // Whether each image is one piece of memory, pixel after pixel.
@@ -240,8 +248,13 @@ struct UpsampledCall {
  private:
     template <typename Chunk, typename Launch>
     void run(const Launch& launch) {
-        problem.parts_y = divide_up(most_pixels(problem.upsampling.y), Chunk::S);
-        problem.parts_x = divide_up(most_pixels(problem.upsampling.x), Chunk::S);
+        const Upsampling& up = problem.upsampling;
+        const int64_t y = most_pixels(up.y), x = most_pixels(up.x);
+        const int64_t parts_y = divide_up(y, Chunk::S), parts_x = divide_up(x, Chunk::S);
+        TORCH_CHECK_VALUE(parts_y <= kMaxCount / parts_x, "target has ", y, " x ", x,
+                          " pixels between four logits, expected at most ", kMaxCount * Chunk::V, " on CUDA");
+        problem.parts_y = parts_y;
+        problem.parts_x = parts_x;
         launch.template run<Chunk>();
     }
 };
@@ -282,8 +295,11 @@ struct GradientUpsampled {
         tiles.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMostLanes));
         tiles.rows = divide_up(problem.upsampling.y.coarse, kTileRows - 1);
         tiles.columns = divide_up(problem.upsampling.x.coarse, tiles.cells() - 1);
-        launcher(gradient_upsampled_kernel<Chunk>,
-                 dim3(problem.upsampling.batch * tiles.rows * tiles.columns), kTileThreads,
+        const int64_t blocks = problem.upsampling.batch * tiles.rows * tiles.columns;
+        TORCH_CHECK_VALUE(blocks <= kMaxCount, "logits has ", problem.upsampling.batch, " images of ",
+                          problem.upsampling.y.coarse, " x ", problem.upsampling.x.coarse,
+                          " pixels, too many for one launch on CUDA, expected fewer at a time");
+        launcher(gradient_upsampled_kernel<Chunk>, dim3(blocks), kTileThreads,
                  besides + CornerSums<A>::bytes(tiles.turn), problem, tiles, table.const_data_ptr<double>(),
                  exact, static_cast<T*>(grad.mutable_data_ptr()));
     }
@@ -309,7 +325,7 @@ struct Global {
     bool fits;
 
     Global(const Combine& c) : combine(c) {
-        check_limits(0, c.levels);
+        check_limits(c.batch, 0, c.levels);
         std::copy_n(c.lambdas, c.levels - 1, lambdas.value);
         shared = c.batch * c.levels * kStats * sizeof(double);
         fits = shared <= kSharedBytes;

@@ -37,7 +37,7 @@ struct Operators {
                          int64_t ignore_index, std::string_view, bool, std::optional<bool> align_corners) {
         const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
         inputs.check();
-        check_limits(logits.size(1), inputs.levels());
+        check_limits(logits.size(0), logits.size(1), inputs.levels());
         const Launcher launcher(logits);
         const std::array<int64_t, 3> shape = {logits.size(0), inputs.levels(), kStats};
         const auto options = logits.options().dtype(at::kDouble);
@@ -54,7 +54,7 @@ struct Operators {
         inputs.check();
         inputs.check_table(table);
         if (grad_loss) check_grad_loss(*grad_loss, table, 1);
-        check_limits(inputs.logits.size(1), inputs.levels());
+        check_limits(inputs.logits.size(0), inputs.logits.size(1), inputs.levels());
         const bool exact = is_exact(gradient);
         const Launcher launcher(grad);
         if (grad.numel() == 0) return;
@@ -131,7 +131,7 @@ struct Operators {
         std::string_view factor_normalization, std::string_view factor_scope) {
         const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
         inputs.check();
-        check_limits(logits.size(1), inputs.levels());
+        check_limits(logits.size(0), logits.size(1), inputs.levels());
         const Launcher launcher(logits);
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
         const bool exact = is_exact(gradient);

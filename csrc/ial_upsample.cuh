@@ -11,7 +11,8 @@
 // chunk.
 //
 // Interpolated in the fewest instructions, a logit of weight 0 still counts, and a difference of two may
-// overflow. Where that would show, because a logit is infinite, NaN or huge, the chunk starts again, carefully.
+// overflow. Where that would show, because a logit is infinite, NaN or huge, the chunk starts again,
+// carefully.
 #pragma once
 
 #include "ial_bilinear.h"
@@ -57,7 +58,8 @@ struct Span {
         for (int i = 0; i < S; ++i) {
             count += first + i < axis.fine && beyond + i * axis.step < axis.unit;
             fraction[i] = cell < 0 ? A(1) : high == low ? A(0) : static_cast<A>(beyond) * unit + step * i;
-            if (fraction[i] > 1) fraction[i] = 1;  // a pixel that the cell does not have stays between its logits
+            if (fraction[i] > 1)
+                fraction[i] = 1;  // a pixel that the cell does not have stays between its logits
         }
     }
 };
@@ -144,8 +146,8 @@ struct ChunkLabels {
     }
 };
 
-// A thread's pixels. Logits are in the unit of `power`, but those of a careful chunk, which may be too large for
-// it.
+// A thread's pixels. Logits are in the unit of `power`, but those of a careful chunk, which may be too large
+// for it.
 template <typename T_, int S_>
 struct Chunk {
     using T = T_;
@@ -223,8 +225,8 @@ struct Chunk {
         for (int i = 0; i < S; ++i) look_for_largest(i);
     }
 
-    // Row i of a chunk of which a logit is not finite, or huge, or far larger than a pixel's own. All rows at a
-    // time would not fit the registers.
+    // Row i of a chunk of which a logit is not finite, or huge, or far larger than a pixel's own. All rows at
+    // a time would not fit the registers.
     IAL_D void look_for_largest(int i) {
 #pragma unroll
         for (int j = i * S; j < (i + 1) * S; ++j) sum[j] = -HUGE_VALF;

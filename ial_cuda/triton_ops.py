@@ -27,6 +27,8 @@ from . import triton_upsample as upsample
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _STATS = 5
+#: kMaxSide of csrc/ial_bilinear.h, and what a kernel counts in 32 bits: programs, and tiles of a cell.
+_MAX_SIDE, _MAX_COUNT = 2**30 - 1, 2**31 - 1
 _DOUBLE_BACKWARD = (
     'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
     "are needed"
@@ -106,6 +108,11 @@ class _Inputs(NamedTuple):
             raise ValueError(
                 f"logits has shape {_shape(logits)} and target {_shape(target)}, expected (N, C, h, w) and "
                 "(N, H, W), none of h, w, H and W 0, to upsample"
+            )
+        if max(logits.shape[2:] + target.shape[1:]) > _MAX_SIDE:
+            raise ValueError(
+                f"logits has shape {_shape(logits)} and target {_shape(target)}, expected none of h, w, H and "
+                f"W above {_MAX_SIDE} to upsample"
             )
 
     def _check_pixels(self, name: str, tensor: Tensor) -> None:
@@ -275,6 +282,11 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
     )
     x_rounds = triton.cdiv(x.span, columns)
     rounds = triton.cdiv(y.span, rows) * x_rounds
+    if rounds > _MAX_COUNT:
+        raise ValueError(
+            f"target has {y.span} x {x.span} pixels between four logits, expected at most "
+            f"{_MAX_COUNT * rows * columns}"
+        )
     reach = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
     low, high = kernels.split(inputs.ignore_index, *logits.stride())
     return _Upsampling(

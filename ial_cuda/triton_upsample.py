@@ -10,6 +10,9 @@ corners (THREADS,), and sums over rows and columns stay in the thread. Along x a
 for all rows, and the gradient is summed over the rows before it is shared between left and right. The
 (h + 1) (w + 1) cells of an image count as one line.
 
+In the fewest instructions, a pixel is NaN where a logit of weight 0 is infinite. Then the pixels of the program
+are interpolated once more, carefully.
+
 gradient sums over a cell what its pixels give its four corners, and adds the right corners of a cell to the
 left corners of the next. What a logit gets from the cells below it and from those above it, its `halves`,
 goes to memory in the precision of the arithmetic, and the operator adds them. A program's first cell is the
@@ -46,12 +49,12 @@ REDUCE_CONFIG = _config(128)
 GRADIENT_CONFIGS = [REDUCE_CONFIG] if _INTERPRETED else [_config(threads) for threads in (64, 128)]
 #: Rows and columns of pixels that a thread has in registers at a time: of float32, and of float64.
 MOST_PIXELS = ((16, 16), (16, 16)) if _INTERPRETED else ((4, 2), (2, 1))
+# Classes at a time in the softmax: their corners and their pixels are in registers too.
+_REDUCE_CHUNK = _GRADIENT_CHUNK = tl.constexpr(2)
 if not _INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
     # Triton 3.6 gives the pixels of a cell to several threads: more of them would spill.
     MOST_PIXELS = ((4, 1), (1, 1))
-
-# Classes at a time in the softmax: their corners and their pixels are in registers too.
-_CHUNK = tl.constexpr(2)
+    _REDUCE_CHUNK = tl.constexpr(1)
 
 
 # ---- a tile ---------------------------------------------------------------------------------------------
@@ -118,18 +121,70 @@ def _corners(ptr, row, column, h, w, row_stride, stride):
 
 
 @triton.jit
+def _load_corners(logits, c, A: tl.constexpr, EVICT: tl.constexpr):
+    x = ()
+    for i in tl.static_range(4):
+        x += (tl.load(logits[0][i] + logits[1] * c, eviction_policy=EVICT).to(A)[None, :],)
+    return x
+
+
+@triton.jit
+def _between(a, b, f):
+    """f of the way from a to b. The difference is halved, since as a whole it may overflow."""
+    return tl.fma(*_alike(2 * f, 0.5 * b - 0.5 * a, a))
+
+
+@triton.jit
+def _between_carefully(a, b, f):
+    """`_between` without the one whose weight is 0. Every use rounds alike, or a pixel's own logit would not
+    equal itself."""
+    f, b, a = _alike(f, b, a)
+    return tl.where(f == 0, a, tl.where(f == 1, b, tl.fma(f, b, (1 - f) * a)))
+
+
+@triton.jit
+def _alike(x, y, z):
+    """Of one shape, which tl.fma does not see to."""
+    x, y = tl.broadcast(x, y)
+    x, z = tl.broadcast(x, z)
+    y, z = tl.broadcast(y, z)
+    return x, y, z
+
+
+@triton.jit
 def _interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
-    """`_load_chunk` of pixels between corners."""
-    corners, channel, fy, fx = logits
+    """`_load_chunk` of pixels between corners. NaN where one of these is not finite, though its weight may be
+    0; or right."""
+    _, _, fy, fx = logits
     x = ()
     for i in tl.static_range(COUNT):
-        at = channel * (first + i)
-        above = tl.load(corners[0] + at, eviction_policy=EVICT).to(A)[None, :]
-        above += fx * (tl.load(corners[1] + at, eviction_policy=EVICT).to(A)[None, :] - above)
-        below = tl.load(corners[2] + at, eviction_policy=EVICT).to(A)[None, :]
-        below += fx * (tl.load(corners[3] + at, eviction_policy=EVICT).to(A)[None, :] - below)
-        x += (above[None, :, :] + fy[:, None, :] * (below - above)[None, :, :],)
+        corners = _load_corners(logits, first + i, A, EVICT)
+        above, below = _between(corners[0], corners[1], fx), _between(corners[2], corners[3], fx)
+        x += (_between(above[None, :, :], below[None, :, :], fy[:, None, :]),)
     return x
+
+
+@triton.jit
+def _interpolate_carefully(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
+    """`_interpolate` without the logits whose weight is 0, in more instructions."""
+    _, _, fy, fx = logits
+    x = ()
+    for i in tl.static_range(COUNT):
+        corners = _load_corners(logits, first + i, A, EVICT)
+        above = _between_carefully(corners[0], corners[1], fx)
+        below = _between_carefully(corners[2], corners[3], fx)
+        x += (_between_carefully(above[None, :, :], below[None, :, :], fy[:, None, :]),)
+    return x
+
+
+@triton.jit
+def _upsampled_softmax(CHUNK: tl.constexpr, logits, label, valid, C: tl.constexpr, A: tl.constexpr):
+    """`_softmax`, and whether it took care."""
+    max, sum, own = _softmax(_interpolate, CHUNK, logits, label, C, A)
+    careful = tl.max(tl.ravel((valid & (sum != sum)).to(tl.int32)), axis=0) > 0
+    if careful:
+        max, sum, own = _softmax(_interpolate_carefully, 1, logits, label, C, A)
+    return max, sum, own, careful
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
@@ -199,7 +254,8 @@ def upsampled_reduce_kernel(
         label, valid, bad = _classify(target_ptr, p, inside, ignore_index, C)
         weight = _weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
-        max, sum, own = _softmax(_interpolate, _CHUNK, (corners, _wide(channel), fy, fx), label, C, A)
+        logits = (corners, _wide(channel), fy, fx)
+        max, sum, own, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, C, A)
         level = _level_of(label, LEVELS, BITS)
         sums = _add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP)
     _store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
@@ -294,13 +350,16 @@ def upsampled_gradient_kernel(
         label, valid, _ = _classify(target_ptr, p, inside, ignore_index, C)
         weight = _weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         logits = (corners, _wide(channel), fy, fx)
-        max, sum, own = _softmax(_interpolate, _CHUNK, logits, label, C, A)
+        max, sum, own, careful = _upsampled_softmax(_GRADIENT_CHUNK, logits, label, valid, C, A)
         row_ptr = table_ptr + n * (G * _STATS) + _level_of(label, LEVELS, BITS) * _STATS
         scale, extra = _pixel_gradient(row_ptr, max, sum, own, weight, EXACT)
 
         again = tl.zeros_like(row) + round > 0
         for c in range(C):
-            x = _interpolate(logits, c, 1, A, "evict_first")
+            if careful:
+                x = _interpolate_carefully(logits, c, 1, A, "evict_first")
+            else:
+                x = _interpolate(logits, c, 1, A, "evict_first")
             value = _class_gradient(x[0], c, label, valid, max, scale, extra)
             below = tl.sum(value * fy[:, None, :], axis=0)
             above = tl.sum(value, axis=0) - below

@@ -33,6 +33,7 @@ def register() -> None:
     if INTERPRETED:
         _ops.preference["cpu"] += ("triton",)
         _hasten()
+        _fuse()
 
 
 def _hasten() -> None:
@@ -52,3 +53,16 @@ def _hasten() -> None:
             replace(package, *rest)
 
     interpreter._patch_builtin = replace_once
+
+
+def _fuse() -> None:
+    """A fused multiply-add rounds once, and its product does not overflow. Interpreted it is two operations."""
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        wide = np.float64 if z.data.dtype == np.float32 else np.longdouble
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = (x.data.astype(wide) * y.data + z.data).astype(z.data.dtype)
+        return interpreter.TensorHandle(result, z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
