@@ -158,13 +158,13 @@ def scales(logits, target, expected, *, weight=None, pixel_weight=None, **option
     loss that weight times the factors, for the gradient the factor of (p - 1), read off the gradient itself.
     """
     pixels = target.numel()
-    weights = pixels * float(1 if weight is None else weight.abs().max())
+    weights = pixels * (1 if weight is None else largest(weight.double().numpy()))
     if pixel_weight is not None and pixels:
-        weights *= float(pixel_weight.abs().max())
+        weights *= largest(pixel_weight.double().numpy())
     compared = 1 if options.get("factor_normalization", "mean") == "mean" else pixels
-    f = np.abs(expected.f).max(initial=0)
+    f = largest(expected.f)
     f_scale = np.sqrt(2 * f * (1 + np.max(options.get("lambdas", 0.5), initial=0)) * compared)
-    lead = np.maximum(np.abs(expected.F), 1).max(axis=0, initial=1).prod()
+    lead = np.fmax(np.abs(expected.F), 1).max(axis=0, initial=1).prod()
 
     target = target.long()  # 300 classes are no number of a uint8
     is_class = (target >= 0) & (target < logits.shape[1])
@@ -174,12 +174,17 @@ def scales(logits, target, expected, *, weight=None, pixel_weight=None, **option
     counts = is_class.numpy() & (missing > 0)
     added = {
         "loss": lead * (1 if options.get("reduction", "mean") == "mean" else weights),
-        "grad": (at_target[counts] / missing[counts]).max(initial=0),
+        "grad": largest(at_target[counts] / missing[counts]),
         "f": f_scale,
         "F": f_scale,
         "S": weights,
     }
-    return {name: np.abs(getattr(expected, name)).max(initial=0) + more for name, more in added.items()}
+    return {name: largest(getattr(expected, name)) + more for name, more in added.items()}
+
+
+def largest(values):
+    """The largest magnitude of those that are finite."""
+    return np.abs(values[np.isfinite(values)]).max(initial=0)
 
 
 def check(backend, logits, target, hierarchy=HIERARCHY, **options):
@@ -191,6 +196,8 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
     tensor's scale (`scales`); in float64 it is 64 ulp, since there the oracle errs as much as what it judges.
     The third, the rounding of a half-precision gradient, is at the element's own value; beyond the range of
     float16 that is infinity.
+
+    What is not finite must be so in the same way in the truth or in the eager result.
     """
     expected = truth(logits, target, hierarchy, **options)
     judge(
@@ -203,17 +210,20 @@ def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corne
     results grows by; a gradient is relative to what all pixels around a coarse logit may add to it."""
     size = target.shape[1:]
     y, x = (
-        torch.from_numpy(oracle.interpolation(*sizes, align_corners))
-        for sizes in zip(logits.shape[2:], size, strict=True)
+        oracle.interpolation(*sizes, align_corners) for sizes in zip(logits.shape[2:], size, strict=True)
     )
-    fine = y @ logits.detach().double() @ x.T
+    fine = torch.from_numpy(oracle.upsample(logits.detach().double().numpy(), y, x))
     expected = truth(fine, target, hierarchy, **options)
     scale = scales(fine, target, expected, **options)
-    scale = {name: value * (1 + fine.abs().max().item()) for name, value in scale.items()}
-    scale["grad"] *= (y.sum(0).max() * x.sum(0).max()).item()
-    expected = replace(expected, grad=(y.T @ torch.from_numpy(expected.grad) @ x).numpy())
+    scale = {name: value * (1 + largest(fine.numpy())) for name, value in scale.items()}
+    scale["grad"] *= y.sum(0).max() * x.sum(0).max()
+    expected = replace(expected, grad=oracle.upsample(expected.grad, y.T, x.T))
     corners = dict(upsample="bilinear", align_corners=align_corners)
     judge(backend, logits, target, hierarchy, expected, scale, **options, **corners)
+
+
+def same(a, b):
+    return (a == b) | (np.isnan(a) & np.isnan(b))
 
 
 def judge(backend, logits, target, hierarchy, expected, scale, **options):
@@ -238,16 +248,21 @@ def judge(backend, logits, target, hierarchy, expected, scale, **options):
         if true.size == 0:
             continue
         limits = torch.finfo(ours.dtype)
-        allowed = np.abs(eager.double().numpy() - true).max()
+        got, eager = ours.double().numpy(), eager.double().numpy()
+        both = np.isfinite(eager) & np.isfinite(true)
+        allowed = np.abs(eager[both] - true[both]).max(initial=0)
         allowed = allowed + ulps * torch.finfo(arithmetic).eps * scale[name]
         if ours.dtype != arithmetic:
             # Triton's interpreter, unlike a GPU, truncates to bfloat16.
             truncates = backend == "triton" and interpreted.INTERPRETED and ours.dtype == torch.bfloat16
             ulp = limits.eps if truncates else limits.eps / 2
-            allowed = allowed + ulp * np.maximum(1.01 * np.abs(true), limits.smallest_normal)
-        got = ours.double().numpy()
+            size = np.where(np.isfinite(true), np.abs(true), 0)
+            allowed = allowed + ulp * np.maximum(1.01 * size, limits.smallest_normal)
         overflows = np.isinf(got) & (np.abs(true) >= limits.max) & (np.sign(got) == np.sign(true))
-        error = np.where(overflows, 0, np.abs(got - true))
+        alike = same(got, true) | (same(got, eager) & ~np.isfinite(eager))
+        with np.errstate(invalid="ignore"):
+            error = np.where(overflows | alike, 0, np.abs(got - true))
+        error[np.isnan(error)] = np.inf
         worst = np.unravel_index(np.argmax(error - allowed), error.shape)
         assert (error <= allowed).all(), (
             f"{name} of {backend} at {worst}: {ours[worst].item()}, expected {true[worst]}, "

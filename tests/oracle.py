@@ -180,3 +180,15 @@ def interpolation(coarse: int, fine: int, align_corners: bool) -> Array:
         A[d, i] += 1 - float(at - i)
         A[d, min(i + 1, coarse - 1)] += float(at - i)
     return A
+
+
+def leave_out(A: Array, X: Array) -> Array:
+    """A @ X without the terms whose coefficient is 0: 0 times infinity would be NaN."""
+    coefficients = A[..., :, :, None]
+    with np.errstate(invalid="ignore"):
+        return np.where(coefficients == 0, 0.0, coefficients * X[..., None, :, :]).sum(axis=-2)
+
+
+def upsample(X: Array, y: Array, x: Array) -> Array:
+    """Images X (..., h, w) by the matrices of both axes; with their transposes, what flows back to X."""
+    return np.swapaxes(leave_out(x, np.swapaxes(leave_out(y, X), -1, -2)), -1, -2)

@@ -1,0 +1,122 @@
+"""Random inputs of every kind together, against the float64 oracle: values, dtypes, classes, layouts, coarse
+logits, weights and labels, with what must not count made infinite or NaN.
+
+A case is what its number makes of it, and a failure names the number. IAL_ATTACK=n tries n cases on each
+backend.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from random import Random
+
+import pytest
+import torch
+from cases import BACKENDS, DTYPES, OPTIONS, check, check_upsampled, make_logits
+
+from ial_cuda import Hierarchy
+
+#: A second or two each, of those that the CPU emulates too.
+CASES = {"reference": 60, "cpu": 150, "triton": 12, "simt": 16, "simt_fused": 16}
+
+# (N, C, *spatial) logits that the function makes, or a part of what it makes.
+LAYOUTS = {
+    "contiguous": lambda make, n, c, *s: make(n, c, *s),
+    "channels_last": lambda make, n, c, *s: make(n, *s, c).movedim(-1, 1),
+    "expanded": lambda make, n, c, *s: make(1, c, *s).expand(n, c, *s),
+    "every other pixel": lambda make, n, c, *s: make(n, c, *s, 2)[..., 1],
+    "some channels": lambda make, n, c, *s: make(n, c + 3, *s)[:, 2:-1],
+    "pixels first": lambda make, n, c, *s: make(*s, n, c).permute(len(s), len(s) + 1, *range(len(s))),
+    "odd offset": lambda make, *shape: make(math.prod(shape) + 3)[3:].view(shape),
+}
+#: What the logits are, those in capitals such that the loss may be infinite or NaN.
+VALUES = ("normal", "huge", "tiny", "ties", "masked", "LIMIT", "INFINITE", "MINUS INFINITE", "NAN")
+RATIOS = (None, None, None, 1, 2, 3, 4, 7.3, 75, 0.5, 0.03)
+ANYTHING = (0.0, math.inf, -math.inf, math.nan)
+
+
+def make_case(number):
+    """Logits, target, and the arguments of `check` or, if align_corners is one, of `check_upsampled`."""
+    random, generator = Random(number), torch.Generator().manual_seed(number)
+    classes, images = random.choice((1, 2, 3, 11, 19, 33, 150)), random.choice((1, 2, 3))
+    ratio, arguments = random.choice(RATIOS), {}
+    if ratio is None:
+        fine = coarse = [random.choice((1, 3, 8, 17, 40)) for _ in range(random.choice((0, 1, 2, 3)))]
+    else:
+        widths = (70, 90) if ratio < 0.1 else (1, 2) if ratio > 8 else (1, 2, 5, 9, 35)
+        coarse = [random.choice((1, 2, 5)), random.choice(widths)]
+        fine = [max(1, round(coarse[0] * min(ratio, 4))), max(1, round(coarse[1] * ratio))]
+        arguments["align_corners"] = random.random() < 0.5
+
+    # labels of some classes; -100 and 2**32 + 1 do not fit every type, and 7 is a class if there are so many
+    label, ignored = random.choice((torch.int64, torch.int32, torch.uint8)), random.choice((255, -100, 7, 2**32 + 1))
+    present = random.sample(range(classes), random.randint(1, classes))
+    target = torch.tensor(present)[torch.randint(len(present), (images, *fine), generator=generator)]
+    if torch.iinfo(label).min <= ignored <= torch.iinfo(label).max:
+        target[torch.rand(target.shape, generator=generator) < random.choice((0, 0.2, 0.9))] = ignored
+    void = target == ignored
+    absent = sorted(set(range(classes)) - set(target[~void].tolist()))
+
+    if random.random() < 0.6:
+        weight = torch.rand(classes, generator=generator) + 0.1
+        weight[random.choice(present)] = 0
+        weight[absent] = random.choice(ANYTHING)
+        arguments["weight"] = weight
+    if random.random() < 0.4:
+        pixel_weight = torch.rand(target.shape, generator=generator)
+        arguments["pixel_weight"] = pixel_weight.masked_fill(void, random.choice(ANYTHING))
+
+    dtype, values, layout = random.choice(DTYPES), random.choice(VALUES), random.choice(tuple(LAYOUTS))
+    limits = torch.finfo(dtype)
+
+    def make(*shape):
+        logits = make_logits(shape, torch.float64, seed=number)
+        if values == "huge":
+            logits *= min(random.choice((1e4, 1e30)), limits.max / 100)
+        elif values == "tiny":
+            logits *= limits.smallest_normal
+        elif values == "ties":
+            logits = logits.sign()
+        elif values == "LIMIT":
+            logits = 0.6 * limits.max * logits.sign()
+        return logits.to(dtype)
+
+    logits = LAYOUTS[layout](make, images, classes, *coarse)
+    own = logits[:1] if layout == "expanded" else logits  # elements that are no other's
+    if values == "masked":
+        own[:, absent] = -math.inf
+    elif values in ("INFINITE", "MINUS INFINITE", "NAN"):
+        value = {"INFINITE": math.inf, "MINUS INFINITE": -math.inf, "NAN": math.nan}[values]
+        for _ in range(2):
+            own[tuple(random.randrange(size) for size in own.shape)] = value
+    if ratio is None and (layout != "expanded" or images == 1):
+        own.masked_fill_(void.unsqueeze(1), random.choice(ANYTHING))
+
+    # With several levels an infinite S_k meets factors of 0, in an order of each implementation's own.
+    levels = 1 if values.isupper() else random.randint(1, min(4, classes))
+    order = random.sample(range(classes), classes)
+    for name, choices in OPTIONS.items():
+        if name != "lambdas":
+            arguments[name] = random.choice(choices)
+    arguments |= dict(hierarchy=Hierarchy([order[k::levels] for k in range(levels)]), ignore_index=ignored)
+    description = f"{dtype} {tuple(logits.shape)} {layout}, {values}, target {label} {tuple(target.shape)}, "
+    return logits, target.to(label), arguments, description + str(arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_anything_at_all(backend):
+    for number in range(int(os.environ.get("IAL_ATTACK", CASES.get(backend, 150)))):
+        logits, target, arguments, description = make_case(number)
+        try:
+            (check_upsampled if "align_corners" in arguments else check)(backend, logits, target, **arguments)
+        except Exception as error:
+            raise AssertionError(f"case {number}: {description}: {error}") from error
+
+
+def test_the_cases_are_of_every_kind():
+    """Else a change to `make_case` could empty the test."""
+    descriptions = [make_case(number)[-1] for number in range(CASES["cpu"])]
+    for some in (LAYOUTS, VALUES, map(str, DTYPES), ["uint8", "align_corners': True", "'weight'", "'pixel_weight'"]):
+        for one in some:
+            assert sum(one in description for description in descriptions) >= 5, one
