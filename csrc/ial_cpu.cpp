@@ -3,7 +3,6 @@
 // of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/MemoryOverlap.h>
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -13,7 +12,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <set>
 #include <sstream>
 #include <type_traits>
 
@@ -535,14 +533,6 @@ const char* cpu_instruction_set() {
         default:
             return "baseline";
     }
-}
-
-int64_t cpu_threads() {
-    std::vector<int> ran(at::get_num_threads());
-    parallel_for(ran.size(), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) ran[i] = at::get_thread_num();
-    });
-    return static_cast<int64_t>(std::set<int>(ran.begin(), ran.end()).size());
 }
 
 TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {

@@ -17,6 +17,8 @@
 
 #include <algorithm>
 
+#include "ial_parallel.h"
+
 // The name of the library of operators. Another one, with kernels of its own, can be made of this file.
 #ifndef IAL_LIBRARY
 #define IAL_LIBRARY ial_cuda
@@ -601,7 +603,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             info["torch"] = TORCH_VERSION;
             info["compiler"] = __VERSION__;
             info["cpu"] = ial::cpu_instruction_set();
-            info["threads"] = ial::cpu_threads();
+            info["threads"] = ial::loop_threads();
             return info;
         },
         "What the extension was built with, and the instruction set and threads of its CPU kernels here.");

@@ -47,6 +47,5 @@ bool is_exact(std::string_view gradient);
 bool is_pooled(std::string_view factor_scope);
 
 const char* cpu_instruction_set();
-int64_t cpu_threads();  // that a loop ran on just now
 
 }  // namespace ial

@@ -1,7 +1,11 @@
 // Loops on torch's threads.
 #pragma once
+#include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/empty.h>
+
+#include <set>
+#include <vector>
 
 namespace ial {
 
@@ -19,6 +23,15 @@ void parallel_for(int64_t count, const F& f) {
             f(first, first + size);
         },
         /*grain_size=*/1);
+}
+
+// On how many threads such a loop runs.
+inline size_t loop_threads() {
+    std::vector<int> ran(at::get_num_threads());
+    parallel_for(ran.size(), [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) ran[i] = at::get_thread_num();
+    });
+    return std::set<int>(ran.begin(), ran.end()).size();
 }
 
 }  // namespace ial
