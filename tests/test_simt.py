@@ -191,9 +191,10 @@ def test_under_sanitizers():
     selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
     # one of the two backends: they upsample with the same kernels
     selected += " or (not simt_fused and (interpolate_then_loss or upsample and every_number or bad_labels))"
+    selected += " or anything_at_all"
     passed = passed_with(
         "sanitized",
-        ["oracle", "launches", "upsample"],
+        ["oracle", "launches", "upsample", "attack"],
         f"simt and ({selected})",
         LD_PRELOAD=" ".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
@@ -206,7 +207,10 @@ def test_with_contracted_products():
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
         pytest.skip("simt: a processor without FMA")
     selected = "every_tile or dtype_and_rank or huge or itself or every_dtype or not_finite or ignored_pixels"
-    selected += " or one_launch or trained or options"
+    selected += " or one_launch or trained or options or limit or masked or anything_at_all"
     assert (
-        passed_with("contracted", ["oracle", "ops", "launches", "upsample"], f"simt and ({selected})") > 100
+        passed_with(
+            "contracted", ["oracle", "ops", "launches", "upsample", "attack"], f"simt and ({selected})"
+        )
+        > 100
     )
