@@ -111,8 +111,8 @@ class _Inputs(NamedTuple):
             )
         if max(logits.shape[2:] + target.shape[1:]) > _MAX_SIDE:
             raise ValueError(
-                f"logits has shape {_shape(logits)} and target {_shape(target)}, expected none of h, w, H and "
-                f"W above {_MAX_SIDE} to upsample"
+                f"logits has shape {_shape(logits)} and target {_shape(target)}, expected none of h, w, H "
+                f"and W above {_MAX_SIDE} to upsample"
             )
 
     def _check_pixels(self, name: str, tensor: Tensor) -> None:

@@ -10,8 +10,8 @@ corners (THREADS,), and sums over rows and columns stay in the thread. Along x a
 for all rows, and the gradient is summed over the rows before it is shared between left and right. The
 (h + 1) (w + 1) cells of an image count as one line.
 
-In the fewest instructions, a pixel is NaN where a logit of weight 0 is infinite. Then the pixels of the program
-are interpolated once more, carefully.
+In the fewest instructions, a pixel is NaN where a logit of weight 0 is infinite. Then the pixels of the
+program are interpolated once more, carefully.
 
 gradient sums over a cell what its pixels give its four corners, and adds the right corners of a cell to the
 left corners of the next. What a logit gets from the cells below it and from those above it, its `halves`,

@@ -209,9 +209,7 @@ def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corne
     """`check` of coarse logits. Their interpolation rounds the logits themselves, which the rounding of all
     results grows by; a gradient is relative to what all pixels around a coarse logit may add to it."""
     size = target.shape[1:]
-    y, x = (
-        oracle.interpolation(*sizes, align_corners) for sizes in zip(logits.shape[2:], size, strict=True)
-    )
+    y, x = (oracle.interpolation(*sizes, align_corners) for sizes in zip(logits.shape[2:], size, strict=True))
     fine = torch.from_numpy(oracle.upsample(logits.detach().double().numpy(), y, x))
     expected = truth(fine, target, hierarchy, **options)
     scale = scales(fine, target, expected, **options)

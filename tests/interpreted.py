@@ -56,7 +56,7 @@ def _hasten() -> None:
 
 
 def _fuse() -> None:
-    """A fused multiply-add rounds once, and its product does not overflow. Interpreted it is two operations."""
+    """A fused multiply-add rounds once, and its product does not overflow. Interpreted it is two steps."""
     from triton.runtime import interpreter
 
     def create_fma(self, x, y, z):

@@ -50,7 +50,8 @@ def make_case(number):
         arguments["align_corners"] = random.random() < 0.5
 
     # labels of some classes; -100 and 2**32 + 1 do not fit every type, and 7 is a class if there are so many
-    label, ignored = random.choice((torch.int64, torch.int32, torch.uint8)), random.choice((255, -100, 7, 2**32 + 1))
+    label = random.choice((torch.int64, torch.int32, torch.uint8))
+    ignored = random.choice((255, -100, 7, 2**32 + 1))
     present = random.sample(range(classes), random.randint(1, classes))
     target = torch.tensor(present)[torch.randint(len(present), (images, *fine), generator=generator)]
     if torch.iinfo(label).min <= ignored <= torch.iinfo(label).max:
@@ -143,6 +144,7 @@ def test_anything_at_all(backend):
 def test_the_cases_are_of_every_kind():
     """Else a change to `make_case` could empty the test."""
     descriptions = [make_case(number)[-1] for number in range(CASES["cpu"])]
-    for some in (LAYOUTS, VALUES, map(str, DTYPES), ["uint8", "align_corners': True", "'weight'", "'pixel_weight'"]):
+    arguments = ["uint8", "align_corners': True", "'weight'", "'pixel_weight'"]
+    for some in (LAYOUTS, VALUES, map(str, DTYPES), arguments):
         for one in some:
             assert sum(one in description for description in descriptions) >= 3, one
