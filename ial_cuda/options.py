@@ -135,6 +135,8 @@ class Options(NamedTuple):
 
 def as_number(value: Any, argument: str) -> float:
     """``value`` as a Python float; errors name ``argument`` if it is a boolean, no number, or no constant."""
+    if type(value) is float:  # or what a compiler has in its place, of which nothing else may be asked
+        return value
     number = value
     if getattr(value, "requires_grad", False):
         raise ValueError(

@@ -119,6 +119,7 @@ def test_limits_are_errors(backend):
                 make_logits((1, classes)).to(device_of(backend)),
                 torch.zeros(1, dtype=torch.long, device=device_of(backend)),
                 hierarchy,
+                ignore_index=-100,
                 backend=backend,
             )
 
