@@ -62,9 +62,10 @@ void Inputs::check() const {
                               target.size(2) > 0,
                           "logits has shape ", logits.sizes(), " and target ", target.sizes(),
                           ", expected (N, C, h, w) and (N, H, W), none of h, w, H and W 0, to upsample");
-        TORCH_CHECK_VALUE(std::max({logits.size(2), logits.size(3), target.size(1), target.size(2)}) <= kMaxSide,
-                          "logits has shape ", logits.sizes(), " and target ", target.sizes(),
-                          ", expected none of h, w, H and W above ", kMaxSide, " to upsample");
+        TORCH_CHECK_VALUE(
+            std::max({logits.size(2), logits.size(3), target.size(1), target.size(2)}) <= kMaxSide,
+            "logits has shape ", logits.sizes(), " and target ", target.sizes(),
+            ", expected none of h, w, H and W above ", kMaxSide, " to upsample");
     }
     expect("target", target);
     const auto type = target.scalar_type();
