@@ -269,7 +269,7 @@ def test_nothing_valid_and_no_image(backend):
 BAD = {
     "upsample": (dict(upsample="nearest"), ValueError, "upsample is 'nearest', expected one of None"),
     "alone": (dict(upsample=None, align_corners=True), ValueError, "align_corners is True, expected False"),
-    "type": (dict(align_corners=1), TypeError, "align_corners is 1 (int), expected a bool"),
+    "type": (dict(align_corners=1), TypeError, r"align_corners is 1 \(int\), expected a bool"),
     "inplace": (dict(inplace=True), ValueError, "inplace is True, expected False: with upsample='bilinear'"),
 }  # fmt: skip
 
