@@ -124,6 +124,18 @@ def test_limits_are_errors(backend):
             )
 
 
+@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("levels", [1, 2])
+def test_more_images_than_a_grid_has_blocks(backend, levels):
+    """Each sum of an image and level has one, of five. No memory for them is asked for before."""
+    device, images = device_of(backend), 2**31 // (5 * levels)
+    logits = torch.zeros(1, 2, device=device).expand(images, 2)
+    target = torch.zeros(1, dtype=torch.uint8, device=device).expand(images)
+    message = rf"logits has {images} images, expected at most \d+ with {levels} levels on CUDA"
+    with pytest.raises(ValueError, match=message):
+        _ops.operators(backend).reduce(logits, target, None, None, [0, levels - 1], 255, "exact", False)
+
+
 #: Those that cannot stop for an error.
 @pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend.values[0] != "cpu"])
 @pytest.mark.parametrize("label", [5, 200, -1, 2**31, -(2**40)])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import oracle
 import pytest
@@ -22,7 +25,9 @@ from cases import (
     run,
 )
 
-from ial_cuda import Hierarchy, importance_aware_loss, upsampled_cross_entropy
+from ial_cuda import Hierarchy, _ops, importance_aware_loss, upsampled_cross_entropy
+
+ROOT = Path(__file__).resolve().parents[1]
 
 WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
 CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
@@ -210,7 +215,7 @@ def test_huge_logits(backend, dtype, size, alike):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1e5, 3e9])
+@pytest.mark.parametrize("size", [1e5, 3e9, 2e37])
 @pytest.mark.parametrize("ratio", [4, 2.7])
 def test_an_own_logit_equals_itself(backend, dtype, size, ratio):
     """A pixel that is right beyond doubt costs nothing, exactly, however large its logits are: the sum of its
@@ -220,6 +225,186 @@ def test_an_own_logit_equals_itself(backend, dtype, size, ratio):
     target = torch.full((2, *sizes(ratio, (6, 9))), 2)
     loss, grad, _ = run(backend, logits.to(dtype), target, Hierarchy.flat(5), upsample="bilinear")
     assert loss == 0 and (grad == 0).all()
+
+
+# ---- logits that are not finite, or nearly so -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ratio", [2, 4, 8])
+def test_a_masked_logit(backend, dtype, ratio):
+    """-inf at a class that no pixel around it has: interpolate-then-loss is finite."""
+    logits = torch.zeros(1, 3, 8, 8, dtype=dtype)
+    logits[0, 2, 4, 4] = -torch.inf
+    target = torch.zeros(1, 8 * ratio, 8 * ratio, dtype=torch.long)
+    leaf = logits.double().requires_grad_()
+    fine = F.interpolate(leaf, target.shape[1:], mode="bilinear")
+    expected = F.cross_entropy(fine, target)
+    (expected_grad,) = torch.autograd.grad(expected, leaf)
+    assert expected.isfinite() and expected_grad.isfinite().all()
+    loss, grad, _ = run(backend, logits, target, Hierarchy.flat(3), upsample="bilinear")
+    # a mean of logarithms of 3 and 2 in the arithmetic, and sums of up to 256 pixels in the output's
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
+    limits = torch.finfo(dtype)
+    atol = 1e-6 * expected_grad.abs().max().item() + limits.smallest_normal * limits.eps
+    torch.testing.assert_close(grad.double(), expected_grad, rtol=2 * limits.eps, atol=atol)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("which", ["own", "other", "all"])
+@pytest.mark.parametrize("ratio", [4, 3, 0.5])
+@CORNERS
+def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, align_corners):
+    """Of the logits that have a part in a pixel: those of weight 0, of which eager makes a NaN, are left out.
+    The first image has such pixels only, and the others are there for what should not reach them."""
+    thin(backend, RATIOS.index(ratio), ["own", "other", "all"].index(which), align_corners)
+    logits = make_logits((3, 5, 5, 9), torch.float32)
+    logits[1, slice(None) if which == "all" else 2, 2, 4] = value
+    target = make_target((3, *sizes(ratio, (5, 9))), 5, ignored=0.1)
+    target[target != 255] = 2 if which == "own" else 1
+    options = dict(hierarchy=Hierarchy.flat(5), align_corners=align_corners, reduction="none")
+    check_upsampled(backend, logits, target, **options)
+    del options["hierarchy"]
+    loss, grad, _ = run(backend, logits, target, Hierarchy.flat(5), upsample="bilinear", **options)
+    assert loss[[0, 2]].isfinite().all() and grad[[0, 2]].isfinite().all()
+    y, x = (oracle.interpolation(*s, align_corners) for s in zip((5, 9), target.shape[1:], strict=True))
+    fine = torch.from_numpy(oracle.upsample(logits.double().numpy(), y, x)).requires_grad_()
+    eager = F.cross_entropy(fine, target, ignore_index=255, reduction="none").sum((1, 2))
+    assert torch.equal(loss.isnan(), eager.isnan()) and torch.equal(loss.isinf(), eager.isinf())
+    (fine_grad,) = torch.autograd.grad(eager.sum(), fine)
+    fine_grad[(target == 255).unsqueeze(1).expand_as(fine_grad)] = 0
+    odd = torch.from_numpy(oracle.upsample(fine_grad.numpy(), y.T, x.T)).isnan()
+    assert grad.isnan()[odd].all()
+    # a NaN may spread to what has weight 0 in the same pixel, as eager's does, but no further
+    reached = F.max_pool2d(odd.double(), 3, 1, 1).bool() if odd.any() else odd
+    assert (grad.isnan() <= reached).all() and not grad.isinf().any()
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ratio", [2, 3, 4])
+@CORNERS
+def test_logits_at_the_limit(backend, dtype, ratio, align_corners):
+    """All classes of a coarse pixel are alike, its neighbours have the other sign: differences of neighbours
+    overflow, those within a pixel do not."""
+    thin(backend, DTYPES.index(dtype), RATIOS.index(ratio), align_corners)
+    limit = torch.finfo(dtype).max
+    sign = make_logits((2, 1, 6, 9), torch.float64, seed=1).sign()
+    apart = 1 - torch.tensor([0, 1, 2, 3, 40], dtype=torch.float64).view(1, 5, 1, 1) / 64
+    logits = (sign * apart * limit * 0.9).to(dtype)
+    assert (logits[..., 1:] - logits[..., :-1]).isinf().any() and logits.isfinite().all()
+    target = make_target((2, *sizes(ratio, (6, 9))), 5)
+    flat, corners = Hierarchy.flat(5), dict(align_corners=align_corners)
+    _, grad, (*_, S, _) = run(backend, logits, target, flat, upsample="bilinear", **corners)
+    assert grad.isfinite().all() and not S.isnan().any()
+    check_upsampled(backend, logits, target, flat, **corners)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_what_void_pixels_are_made_of_counts_for_nothing(backend, value):
+    """Coarse logits, and weights, that reach void pixels and absent classes only."""
+    logits, target = make_logits((2, 5, 4, 6), torch.float32), make_target((2, 16, 24), 5, ignored=0)
+    target[target == 4] = 3
+    target[0, 6:14, 10:18] = 255  # every pixel less than one logit away
+    spoilt, weight, pixel_weight = logits.clone(), WEIGHT.clone(), torch.rand(target.shape)
+    spoilt[0, :, 2, 3], weight[4] = value, value
+    clean = run(backend, logits, target, weight=WEIGHT, pixel_weight=pixel_weight, upsample="bilinear")
+    pixel_weight = pixel_weight.masked_fill(target == 255, value)
+    loss, grad, rest = run(
+        backend, spoilt, target, weight=weight, pixel_weight=pixel_weight, upsample="bilinear"
+    )
+    assert (grad[0, :, 2, 3] == 0).all()
+    # float32 throughout; the cells around that logit are interpolated in another way
+    for ours, expected in zip((loss, grad, *rest), (*clean[:2], *clean[2]), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("size", [2**30, 2**31 + 5, 2**40])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_line_too_long_for_32_bits(backend, size, dim):
+    device = device_of(backend)
+    shape = [1, 1, 1]
+    shape[dim] = size
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device).expand(shape)
+    logits, flat = torch.zeros(1, 1, 2, 2, device=device), Hierarchy.flat(1)
+    message = (
+        rf"logits has shape \[1, 1, 2, 2\] and target \[.*{size}.*\], expected none of h, w, H and W above"
+    )
+    for align_corners in (False, True):
+        with pytest.raises(ValueError, match=message):
+            importance_aware_loss(
+                logits, target, flat, upsample="bilinear", align_corners=align_corners, backend=backend
+            )
+        operators = _ops.operators(backend)
+        with pytest.raises(ValueError, match=message):
+            operators.gradient(
+                logits,
+                torch.zeros(1, 1, 5, dtype=torch.float64, device=device),
+                *(target, None, None, [0], 255, "exact", align_corners),
+            )
+    wide = torch.zeros(1, 1, 1, 1, device=device).expand(1, 1, *shape[1:])
+    with pytest.raises(ValueError, match="expected none of h, w, H and W above"):
+        importance_aware_loss(wide, target[:, :1, :1], flat, upsample="bilinear", backend=backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] != "cpu"])
+def test_more_pixels_between_logits_than_32_bits_count(backend):
+    target = torch.zeros(1, 1, 1, dtype=torch.uint8, device=device_of(backend)).expand(1, 2**26, 2**26)
+    logits = torch.zeros(1, 1, 1, 1, device=device_of(backend))
+    with pytest.raises(
+        ValueError, match=r"target has \d+ x \d+ pixels between four logits, expected at most"
+    ):
+        importance_aware_loss(logits, target, Hierarchy.flat(1), upsample="bilinear", backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@CORNERS
+@pytest.mark.parametrize("coarse", [1, 2, 40])
+def test_many_pixels_between_logits(backend, coarse, align_corners):
+    """More than the CPU keeps the places of."""
+    logits = make_logits((1, 3, 2, coarse))
+    check_upsampled(
+        backend,
+        logits,
+        make_target((1, 3, coarse * 150), 3, ignore_index=-1),
+        Hierarchy.flat(3),
+        ignore_index=-1,
+        align_corners=align_corners,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@CORNERS
+def test_blocks_of_logits_without_a_pixel(backend, align_corners):
+    logits = make_logits((2, 5, 3, 200))
+    check_upsampled(backend, logits, make_target((2, 2, 5), 5), align_corners=align_corners)
+
+
+@pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
+def test_memory_of_a_wide_image(backend):
+    """In a process of its own: 10 million columns of labels, 10 MB, between two logits."""
+    code = """
+import resource, torch
+from ial_cuda import Hierarchy, importance_aware_loss
+
+logits = torch.zeros(1, 2, 1, 2, requires_grad=True)
+target = torch.zeros(1, 1, {columns}, dtype=torch.uint8)
+importance_aware_loss(logits, target, Hierarchy.flat(2), upsample="bilinear", backend="cpu").backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    peaks = []
+    for columns in (1000, 10_000_000):
+        command = [sys.executable, "-c", code.format(columns=columns)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * (1 if sys.platform == "darwin" else 1024))
+    assert peaks[1] - peaks[0] < 64 << 20, "the labels, and little beside them"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
