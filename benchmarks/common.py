@@ -183,6 +183,22 @@ def _other_memory(device: torch.device) -> Tensor:
     return torch.ones(FLUSH_BYTES // 4, device=device)
 
 
+class _Output(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return leaf.new_empty(0).set_(leaf.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def output_of(leaf: Tensor) -> Tensor:
+    """The memory of ``leaf`` as the output of a layer. A view of a leaf must not be overwritten."""
+    output: Tensor = _Output.apply(leaf)
+    return output
+
+
 def _capture_cuda(step: Step, leaf: Tensor) -> Step:
     """The step on the values that ``leaf`` then has as a CUDA graph: its launches, and nothing of Python.
 
@@ -190,8 +206,8 @@ def _capture_cuda(step: Step, leaf: Tensor) -> Step:
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        # Viewed here: autograd would wait for the stream where an older view was made, which is not captured.
-        result = step(leaf.view_as(leaf))
+        # Made here: autograd would wait for the stream where an older output was made, which is not captured.
+        result = step(output_of(leaf))
 
     def replay(_: Tensor) -> object:
         graph.replay()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, median_frequency_weights
 
-from .common import Result
+from .common import Result, output_of
 
 IGNORE_INDEX = 255
 #: The hierarchies of the paper, by their number of classes.
@@ -80,7 +80,7 @@ class Inputs:
         """The logits, fresh, as the output of a layer: not a leaf, so that they may be overwritten."""
         with torch.no_grad():
             self.write()
-        return self.written.view_as(self.written)
+        return output_of(self.written)
 
     def write(self) -> None:
         self.written.copy_(self.source)
