@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from . import __version__
-from .hierarchy import PRESETS, Hierarchy
+from .hierarchy import PRESETS, Hierarchy, resolve_ignore_index
 from .label_images import CITYSCAPES_IDS, LabelFolder
 from .weights import LabelError, median_frequency_weights
 
@@ -148,6 +148,9 @@ def _weights(arguments: argparse.Namespace) -> None:
         hierarchy = PRESETS[arguments.hierarchy]
     else:
         hierarchy = Hierarchy.of(arguments.num_classes, "--num-classes")
+    ignore_index = resolve_ignore_index(
+        arguments.ignore_index, hierarchy.num_classes, hierarchy.ignore_index, "--ignore-index"
+    )
     ids = arguments.cityscapes_ids
     label_maps = LabelFolder(
         arguments.folder,
@@ -158,7 +161,7 @@ def _weights(arguments: argparse.Namespace) -> None:
         warnings.simplefilter("always")
         try:
             weights = median_frequency_weights(
-                progress, hierarchy, ignore_index=arguments.ignore_index, count_void=arguments.count_void
+                progress, hierarchy, ignore_index=ignore_index, count_void=arguments.count_void
             )
         except LabelError as error:
             what = str(error).removeprefix(f"label_maps[{error.map_index}]")
@@ -183,6 +186,8 @@ def _weights(arguments: argparse.Namespace) -> None:
 
 def _progress(label_maps: LabelFolder) -> contextlib.AbstractContextManager[Any]:
     """``label_maps`` to be iterated, with a bar where tqdm is installed and stderr is a terminal."""
+    if sys.stderr is None:  # closed
+        return contextlib.nullcontext(label_maps)
     try:
         from tqdm import tqdm
     except ImportError:

@@ -12,7 +12,8 @@ import torch
 
 def as_int(value: object, argument: str) -> int:
     """``value`` as a Python int; a TypeError that names ``argument`` if it is a boolean or no integer."""
-    if not (isinstance(value, bool) or getattr(value, "dtype", None) is torch.bool):
+    boolean = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
+    if not boolean:
         try:
             return operator.index(value)  # type: ignore[arg-type]
         except TypeError:
@@ -160,7 +161,8 @@ class Hierarchy:
             if value not in PRESETS:
                 raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, PRESETS))}")
             return PRESETS[value]
-        if isinstance(value, SupportsIndex) and not getattr(value, "ndim", 0):
+        # An int of a compiler knows of no attributes.
+        if isinstance(value, int) or (isinstance(value, SupportsIndex) and not getattr(value, "ndim", 0)):
             return cls([range(_as_num_classes(value, argument))])
         if not isinstance(value, Iterable):
             raise TypeError(
@@ -238,7 +240,9 @@ HierarchyLike: TypeAlias = (
 )
 
 
-def resolve_ignore_index(ignore_index: object, num_classes: int, void_label: int | None = None) -> int:
+def resolve_ignore_index(
+    ignore_index: object, num_classes: int, void_label: int | None = None, argument: str = "ignore_index"
+) -> int:
     """The label of void pixels: ``ignore_index``, else the data set's ``void_label``, else 255.
 
     This is the one rule of every entry point. An explicit ``ignore_index`` may be a class; a default may not.
@@ -248,12 +252,12 @@ def resolve_ignore_index(ignore_index: object, num_classes: int, void_label: int
         ValueError: it is outside int64; or it is None and 255 is one of the classes.
     """
     if ignore_index is not None:
-        return as_label(ignore_index, "ignore_index")
+        return as_label(ignore_index, argument)
     if void_label is not None:
         return void_label
     if num_classes > 255:
         raise ValueError(
-            f"ignore_index is None, which means 255, a class of {num_classes}: expected the label of void "
+            f"{argument} is None, which means 255, a class of {num_classes}: expected the label of void "
             "pixels, or -100 where no pixel is void"
         )
     return 255

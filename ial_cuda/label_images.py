@@ -106,6 +106,8 @@ def read_labels(file: Path) -> np.ndarray[Any, Any]:
         MemoryError: the labels do not fit in memory.
         ImportError: Pillow is not installed.
     """
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file} is not a regular file, expected a PNG image")
     data = file.read_bytes()
     if not data.startswith(_SIGNATURE):
         raise ValueError(f"{file} is not a PNG image, expected PNG, which stores labels without loss")

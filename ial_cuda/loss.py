@@ -142,7 +142,8 @@ def importance_aware_loss(
         upsample: None, or "bilinear": ``logits`` (N, C, h, w) are coarse, ``target`` and ``pixel_weight``
             (N, H, W), and the loss is that of `torch.nn.functional.interpolate(logits, (H, W),
             mode="bilinear")`, whose result is never written to memory: each pixel's logits are interpolated
-            when it is their turn, and the gradient is added up at coarse size, in a fixed order. Any ratio.
+            when it is their turn, and the gradient is added up at coarse size, in a fixed order. Any ratio. A
+            coarse logit whose weight is 0 is left out; `interpolate` makes NaN of it where it is infinite.
         align_corners: how ``upsample`` places the pixels, as in `interpolate`.
         backend: "auto" (the best for the device of ``logits``), "cuda", "fused", "triton", "cpu" or
             "reference". ``python -m ial_cuda info`` tells which there are. "cuda" reads the logits once for
@@ -169,7 +170,7 @@ def importance_aware_loss(
         TypeError: an argument of a wrong type or dtype.
         RuntimeError: the backend asked for is not there; the message says why, and the mend.
         NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
-            is asked for ("reference" has it).
+            is asked for ("reference" has it, but not within torch.compile, which knows none).
     """
     options = unchecked(
         hierarchy,
@@ -208,7 +209,7 @@ def _loss(
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     )
     if inplace:
-        check_inplace(logits, class_weights, pixel_weight)
+        check_inplace(logits, target, class_weights, pixel_weight)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
     lambdas, ignore_index = options.factor_lambdas, options.void_label

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, get_args
 
 import numpy as np
 
@@ -137,19 +137,27 @@ def as_number(value: Any, argument: str) -> float:
     """``value`` as a Python float; errors name ``argument`` if it is a boolean, no number, or no constant."""
     if type(value) is float:  # or what a compiler has in its place, of which nothing else may be asked
         return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _as_float(value, argument)
     number = value
     if getattr(value, "requires_grad", False):
         raise ValueError(
             f"{argument} requires a gradient, expected a constant: only logits are differentiated"
         )
     if _is_scalar(value):
+        if getattr(value, "is_meta", False):
+            raise TypeError(f"{argument} is a meta tensor, expected a number")
         number = value.item()
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected a number")
+    return _as_float(number, argument)
+
+
+def _as_float(number: SupportsFloat, argument: str) -> float:
     try:
         return float(number)
     except OverflowError:  # of an integer
-        raise ValueError(f"{argument} is {value!r}, expected a finite number") from None
+        raise ValueError(f"{argument} is {number!r}, expected a finite number") from None
 
 
 def _is_scalar(value: Any) -> bool:

@@ -47,7 +47,6 @@ def importance_aware_loss(
     # (N, P), as all that follows; int64, since a number beyond the range of a smaller dtype would wrap
     target = target.reshape(x.shape[0], x.shape[2]).long()
 
-    target = target.long()  # a smaller type would wrap what it is compared with
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
     y = torch.where(is_class, target, 0)

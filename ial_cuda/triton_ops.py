@@ -23,12 +23,13 @@ from torch.library import triton_op, wrap_triton
 from . import _ops
 from . import triton_kernels as kernels
 from . import triton_upsample as upsample
+from .validation import MAX_SIDE
 
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _STATS = 5
-#: kMaxSide of csrc/ial_bilinear.h, and what a kernel counts in 32 bits: programs, and tiles of a cell.
-_MAX_SIDE, _MAX_COUNT = 2**30 - 1, 2**31 - 1
+#: What a kernel counts in 32 bits: programs, and tiles of a cell.
+_MAX_COUNT = 2**31 - 1
 _DOUBLE_BACKWARD = (
     'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
     "are needed"
@@ -109,10 +110,10 @@ class _Inputs(NamedTuple):
                 f"logits has shape {_shape(logits)} and target {_shape(target)}, expected (N, C, h, w) and "
                 "(N, H, W), none of h, w, H and W 0, to upsample"
             )
-        if max(logits.shape[2:] + target.shape[1:]) > _MAX_SIDE:
+        if max(logits.shape[2:] + target.shape[1:]) > MAX_SIDE:
             raise ValueError(
                 f"logits has shape {_shape(logits)} and target {_shape(target)}, expected none of h, w, H "
-                f"and W above {_MAX_SIDE} to upsample"
+                f"and W above {MAX_SIDE} to upsample"
             )
 
     def _check_pixels(self, name: str, tensor: Tensor) -> None:

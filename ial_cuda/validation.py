@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from .options import Options, as_number
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LABELS = (torch.int64, torch.int32, torch.uint8)
+_LARGEST = torch.finfo(torch.float32).max
 #: What integers are checked as: torch has no comparisons of some.
 _COMPARED_AS = {
     torch.int64: torch.int64,
@@ -30,6 +32,9 @@ _COMPARED_AS = {
 }
 #: Labels of void pixels in the losses and data sets of others.
 _COMMON_VOID_LABELS = (-100, -1, 255)
+
+#: kMaxSide of csrc/ial_bilinear.h.
+MAX_SIDE = 2**30 - 1
 
 #: What class weights may be given as.
 ClassWeights: TypeAlias = Tensor | Sequence[float] | npt.NDArray[Any]
@@ -59,7 +64,12 @@ def class_weight(weight: object, num_classes: int) -> Tensor | None:
 def _as_tensor(weight: object) -> Tensor:
     if isinstance(weight, Sequence) and not isinstance(weight, str | bytes):
         numbers = [as_number(value, f"weight[{c}]") for c, value in enumerate(weight)]
+        for c, number in enumerate(numbers):
+            if _LARGEST < abs(number) < math.inf:
+                raise ValueError(f"weight[{c}] is {number!r}, expected a number that float32 can hold")
         return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    if isinstance(weight, np.ma.MaskedArray):
+        raise TypeError("weight is a MaskedArray, expected a torch.Tensor, an array or a list of numbers")
     if not hasattr(weight, "__array__"):
         raise TypeError(
             f"weight is a {type(weight).__name__}, expected a torch.Tensor, an array or a list of numbers"
@@ -97,6 +107,11 @@ def check_inputs(
                 f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample={options.upsample!r}"
                 + _target_hint(logits, target)
             )
+        if any(side > MAX_SIDE for side in target.shape[1:] + logits.shape[2:]):
+            raise ValueError(
+                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected none of "
+                f"h, w, H and W above {MAX_SIDE} for upsample={options.upsample!r}"
+            )
         expected = tuple(target.shape)
     if target.shape != expected:
         raise ValueError(
@@ -116,13 +131,13 @@ def check_inputs(
             raise ValueError(f"{name} is on {tensor.device}, expected {device} like logits")
 
 
-def check_inplace(logits: Tensor, *weights: Tensor | None) -> None:
+def check_inplace(logits: Tensor, *others: Tensor | None) -> None:
     """Whatever torch refuses to write in place, before the forward pass instead of in the backward one."""
     problem = None
     if torch._debug_has_internal_overlap(logits) == 1:
         problem = "elements of logits share memory; clone() them"
-    elif any(w is not None and _share_memory(w, logits) for w in weights):
-        problem = "logits share memory with weight or pixel_weight"
+    elif any(other is not None and _share_memory(other, logits) for other in others):
+        problem = "logits share memory with target, weight or pixel_weight"
     elif logits.requires_grad and torch.is_grad_enabled():
         base = logits._base
         if logits.is_leaf:
@@ -130,7 +145,9 @@ def check_inplace(logits: Tensor, *weights: Tensor | None) -> None:
         elif base is not None and base.is_leaf and base.requires_grad:
             problem = "logits is a view of a leaf that requires a gradient"
         elif base is not None and _get_creation_meta(logits) != CreationMeta.DEFAULT:
-            problem = "logits is one of several views, or a view made without gradients"
+            problem = (
+                "logits is one of several views, or a view made by a hook, a Function or without gradients"
+            )
     if problem:
         raise ValueError(f"inplace is True, expected False: {problem}")
 
@@ -154,6 +171,8 @@ def _target_hint(logits: Tensor, target: Tensor) -> str:
 def _check_tensor(name: str, tensor: object, dtypes: Collection[torch.dtype]) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected torch.strided")
     if tensor.dtype not in dtypes:
         probabilities = name == "target" and tensor.is_floating_point()
         raise TypeError(
@@ -187,8 +206,8 @@ def validate_target(target: Tensor, num_classes: int, ignore_index: int | None =
     """
     _check_tensor("target", target, _COMPARED_AS)
     num_classes = as_int(num_classes, "num_classes")
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}, expected at least 1")
+    if not 1 <= num_classes < 2**63:
+        raise ValueError(f"num_classes is {num_classes}, expected at least 1, in 64 bits")
     ignore_index = resolve_ignore_index(ignore_index, num_classes)
     if torch.compiler.is_compiling():
         _check_labels(target, num_classes, ignore_index)  # the operator would be dropped, since its result is

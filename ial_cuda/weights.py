@@ -64,6 +64,8 @@ def median_frequency_weights(
     count_void = _as_bool(count_void, "count_void")
     if isinstance(label_maps, torch.Tensor | np.ndarray):
         label_maps = [label_maps]
+    if not isinstance(label_maps, Iterable) or isinstance(label_maps, str | bytes):
+        raise TypeError(f"label_maps is a {type(label_maps).__name__}, expected label maps, or one")
 
     images = 0
     pixels = np.zeros(num_classes, dtype=np.int64)
@@ -86,7 +88,8 @@ def median_frequency_weights(
         )
     if not present.all():
         absent = np.flatnonzero(~present).tolist()
-        warnings.warn(f"no image contains the classes {absent}; their weight is 1", UserWarning, stacklevel=2)
+        some = f"{absent[:20]} and {len(absent) - 20} more" if len(absent) > 20 else f"{absent}"
+        warnings.warn(f"no image contains the classes {some}; their weight is 1", UserWarning, stacklevel=2)
     frequency = pixels[present] / pixels_where_present[present]
     weights = np.ones(num_classes, dtype=np.float64)
     weights[present] = np.median(frequency) / frequency

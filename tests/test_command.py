@@ -152,11 +152,11 @@ COMMAND_ERRORS = [
     ),
     (
         ["weights", "{folder}", "--num-classes", "300"],
-        "error: ignore_index is None, which means 255, a class of 300",
+        "error: --ignore-index is None, which means 255, a class of 300",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--ignore-index", str(2**63)],
-        "error: ignore_index is 9223372036854775808, expected an integer of 64 bits",
+        "error: --ignore-index is 9223372036854775808, expected an integer of 64 bits",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--pattern", "*_x.png"],
@@ -434,3 +434,17 @@ def test_what_does_not_fit_in_memory_is_one_line(folder, capsys, monkeypatch):
         main(["weights", str(folder), "--num-classes", "3"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: out of memory\n"
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(folder):
+    os.mkfifo(folder / "c.png")
+    finished = run("weights", folder, "--num-classes", 3)
+    assert finished.returncode == 2
+    assert finished.stderr == f"error: {folder}/c.png is not a regular file, expected a PNG image\n"
+
+
+def test_closed_stderr(folder):
+    command = f"{sys.executable} -m ial_cuda weights {folder} --num-classes 3 2>&-"
+    finished = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=120)
+    assert finished.returncode == 0
+    assert finished.stdout.startswith("2 images\n")

@@ -26,7 +26,13 @@ from cases import (
 )
 from torch._inductor.utils import run_and_get_code
 
-from ial_cuda import CITYSCAPES, ImportanceAwareLoss, _ops, importance_aware_loss
+from ial_cuda import (
+    CITYSCAPES,
+    ImportanceAwareLoss,
+    _ops,
+    importance_aware_loss,
+    upsampled_cross_entropy,
+)
 
 SPATIAL = (24, 40)
 LAMBDAS = [0.5, 0.5, 0.5]
@@ -103,6 +109,41 @@ def test_compiled_equals_eager(backend, dynamic):
         tolerance = dict(rtol=1e-5, atol=1e-9) if backend == "reference" else dict(rtol=0, atol=0)
         torch.testing.assert_close(loss, expected, **tolerance)
         torch.testing.assert_close(grad, expected_grad, **tolerance)
+
+
+NUMBERS = {
+    "ignore_index": lambda logits, target, value, backend: importance_aware_loss(
+        logits, target, HIERARCHY, ignore_index=value, backend=backend
+    ),
+    "alpha": lambda logits, target, value, backend: importance_aware_loss(
+        logits, target, HIERARCHY, alpha=value, backend=backend
+    ),
+    "lambdas": lambda logits, target, value, backend: importance_aware_loss(
+        logits, target, HIERARCHY, lambdas=value, backend=backend
+    ),
+    "hierarchy": lambda logits, target, value, backend: importance_aware_loss(
+        logits, target, logits.shape[1], alpha=value, backend=backend
+    ),
+    "classes": lambda logits, target, value, backend: upsampled_cross_entropy(
+        logits[:, : 4 + value], target, backend=backend
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", TRACEABLE)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_compiled_for_any_number(backend, name):
+    """Dynamo makes a symbol of an int that differs from the first call's, and a symbol knows of no attributes."""
+    torch._dynamo.reset()
+    device = device_of(backend)
+    logits = make_logits((2, 7 if name == "classes" else 5, *SPATIAL), torch.float32).to(device)
+    target = make_target((2, *SPATIAL), 5).to(device)
+    compiled = torch.compile(NUMBERS[name], backend="aot_eager", fullgraph=True)
+    for value in (1, 2, 3):
+        # Labels 255 are void, but where the void label is the number.
+        labels = target.clamp(max=4) if name == "ignore_index" else target
+        expected = NUMBERS[name](logits, labels, value, backend)
+        torch.testing.assert_close(compiled(logits, labels, value, backend), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
@@ -347,12 +388,16 @@ def test_inplace_takes_what_torch_takes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inplace_reads_no_weights_that_it_writes_over(backend):
+def test_inplace_reads_nothing_that_it_writes_over(backend):
     _, logits, target = problem(backend)
-    with pytest.raises(ValueError, match="inplace is True, expected False: logits share memory with"):
+    message = "inplace is True, expected False: logits share memory with target, weight or pixel_weight"
+    with pytest.raises(ValueError, match=message):
         importance_aware_loss(
             logits, target, HIERARCHY, pixel_weight=logits[:, 0].detach(), backend=backend, inplace=True
         )
+    with pytest.raises(ValueError, match=message):
+        labels = logits.detach().view(torch.int32)[:, 0]
+        importance_aware_loss(logits, labels, HIERARCHY, backend=backend, inplace=True)
 
 
 # ---- derivatives of the gradient, and torch.func ---------------------------------------------------------
