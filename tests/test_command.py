@@ -392,17 +392,19 @@ def test_an_interrupt_is_one_line_and_status_130(folder, capsys, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="no signals here")
 def test_a_real_interrupt_while_images_are_read(folder):
-    """The process says when it reads the first image: a fifo in place of it, which is never written."""
-    os.mkfifo(folder / "c.png")
+    """The process says when it reads the first image, and takes its time for it."""
+    code = f"""
+import time
+from ial_cuda import __main__, label_images
+label_images.read_labels = lambda file: print("reading", flush=True) or time.sleep(60)
+__main__.main(["weights", {str(folder)!r}, "--num-classes", "3"])
+"""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ial_cuda", "weights", folder, "--num-classes", "3"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    with open(folder / "c.png", "wb"):  # opens when the process has opened it to read
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    assert process.stdout.readline() == "reading\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 

@@ -133,7 +133,7 @@ NUMBERS = {
 @pytest.mark.parametrize("backend", TRACEABLE)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_compiled_for_any_number(backend, name):
-    """Dynamo makes a symbol of an int that differs from the first call's, and a symbol knows of no attributes."""
+    """Dynamo makes a symbol of an int that differs from the first call's. A symbol has no attributes."""
     torch._dynamo.reset()
     device = device_of(backend)
     logits = make_logits((2, 7 if name == "classes" else 5, *SPATIAL), torch.float32).to(device)
