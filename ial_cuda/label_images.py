@@ -86,7 +86,7 @@ def _visible_files(folder: Path, pattern: str) -> Iterator[Path]:
         for name in names:
             file = Path(root, name)
             path = PurePosixPath(file.relative_to(folder).as_posix().lower())
-            if not name.startswith(".") and path.match(pattern.lower()):
+            if not name.startswith(".") and path.match(pattern.lower().removeprefix("**/")):
                 yield file
 
 

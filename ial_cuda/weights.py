@@ -64,8 +64,10 @@ def median_frequency_weights(
     count_void = _as_bool(count_void, "count_void")
     if isinstance(label_maps, torch.Tensor | np.ndarray):
         label_maps = [label_maps]
-    if not isinstance(label_maps, Iterable) or isinstance(label_maps, str | bytes):
-        raise TypeError(f"label_maps is a {type(label_maps).__name__}, expected label maps, or one")
+    try:
+        iter(label_maps)
+    except TypeError:
+        raise TypeError(f"label_maps is a {type(label_maps).__name__}, expected label maps, or one") from None
 
     images = 0
     pixels = np.zeros(num_classes, dtype=np.int64)

@@ -262,6 +262,8 @@ def test_folder_takes_the_files_of_a_pattern(tmp_path):
     assert names(tmp_path, "*_labelIds.png") == ["x/a_labelIds.png", "y/B_LABELIDS.PNG"]
     assert names(tmp_path, "y/*.png") == ["y/B_LABELIDS.PNG", "y/c_labelTrainIds.png"]
     assert names(tmp_path, "*_Color.*") == ["x/a_color.png"]
+    tree(tmp_path, "top.png")
+    assert names(tmp_path, "**/t*.png") == ["top.png"], "as with glob, no folder is folders, too"
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links here")

@@ -267,6 +267,7 @@ def test_many_blocks_count_like_one():
 
 GOOD = np.zeros((2, 2), np.uint8)
 ERRORS = [
+    (dict(label_maps=None), TypeError, "label_maps is a NoneType, expected label maps, or one"),
     (
         dict(label_maps=[GOOD, [[0, 1]]]),
         TypeError,
