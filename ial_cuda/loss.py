@@ -168,7 +168,7 @@ def importance_aware_loss(
             environment has IAL_CUDA_DEBUG=1: then it is the same error, at the price of a synchronisation.
             Under torch.compile too.
         TypeError: an argument of a wrong type or dtype.
-        RuntimeError: the backend asked for is not there; the message says why, and the mend.
+        RuntimeError: the backend asked for is not there; the message says why, and the remedy.
         NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
             is asked for ("reference" has it, but not within torch.compile, which knows none).
     """

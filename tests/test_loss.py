@@ -182,6 +182,21 @@ def test_bad_tables_and_stats(backend):
 
 # ---- numbers --------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gradient", ["exact", "paper"])
+@pytest.mark.parametrize("offset", [0.0, 1e5, 1e30])
+def test_what_all_logits_share_costs_no_precision(backend, gradient, offset):
+    """pi is 1/3 of three equal logits, whatever they are, and f = lambda pi^2 / 2."""
+    logits = torch.full((1, 3, 4, 4), offset, device=device_of(backend))
+    target = torch.zeros(1, 4, 4, dtype=torch.int64, device=device_of(backend))
+    hierarchy = Hierarchy([[0], [1, 2]])
+    _, components = importance_aware_loss(
+        logits, target, hierarchy, gradient=gradient, backend=backend, return_components=True
+    )
+    torch.testing.assert_close(components.f.item(), 0.5 * 0.5 / 9, rtol=1e-6, atol=0)
+
+
 NUMBERS = [np.float32, np.float64, np.float16, np.array, torch.tensor, lambda x: torch.tensor(x).half()]
 
 
