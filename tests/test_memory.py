@@ -123,7 +123,8 @@ def test_no_more_than_the_largest_is_kept():
         several = [gradient(side, seed=seed) for seed in range(3)]
         del several
     most = 4 * CLASSES * 1024**2
-    assert resident() - before < most, "what was kept before may have been given up, so that all of it is new"
+    # What was kept before may have been given up, so that all of it is new. A second one would be 2.9 MB or more.
+    assert resident() - before < most + 2**21
 
 
 def test_layouts_and_resizing():
