@@ -123,7 +123,7 @@ def test_no_more_than_the_largest_is_kept():
         several = [gradient(side, seed=seed) for seed in range(3)]
         del several
     most = 4 * CLASSES * 1024**2
-    # What was kept before may have been given up, so that all of it is new. A second one would be 2.9 MB or more.
+    # What was kept before may have been given up, so that all of it is new. A second one is 2.9 MB or more.
     assert resident() - before < most + 2**21
 
 
