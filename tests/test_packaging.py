@@ -436,7 +436,8 @@ def test_make_help_has_the_whole_of_each_text():
     if make is None:
         pytest.skip("no make")
     texts = re.findall(r"^([a-z-]+):.*?## (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    done = subprocess.run([make, "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = [make, "--no-print-directory", "help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.split(maxsplit=2) for line in done.stdout.split("\n\n")[0].splitlines()]
     assert lines == [["make", target, text] for target, text in texts]
 
