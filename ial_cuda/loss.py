@@ -205,9 +205,8 @@ def _loss(
         class_weights = class_weights.to(logits.device)
     check_inputs(logits, target, class_weights, pixel_weight, options)
     # torch.compile plans memory itself, and torch.func's transforms have levels of their own to write into.
-    inplace = options.inplace and not (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    inplace = options.inplace and not transformed
     if inplace:
         check_inplace(logits, target, class_weights, pixel_weight)
     if logits.dim() == 2:
@@ -223,8 +222,7 @@ def _loss(
         and not inplace
         and corners is None
         and options.reduction != "none"
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed
     )
     if options.backend == "auto" and at_once and _fuses(backend, logits, target, pixel_weight, options):
         backend = _ops.one_launch[backend]
