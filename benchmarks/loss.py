@@ -59,20 +59,22 @@ def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, P
     pixels = (target, weight, None, hierarchy.class_levels, IGNORE_INDEX, "exact")
     one = torch.ones((), device=weight.device)
     stats = ops.reduce(inputs.source, *pixels, False)
-    table = ops.table(stats, one, *options)
+    table = ops.combine_backward(stats, one, *options)
     write = inputs.source.nbytes
     read = write + target.nbytes
     parts = {
         "reduce (forward)": Part(lambda logits: ops.reduce(logits.detach(), *pixels, False), read),
-        "gradient": Part(lambda logits: ops.gradient(logits.detach(), table, *pixels), read + write),
+        "gradient": Part(lambda logits: ops.reduce_backward(logits.detach(), table, *pixels), read + write),
         "gradient, in place": Part(
-            lambda logits: ops.gradient_(logits.detach(), table, *pixels), read + write
+            lambda logits: ops.reduce_backward_(logits.detach(), table, *pixels), read + write
         ),
         "combine": Part(lambda _: ops.combine(stats, *options, torch.float32)),
-        "table": Part(lambda _: ops.table(stats, one, *options)),
+        "table": Part(lambda _: ops.combine_backward(stats, one, *options)),
     }
     if one_launch:
-        parts["fused"] = Part(lambda logits: ops.fused(logits.detach(), *pixels, *options), read + write)
+        parts["fused"] = Part(
+            lambda logits: ops.loss_and_grad(logits.detach(), *pixels, *options), read + write
+        )
     return parts
 
 

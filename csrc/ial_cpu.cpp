@@ -451,9 +451,9 @@ Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTens
 
 void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view gradient, const Tensor& grad,
                    bool fresh) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient", [&] {
-        gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad, fresh);
-    });
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::reduce_backward",
+        [&] { gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad, fresh); });
 }
 
 Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
@@ -537,10 +537,10 @@ const char* cpu_instruction_set() {
 
 TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {
     m.impl("reduce", reduce_cpu);
-    m.impl("gradient", gradient_cpu);
-    m.impl("gradient_", gradient_inplace_cpu);
+    m.impl("reduce_backward", gradient_cpu);
+    m.impl("reduce_backward_", gradient_inplace_cpu);
     m.impl("combine", combine_cpu);
-    m.impl("table", table_cpu);
+    m.impl("combine_backward", table_cpu);
 }
 
 }  // namespace ial

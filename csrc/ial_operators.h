@@ -58,8 +58,8 @@ struct Operators {
         const bool exact = is_exact(gradient);
         const Launcher launcher(grad);
         if (grad.numel() == 0) return;
-        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::gradient",
-                                        [&] {
+        AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(),
+                                        "ial_cuda::reduce_backward", [&] {
                                             Kernels<typename Native<scalar_t>::type, Launcher>::gradient(
                                                 launcher, inputs, table, grad_loss, exact, grad);
                                         });
@@ -117,7 +117,7 @@ struct Operators {
         const Launcher launcher(stats);
         const Tensor grad = grad_loss.contiguous();
         Tensor result = at::empty_like(stats);
-        AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "ial_cuda::table", [&] {
+        AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "ial_cuda::combine_backward", [&] {
             launcher(table_kernel<scalar_t>, dim3(1), kThreads, global.shared, c, global.lambdas, global.fits,
                      grad.const_data_ptr<scalar_t>(), result.mutable_data_ptr<double>());
         });
@@ -193,13 +193,13 @@ struct Operators {
 
     static void implement(torch::Library& m) {
         m.impl("reduce", reduce);
-        m.impl("gradient", gradient);
-        m.impl("gradient_", gradient_);
+        m.impl("reduce_backward", gradient);
+        m.impl("reduce_backward_", gradient_);
         m.impl("combine", combine);
-        m.impl("table", table);
-        m.impl("fused", fused);
+        m.impl("combine_backward", table);
+        m.impl("loss_and_grad", fused);
         m.impl("rescale_", rescale_);
-        m.impl("fuses", fuses);
+        m.impl("fits_on_chip", fuses);
     }
 };
 

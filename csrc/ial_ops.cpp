@@ -90,8 +90,8 @@ void Inputs::check_table(const Tensor& table) const {
     TORCH_CHECK_VALUE(table.dim() == 3 && table.size(0) == logits.size(0) && table.size(1) == levels() &&
                           table.size(2) == kStats && table.is_contiguous() &&
                           table.scalar_type() == at::kDouble && table.device() == logits.device(),
-                      "table has shape ", table.sizes(), " of ", table.scalar_type(), " on ", table.device(),
-                      ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats),
+                      "grad_stats has shape ", table.sizes(), " of ", table.scalar_type(), " on ",
+                      table.device(), ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats),
                       ") of Double, contiguous, on ", logits.device());
 }
 
@@ -220,7 +220,7 @@ Combine make_combine(const Tensor& stats, at::ArrayRef<double> lambdas, double a
 }
 
 // -------------------------------------------------------------------------------------------------
-// Autograd: the derivative of reduce is gradient, that of combine is table; theirs is not written.
+// Autograd: the derivatives of reduce and combine are operators, too; theirs is not written.
 
 namespace {
 
@@ -237,22 +237,22 @@ using torch::autograd::variable_list;
 
 IAL_OP(reduce, Tensor(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                       at::IntArrayRef, int64_t, std::string_view, bool, std::optional<bool>))
-IAL_OP(gradient,
+IAL_OP(reduce_backward,
        Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
               at::IntArrayRef, int64_t, std::string_view, std::optional<bool>))
-IAL_OP(gradient_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                       const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
+IAL_OP(reduce_backward_, void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                              const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, at::ArrayRef<double>, double, std::string_view,
                                            std::string_view, std::string_view, at::ScalarType))
-IAL_OP(fused, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
-                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, at::IntArrayRef,
-                  int64_t, std::string_view, at::ArrayRef<double>, double, std::string_view, std::string_view,
-                  std::string_view))
+IAL_OP(loss_and_grad, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(
+                          const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                          at::IntArrayRef, int64_t, std::string_view, at::ArrayRef<double>, double,
+                          std::string_view, std::string_view, std::string_view))
 IAL_OP(rescale_,
        void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
             const OptionalTensor&, at::IntArrayRef, int64_t, std::string_view))
-IAL_OP(table, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view,
-                     std::string_view, std::string_view))
+IAL_OP(combine_backward, Tensor(const Tensor&, const Tensor&, at::ArrayRef<double>, double, std::string_view,
+                                std::string_view, std::string_view))
 #undef IAL_OP
 
 // Nodes of the graph, written out rather than made by torch::autograd::Function, which torch.func does not
@@ -329,10 +329,11 @@ struct Pixels {
     }
 
     Tensor differentiate(const Tensor& table) const {
-        return unpack([&](const Tensor& x, const Tensor& y, const OptionalTensor& w,
-                          const OptionalTensor& v) {
-            return gradient_op().call(x, table, y, w, v, class_levels, ignore_index, gradient, align_corners);
-        });
+        return unpack(
+            [&](const Tensor& x, const Tensor& y, const OptionalTensor& w, const OptionalTensor& v) {
+                return reduce_backward_op().call(x, table, y, w, v, class_levels, ignore_index, gradient,
+                                                 align_corners);
+            });
     }
 
     void release() {
@@ -353,7 +354,8 @@ struct ReduceBackward final : Node {
         // A gradient that is to be differentiated keeps its history, and so the logits.
         if (!inplace || at::GradMode::is_enabled()) return {pixels.differentiate(table)};
         return {pixels.unpack([&](const Tensor& x, const auto&... rest) {
-            gradient__op().call(x, table, rest..., pixels.class_levels, pixels.ignore_index, pixels.gradient);
+            reduce_backward__op().call(x, table, rest..., pixels.class_levels, pixels.ignore_index,
+                                       pixels.gradient);
             return x.detach();
         })};
     }
@@ -384,8 +386,8 @@ struct CombineBackward final : Node {
     variable_list apply(variable_list&& grads) override {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (!grads[0].defined()) return {Tensor()};
-        return {table_op().call(stats.unpack(), grads[0], lambdas, alpha, reduction, factor_normalization,
-                                factor_scope)};
+        return {combine_backward_op().call(stats.unpack(), grads[0], lambdas, alpha, reduction,
+                                           factor_normalization, factor_scope)};
     }
 
     void release_variables() override {
@@ -478,9 +480,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_autograd(
     check_constant("weight", weight);
     check_constant("pixel_weight", pixel_weight);
     check_no_tangent(logits);
-    const auto results =
-        below_autograd<fused_op>(logits, target, weight, pixel_weight, class_levels, ignore_index, gradient,
-                                 lambdas, alpha, reduction, factor_normalization, factor_scope);
+    const auto results = below_autograd<loss_and_grad_op>(logits, target, weight, pixel_weight, class_levels,
+                                                          ignore_index, gradient, lambdas, alpha, reduction,
+                                                          factor_normalization, factor_scope);
     const auto& [loss, factors, stats, table, grad] = results;
     if (compute_requires_grad(logits))
         set_history(loss, make_node<FusedBackward>(collect_next_edges(logits),
@@ -497,17 +499,18 @@ Tensor gradient_autograd(const Tensor& logits, const Tensor& table, const Tensor
     check_constant("weight", weight);
     check_constant("pixel_weight", pixel_weight);
     check_no_tangent(logits, table);
-    return as_derivative(below_autograd<gradient_op>(logits, table, target, weight, pixel_weight,
-                                                     class_levels, ignore_index, gradient, align_corners),
-                         logits, table);
+    return as_derivative(
+        below_autograd<reduce_backward_op>(logits, table, target, weight, pixel_weight, class_levels,
+                                           ignore_index, gradient, align_corners),
+        logits, table);
 }
 
 Tensor table_autograd(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas,
                       double alpha, std::string_view reduction, std::string_view factor_normalization,
                       std::string_view factor_scope) {
     check_no_tangent(stats, grad_loss);
-    return as_derivative(below_autograd<table_op>(stats, grad_loss, lambdas, alpha, reduction,
-                                                  factor_normalization, factor_scope),
+    return as_derivative(below_autograd<combine_backward_op>(stats, grad_loss, lambdas, alpha, reduction,
+                                                             factor_normalization, factor_scope),
                          stats, grad_loss);
 }
 
@@ -535,8 +538,8 @@ struct Overwriting<op, c10::TypedOperatorHandle<void(const Tensor&, const Tensor
 void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tensor& target,
                            const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                            at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-    below_autograd<gradient__op>(logits, table, target, weight, pixel_weight, class_levels, ignore_index,
-                                 gradient);
+    below_autograd<reduce_backward__op>(logits, table, target, weight, pixel_weight, class_levels,
+                                        ignore_index, gradient);
     torch::autograd::increment_version(logits);
 }
 
@@ -545,11 +548,12 @@ void gradient_inplace_bump(const Tensor& logits, const Tensor& table, const Tens
 // reduce: stats (N, g, 5) of Double, per image and level S, P2, Q2, pixels and weight. Where
 //   align_corners is given, the logits are upsampled to the target's size. `gradient` and `inplace` say how
 //   it is differentiated.
-// gradient: dL/dlogits from table = dL/dstats; gradient_ writes it over the logits.
+// reduce_backward: dL/dlogits from grad_stats = dL/dstats; reduce_backward_ writes it over the logits.
 // combine: the loss, () or (N,), in `dtype`, and the factors f_t (N or 1, g - 1) of Double.
-// table: dL/dstats from the incoming gradient of the loss.
-// fused: reduce, combine, and for an incoming gradient of 1 table and gradient: loss, factors, stats, table
-//   and dL/dlogits. rescale_ makes that the gradient for grad_loss. fuses: whether that will be faster.
+// combine_backward: dL/dstats from the incoming gradient of the loss.
+// loss_and_grad: reduce, combine, and for an incoming gradient of 1 their backwards, in one launch: loss,
+//   factors, stats, grad_stats and dL/dlogits. rescale_ makes that the gradient for grad_loss. fits_on_chip:
+//   whether one launch will be faster.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     // Whatever strides the compiler finds best: it would otherwise copy the channels_last logits of its
     // convolutions.
@@ -559,39 +563,43 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
         "int ignore_index, str gradient, bool inplace, bool? align_corners=None) -> Tensor",
         any_layout);
     m.def(
-        "gradient(Tensor logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
-        "int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) -> Tensor",
+        "reduce_backward(Tensor logits, Tensor grad_stats, Tensor target, Tensor? weight, "
+        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) "
+        "-> Tensor",
         any_layout);
     m.def(
-        "gradient_(Tensor(a!) logits, Tensor table, Tensor target, Tensor? weight, Tensor? pixel_weight, "
-        "int[] class_levels, int ignore_index, str gradient) -> ()");
+        "reduce_backward_(Tensor(a!) logits, Tensor grad_stats, Tensor target, Tensor? weight, "
+        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
     m.def(
         "combine(Tensor stats, float[] lambdas, float alpha, str reduction, str factor_normalization, "
         "str factor_scope, ScalarType dtype) -> (Tensor, Tensor)");
     m.def(
-        "table(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
+        "combine_backward(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
         "str factor_normalization, str factor_scope) -> Tensor");
     m.def(
-        "fused(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
+        "loss_and_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] "
+        "class_levels, "
         "int ignore_index, str gradient, float[] lambdas, float alpha, str reduction, "
         "str factor_normalization, str factor_scope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor table, Tensor target, "
+        "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor grad_stats, Tensor target, "
         "Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
-    m.def("fuses(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> bool");
+    m.def(
+        "fits_on_chip(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> "
+        "bool");
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
     m.impl("reduce", reduce_autograd);
-    m.impl("gradient", gradient_autograd);
+    m.impl("reduce_backward", gradient_autograd);
     m.impl("combine", combine_autograd);
-    m.impl("table", table_autograd);
-    m.impl("fused", fused_autograd);
-    m.impl("gradient_", Overwriting<gradient__op>::call);
+    m.impl("combine_backward", table_autograd);
+    m.impl("loss_and_grad", fused_autograd);
+    m.impl("reduce_backward_", Overwriting<reduce_backward__op>::call);
     m.impl("rescale_", Overwriting<rescale__op>::call);
 }
 
-TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) { m.impl("gradient_", gradient_inplace_bump); }
+TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) { m.impl("reduce_backward_", gradient_inplace_bump); }
 
 }  // namespace ial
 

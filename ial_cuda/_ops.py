@@ -205,11 +205,11 @@ def register_fakes(library: str) -> None:
     ) -> Tensor:
         return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
 
-    @torch.library.register_fake(f"{library}::gradient")
+    @torch.library.register_fake(f"{library}::reduce_backward")
     def _(logits: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(logits)
 
-    @torch.library.register_fake(f"{library}::gradient_")
+    @torch.library.register_fake(f"{library}::reduce_backward_")
     def _(*_: Any) -> None:
         return None
 
@@ -227,7 +227,7 @@ def register_fakes(library: str) -> None:
         loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
         return loss, stats.new_empty((1 if scope == "batch" else images, levels - 1))
 
-    @torch.library.register_fake(f"{library}::table")
+    @torch.library.register_fake(f"{library}::combine_backward")
     def _(stats: Tensor, *_: Any) -> Tensor:
         return torch.empty_like(stats)
 
@@ -239,7 +239,7 @@ if _C is not None:
     def _(*_: Any) -> None:
         return None
 
-    @torch.library.register_fake("ial_cuda::fused")
+    @torch.library.register_fake("ial_cuda::loss_and_grad")
     def _(
         logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -250,6 +250,6 @@ if _C is not None:
         f = stats.new_empty((1 if scope == "batch" else images, levels - 1))
         return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
 
-    @torch.library.register_fake("ial_cuda::fuses")
+    @torch.library.register_fake("ial_cuda::fits_on_chip")
     def _(*_: Any) -> bool:
         return False

@@ -256,7 +256,7 @@ def _loss(
             options.factor_scope,
         )
         if at_once and backend in _ops.one_launch.values():
-            loss, f, stats, *_ = operators.fused(*pixels, *combining)
+            loss, f, stats, *_ = operators.loss_and_grad(*pixels, *combining)
         else:
             stats = operators.reduce(*pixels, inplace, corners)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -511,7 +511,7 @@ def _fuses(
     if backend not in _ops.one_launch or logits.dtype == torch.float16:
         return False
     levels = options.hierarchy.num_levels
-    fuses = _ops.operators(backend).fuses
+    fuses = _ops.operators(backend).fits_on_chip
     return bool(fuses(logits, target, pixel_weight, levels, options.factor_scope))
 
 

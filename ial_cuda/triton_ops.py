@@ -52,7 +52,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 class _Inputs(NamedTuple):
-    """The arguments that reduce and gradient share."""
+    """The arguments that reduce and reduce_backward share."""
 
     logits: Tensor
     target: Tensor
@@ -132,16 +132,16 @@ class _Inputs(NamedTuple):
         if not tensor.is_floating_point():
             raise TypeError(f"{name} has dtype {_dtype(tensor)}, expected a floating type")
 
-    def check_table(self, table: Tensor) -> None:
+    def check_grad_stats(self, grad_stats: Tensor) -> None:
         expected = (self.logits.shape[0], self.levels, _STATS)
         if (
-            table.shape != expected
-            or not table.is_contiguous()
-            or table.dtype != torch.float64
-            or table.device != self.logits.device
+            grad_stats.shape != expected
+            or not grad_stats.is_contiguous()
+            or grad_stats.dtype != torch.float64
+            or grad_stats.device != self.logits.device
         ):
             raise ValueError(
-                f"table has shape {_shape(table)} of {_dtype(table)} on {table.device}, expected {expected} "
+                f"grad_stats has shape {_shape(grad_stats)} of {_dtype(grad_stats)} on {grad_stats.device}, expected {expected} "
                 f"of Double, contiguous, on {self.logits.device}"
             )
 
@@ -428,14 +428,14 @@ def _multiprocessors(logits: Tensor) -> int:
     return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 1
 
 
-def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) -> None:
+def _gradient_into(inputs: _Inputs, grad_stats: Tensor, gradient: str, grad: Tensor) -> None:
     inputs.check()
-    inputs.check_table(table)
+    inputs.check_grad_stats(grad_stats)
     _check_choices(gradient=gradient)
     if inputs.logits.numel() == 0:
         return
     if inputs.align_corners is not None:
-        return _upsampled_gradient_into(inputs, table, gradient, grad)
+        return _upsampled_gradient_into(inputs, grad_stats, gradient, grad)
     logits = inputs.logits
     walk = _walk(logits, grad)
     images, pixels = logits.shape[0], _pixels(logits)
@@ -450,7 +450,7 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
         logits,
         grid,
         logits,
-        table,
+        grad_stats,
         inputs.target.contiguous(),
         _dense(inputs.weight),
         _dense(inputs.pixel_weight),
@@ -467,7 +467,7 @@ def _gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) 
     )
 
 
-def _upsampled_gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad: Tensor) -> None:
+def _upsampled_gradient_into(inputs: _Inputs, grad_stats: Tensor, gradient: str, grad: Tensor) -> None:
     logits, walk = inputs.logits, _upsampling(inputs)
     images = logits.shape[0]
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -481,7 +481,7 @@ def _upsampled_gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad
         logits,
         grid,
         logits,
-        table,
+        grad_stats,
         inputs.target.contiguous(),
         _dense(inputs.weight),
         _dense(inputs.pixel_weight),
@@ -495,10 +495,10 @@ def _upsampled_gradient_into(inputs: _Inputs, table: Tensor, gradient: str, grad
     torch.add(halves[0], halves[1], out=grad)
 
 
-@triton_op("ial_triton::gradient", mutates_args=())
-def gradient(
+@triton_op("ial_triton::reduce_backward", mutates_args=())
+def reduce_backward(
     logits: Tensor,
-    table: Tensor,
+    grad_stats: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
@@ -509,14 +509,14 @@ def gradient(
 ) -> Tensor:
     grad = torch.empty_like(logits)
     inputs = _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners)
-    _gradient_into(inputs, table, gradient, grad)
+    _gradient_into(inputs, grad_stats, gradient, grad)
     return grad
 
 
-@triton_op("ial_triton::gradient_", mutates_args={"logits"})
-def gradient_(
+@triton_op("ial_triton::reduce_backward_", mutates_args={"logits"})
+def reduce_backward_(
     logits: Tensor,
-    table: Tensor,
+    grad_stats: Tensor,
     target: Tensor,
     weight: Tensor | None,
     pixel_weight: Tensor | None,
@@ -530,7 +530,10 @@ def gradient_(
             "location. Please clone() the tensor before performing the operation."
         )
     _gradient_into(
-        _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index), table, gradient, logits
+        _Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index),
+        grad_stats,
+        gradient,
+        logits,
     )
 
 
@@ -570,8 +573,8 @@ def combine(
     return loss, factors
 
 
-@triton_op("ial_triton::table", mutates_args=())
-def table(
+@triton_op("ial_triton::combine_backward", mutates_args=())
+def combine_backward(
     stats: Tensor,
     grad_loss: Tensor,
     lambdas: list[float],
@@ -611,7 +614,7 @@ def table(
     return result
 
 
-# ---- autograd: the derivative of reduce is gradient, that of combine is table; theirs is not written ----
+# ---- autograd: the derivatives of reduce and combine are operators, too; theirs is not written ----
 
 
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -625,10 +628,10 @@ def _backward_of_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ..
     arguments = (logits, grad_stats.contiguous(), *rest, ctx.class_levels, ctx.ignore_index, ctx.gradient)
     # A gradient that is to be differentiated keeps its history, and so the logits.
     if ctx.inplace and not torch.is_grad_enabled():
-        gradient_(*arguments)
+        reduce_backward_(*arguments)
         grad = logits.detach()
     else:
-        grad = gradient(*arguments, ctx.align_corners)
+        grad = reduce_backward(*arguments, ctx.align_corners)
     return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
@@ -639,7 +642,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _backward_of_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return table(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
+    return combine_backward(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -695,9 +698,9 @@ def _register_autograd(op: Any, save: Callable[..., None], backward: Callable[..
 
 _register_autograd(reduce, _save_reduce, _backward_of_reduce)
 _register_autograd(combine, _save_combine, _backward_of_combine)
-_register_autograd(gradient, _save_nothing, _no_double_backward)
-_register_autograd(gradient_, _save_written, _no_double_backward)
-_register_autograd(table, _save_nothing, _no_double_backward)
+_register_autograd(reduce_backward, _save_nothing, _no_double_backward)
+_register_autograd(reduce_backward_, _save_written, _no_double_backward)
+_register_autograd(combine_backward, _save_nothing, _no_double_backward)
 
 # Traced, kernels would run: on meta tensors, and in the interpreter.
 _ops.register_fakes("ial_triton")

@@ -50,8 +50,8 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
     )
     stats = triton_ops.reduce(logits, *rest, False, align_corners)
     loss, _ = triton_ops.combine(stats, *options, torch.float32)
-    table = triton_ops.table(stats, loss, *options)
-    triton_ops.gradient(logits, table, *rest, align_corners)
+    table = triton_ops.combine_backward(stats, loss, *options)
+    triton_ops.reduce_backward(logits, table, *rest, align_corners)
     return seen
 
 

@@ -169,15 +169,15 @@ def test_bad_tables_and_stats(backend):
     ops = _ops.operators(backend)
     rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact")
     for table in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
-        with pytest.raises(ValueError, match=r"table has shape .*, expected \(2, 4, 5\) of Double"):
-            ops.gradient(LOGITS, table, *rest)
+        with pytest.raises(ValueError, match=r"grad_stats has shape .*, expected \(2, 4, 5\) of Double"):
+            ops.reduce_backward(LOGITS, table, *rest)
     stats = torch.zeros(2, 4, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="lambdas has 2 values, expected 3 for 4 levels"):
         ops.combine(stats, [0.5, 0.5], 1.0, "mean", "mean", "image", torch.float32)
     with pytest.raises(ValueError, match=r"stats has shape .* of Float, expected"):
         ops.combine(stats.float(), [0.5] * 3, 1.0, "mean", "mean", "image", torch.float32)
     with pytest.raises(ValueError, match=r"grad_loss has shape \[3\], expected 2 value"):
-        ops.table(stats, torch.zeros(3), [0.5] * 3, 1.0, "none", "mean", "image")
+        ops.combine_backward(stats, torch.zeros(3), [0.5] * 3, 1.0, "none", "mean", "image")
 
 
 # ---- numbers --------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def faults_of_gradients(count):
     faults = []
     for _ in range(count):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ops.ial_cuda.gradient(
+        torch.ops.ial_cuda.reduce_backward(
             logits, table, target, None, None, HIERARCHY.class_levels, 255, "exact", None
         )
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -165,7 +165,7 @@ def test_memory_that_there_is_not():
     """An error that says so, instead of a killed process."""
     logits = torch.zeros(1, 1, 1, 1).expand(1, 1 << 20, 1 << 20, 1 << 10)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for a gradient of 4503599627370496 bytes"):
-        torch.ops.ial_cuda.gradient(
+        torch.ops.ial_cuda.reduce_backward(
             logits,
             torch.zeros(1, 1, 5, dtype=torch.float64),
             torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 1 << 20, 1 << 10),

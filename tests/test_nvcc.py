@@ -51,7 +51,17 @@ def tiles(kernel: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "operator", ["reduce", "gradient", "gradient_", "combine", "table", "fused", "rescale_", "fuses"]
+    "operator",
+    [
+        "reduce",
+        "reduce_backward",
+        "reduce_backward_",
+        "combine",
+        "combine_backward",
+        "loss_and_grad",
+        "rescale_",
+        "fits_on_chip",
+    ],
 )
 def test_operators_have_a_cuda_kernel(operator):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"ial_cuda::{operator}", "CUDA")

@@ -55,7 +55,7 @@ def op_arguments(backend):
     ops = _ops.operators(backend)
     stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", False)
     pooled = (LAMBDAS, 1.0, "mean", "mean", "batch")
-    table = ops.table(stats, torch.ones((), device=device), *pooled)
+    table = ops.combine_backward(stats, torch.ones((), device=device), *pooled)
     rest = (target, weight, pixel_weight, LEVELS, 255)
     return {
         "reduce": (ops.reduce, (logits.clone().requires_grad_(), *rest, "exact", False)),
@@ -63,14 +63,14 @@ def op_arguments(backend):
             ops.reduce,
             (logits.clone().requires_grad_(), target, None, None, LEVELS, 255, "paper", False),
         ),
-        "gradient": (ops.gradient, (logits, table, *rest, "exact")),
-        "gradient_": (ops.gradient_, (logits.clone(), table, *rest, "paper")),
+        "reduce_backward": (ops.reduce_backward, (logits, table, *rest, "exact")),
+        "reduce_backward_": (ops.reduce_backward_, (logits.clone(), table, *rest, "paper")),
         "combine": (ops.combine, (stats.clone().requires_grad_(), *pooled, torch.float32)),
         "combine_none": (
             ops.combine,
             (stats.clone().requires_grad_(), LAMBDAS, 1.0, "none", "sum", "image", torch.float64),
         ),
-        "table": (ops.table, (stats, torch.ones((), device=device), *pooled)),
+        "combine_backward": (ops.combine_backward, (stats, torch.ones((), device=device), *pooled)),
     }
 
 
@@ -80,7 +80,16 @@ TRACEABLE = [b for b in BACKENDS if b.values[0] not in EMULATED]
 
 @pytest.mark.parametrize("backend", [b for b in TRACEABLE if b.values[0] != "reference"])
 @pytest.mark.parametrize(
-    "name", ["reduce", "reduce_plain", "gradient", "gradient_", "combine", "combine_none", "table"]
+    "name",
+    [
+        "reduce",
+        "reduce_plain",
+        "reduce_backward",
+        "reduce_backward_",
+        "combine",
+        "combine_none",
+        "combine_backward",
+    ],
 )
 def test_opcheck(backend, name):
     op, arguments = op_arguments(backend)[name]

@@ -85,8 +85,8 @@ def test_one_launch_leaves_its_gradient_to_autograd():
     with poisoned(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         importance_aware_loss(leaf, target, HIERARCHY, backend="simt_fused").backward()
     names = {event.name for event in profiler.events()}
-    assert "ial_simt::fused" in names and "ial_simt::rescale_" in names
-    assert not names & {"aten::clone", "aten::copy_", "ial_simt::gradient", "ial_simt::reduce"}
+    assert "ial_simt::loss_and_grad" in names and "ial_simt::rescale_" in names
+    assert not names & {"aten::clone", "aten::copy_", "ial_simt::reduce_backward", "ial_simt::reduce"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_auto_takes_one_launch_where_it_wins(change, fused, monkeypatch):
     with torch.set_grad_enabled(enabled), profile(activities=[ProfilerActivity.CPU]) as profiler:
         importance_aware_loss(logits, target, hierarchy, **change)
     names = {event.name for event in profiler.events()}
-    assert ("ial_simt::fused" in names) == fused
+    assert ("ial_simt::loss_and_grad" in names) == fused
     assert ("ial_simt::reduce" in names) == (not fused)
 
 
@@ -141,7 +141,7 @@ def test_more_sums_than_a_block_has_room_for():
     logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
         check("simt_fused", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
-        fuses = torch.ops.ial_simt.fuses
+        fuses = torch.ops.ial_simt.fits_on_chip
         assert not fuses(logits, target, None, 8, "batch")
         assert fuses(logits[:157], target[:157], None, 8, "batch")
 

@@ -247,8 +247,8 @@ def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
     rest = (target, None, None, FLAT.class_levels, 255, "exact")
     stats = operators.reduce(logits, *rest, False, corners)
     assert torch.equal(stats, operators.reduce(dense, *rest, False, corners))
-    expected = operators.gradient(dense, table, *rest, corners)
-    assert torch.equal(operators.gradient(logits, table, *rest, corners), expected)
+    expected = operators.reduce_backward(dense, table, *rest, corners)
+    assert torch.equal(operators.reduce_backward(logits, table, *rest, corners), expected)
     if not upsampled:
-        operators.gradient_(logits, table, *rest)
+        operators.reduce_backward_(logits, table, *rest)
         assert torch.equal(logits, expected)

@@ -347,7 +347,7 @@ def test_a_line_too_long_for_32_bits(backend, size, dim):
         with pytest.raises(ValueError, match=message):
             operators.reduce(logits, *pixels, False, align_corners)
         with pytest.raises(ValueError, match=message):
-            operators.gradient(logits, table, *pixels, align_corners)
+            operators.reduce_backward(logits, table, *pixels, align_corners)
     wide = torch.zeros(1, 1, 1, 1, device=device).expand(1, 1, *shape[1:])
     with pytest.raises(ValueError, match="expected none of h, w, H and W above"):
         importance_aware_loss(wide, target[:, :1, :1], flat, upsample="bilinear", backend=backend)
