@@ -203,7 +203,8 @@ def _loss(
     class_weights = class_weight(weight, len(levels))
     if class_weights is not None and class_weights is not weight:  # lists and arrays are on no device
         class_weights = class_weights.to(logits.device)
-    check_inputs(logits, target, class_weights, pixel_weight, options)
+    coarse = options.upsample is not None
+    check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse)
     # torch.compile plans memory itself, and torch.func's transforms have levels of their own to write into.
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     inplace = options.inplace and not transformed
@@ -212,7 +213,7 @@ def _loss(
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
     lambdas, ignore_index = options.factor_lambdas, options.void_label
-    corners = options.align_corners if options.upsample else None
+    corners = options.align_corners if coarse else None
     backend = _choose_backend(options.backend, logits.device)
     # The gradient is computed with the loss where a backward pass wants it for one value, and leaves the
     # logits as they are.

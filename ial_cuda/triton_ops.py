@@ -141,8 +141,8 @@ class _Inputs(NamedTuple):
             or grad_stats.device != self.logits.device
         ):
             raise ValueError(
-                f"grad_stats has shape {_shape(grad_stats)} of {_dtype(grad_stats)} on {grad_stats.device}, expected {expected} "
-                f"of Double, contiguous, on {self.logits.device}"
+                f"grad_stats has shape {_shape(grad_stats)} of {_dtype(grad_stats)} on {grad_stats.device}, "
+                f"expected {expected} of Double, contiguous, on {self.logits.device}"
             )
 
 

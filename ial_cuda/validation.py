@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
 from .hierarchy import as_int, resolve_ignore_index
-from .options import Options, as_number
+from .options import as_number
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LABELS = (torch.int64, torch.int32, torch.uint8)
@@ -82,10 +82,15 @@ def _as_tensor(weight: object) -> Tensor:
 
 
 def check_inputs(
-    logits: Tensor, target: Tensor, weight: Tensor | None, pixel_weight: Tensor | None, options: Options
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    num_classes: int,
+    *,
+    upsample: bool,
 ) -> None:
-    """Types, dtypes, shapes and devices."""
-    num_classes = options.hierarchy.num_classes
+    """Types, dtypes, shapes and devices. ``upsample``: whether the logits are coarse."""
     check_logits(logits)
     _check_tensor("target", target, _LABELS)
     if logits.dim() < 2 or logits.shape[1] != num_classes:
@@ -95,7 +100,7 @@ def check_inputs(
             "classes of hierarchy" + (_TWO_CHANNELS if binary else "")
         )
     expected = tuple(logits.shape[:1] + logits.shape[2:])
-    if options.upsample is not None:
+    if upsample:
         if (
             logits.dim() != 4
             or target.dim() != 3
@@ -104,13 +109,13 @@ def check_inputs(
         ):
             raise ValueError(
                 f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
-                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample={options.upsample!r}"
+                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample='bilinear'"
                 + _target_hint(logits, target)
             )
         if any(side > MAX_SIDE for side in target.shape[1:] + logits.shape[2:]):
             raise ValueError(
                 f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected none of "
-                f"h, w, H and W above {MAX_SIDE} for upsample={options.upsample!r}"
+                f"h, w, H and W above {MAX_SIDE} for upsample='bilinear'"
             )
         expected = tuple(target.shape)
     if target.shape != expected:
