@@ -8,7 +8,7 @@ OUT    ?= benchmarks/results/latest
 
 PY      := $(VENV)/bin/python
 STAMP   := build/installed
-CXX_SRC := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh)
+CXX_SRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*.cuh)
 CXX_ALL := $(CXX_SRC) $(wildcard tests/simt/*.h tests/simt/*.cpp)
 
 # Without a compiler there is still Python to test and to time.

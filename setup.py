@@ -45,6 +45,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
 
 NAME = "ial_cuda._C"
 
+CUDA_SOURCES = "csrc/cuda/*.cu"
+
 # A binary serves the later minor versions of its generation too (8.0 runs on 8.9); PTX, what is yet to come.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
@@ -157,7 +159,7 @@ def compile_flags(plan: Plan) -> dict[str, list[str]]:
             cxx.append("-fno-tree-loop-distribute-patterns")
     # Files are compiled side by side; where that leaves cores idle, so are a file's architectures.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    threads = max(1, min(jobs // len(glob("csrc/*.cu")), len(plan.arch_list))) if plan.cuda else 1
+    threads = max(1, min(jobs // len(glob(CUDA_SOURCES)), len(plan.arch_list))) if plan.cuda else 1
     return {"cxx": cxx, "nvcc": ["-O3", f"--threads={threads}"]}
 
 
@@ -175,8 +177,8 @@ def extension(plan: Plan) -> setuptools.Extension:
     make = cpp_extension.CUDAExtension if plan.cuda else cpp_extension.CppExtension
     return make(
         name=NAME,
-        sources=sorted(glob("csrc/*.cpp") + (glob("csrc/*.cu") if plan.cuda else [])),
-        depends=sorted(glob("csrc/*.h") + glob("csrc/*.cuh")),
+        sources=sorted(glob("csrc/**/*.cpp", recursive=True) + (glob(CUDA_SOURCES) if plan.cuda else [])),
+        depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
         define_macros=[("IAL_WITH_CUDA", None)] if plan.cuda else [],
         extra_compile_args=compile_flags(plan),
     )
@@ -248,8 +250,8 @@ def main() -> None:
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
     BuildExt.nvcc = find_nvcc()
-    # Without kernels to compile (csrc/*.cu), a torch for CUDA is as good as one without.
-    torch_cuda = torch.version.cuda if glob("csrc/*.cu") else None
+    # Without kernels to compile (CUDA_SOURCES), a torch for CUDA is as good as one without.
+    torch_cuda = torch.version.cuda if glob(CUDA_SOURCES) else None
     BuildExt.plan = decide(os.environ, torch_cuda, BuildExt.nvcc, find_gpus())
     if BuildExt.plan.cuda:
         cpp_extension.CUDA_HOME = BuildExt.nvcc.home

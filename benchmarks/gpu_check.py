@@ -164,7 +164,7 @@ def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
     if not extension.exists() or (build.get("torch"), build.get("torch_cuda")) != found[1:]:
         return False
     archs = {arch.removesuffix("+PTX") for arch in build["arch_list"]}
-    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]
     return (
         (found.capability is None or found.capability in archs)
         and extension.stat().st_mtime > max(file.stat().st_mtime for file in sources)

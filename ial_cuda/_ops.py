@@ -197,7 +197,7 @@ def describe() -> str:
 
 def register_fakes(library: str) -> None:
     """Tells torch.compile, meta tensors and fake tensors what the operators return."""
-    # Without what torch need not know: schemas, in csrc/ial_ops.cpp, have all names.
+    # Without what torch need not know: schemas, in csrc/library.cpp, have all names.
 
     @torch.library.register_fake(f"{library}::reduce")
     def _(

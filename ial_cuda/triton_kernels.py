@@ -1,4 +1,4 @@
-"""The Triton kernels: reduce, combine, table and gradient, in the mathematics of csrc/ial_math.h.
+"""The Triton kernels: reduce, combine, table and gradient, in the mathematics of csrc/loss.h.
 
 They see pointers, sizes and strides, never a tensor; triton_ops.py launches them.
 
@@ -49,7 +49,7 @@ MOST_DIMS = 4
 # Bits of a word of packed levels, of an int32 that stays positive.
 _WORD = tl.constexpr(31)
 _CHUNK = tl.constexpr(4)
-# The columns of stats and table: enum Stat of ial_math.h.
+# The columns of stats and table: enum Stat of csrc/loss.h.
 _S, _P2, _Q2, _COUNT, _WEIGHT, _STATS = (tl.constexpr(i) for i in range(6))
 # Images that combine and table have in registers at a time.
 _IMAGES = tl.constexpr(128)
@@ -331,7 +331,7 @@ def sum_kernel(
 @triton.jit
 def _pixel_gradient(row_ptr, max, sum, own, w, EXACT: tl.constexpr):
     """exp(x_c - max) times the first, and for c = y plus the second, is dL/dx_c of a pixel whose level's row
-    of the table is at row_ptr. See PixelGradient of ial_math.h."""
+    of the table is at row_ptr. See PixelGradient of csrc/loss.h."""
     A: tl.constexpr = w.dtype
     inverse = _inverse(sum)
     pi = tl.exp(own - max) * inverse
@@ -593,7 +593,7 @@ def table_kernel(
     NORMALIZE: tl.constexpr,
     POOL: tl.constexpr,
 ):
-    """dL/dstats; `table` of ial_math.h has the formulas. Down the levels, F_t and T_{t+1} / Z_t are left in
+    """dL/dstats; `table` of csrc/loss.h has the formulas. Down the levels, F_t and T_{t+1} / Z_t are left in
     the last two columns of an image's rows, the first image's where they are pooled, for the way up."""
     alpha = _float64(alpha_low, alpha_high)
     weight = _total_weight(stats_ptr, N, G)

@@ -1,4 +1,4 @@
-"""The operators of the Triton kernels: those of csrc/ial_ops.cpp once more, as torch.ops.ial_triton.
+"""The operators of the Triton kernels: those of csrc/library.cpp once more, as torch.ops.ial_triton.
 
 Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
 `torch.library.triton_op` lets torch.compile see the kernels. Nothing waits for the device but the tuning of
@@ -39,7 +39,7 @@ _JVP = "ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='r
 _PROGRAMS = 4
 
 
-# ---- checks: the messages are those of csrc/ial_ops.cpp -------------------------------------------------
+# ---- checks: the messages are those of csrc/library.cpp -------------------------------------------------
 
 
 def _dtype(tensor: Tensor) -> str:
@@ -241,7 +241,7 @@ def _pixels(logits: Tensor) -> int:
 
 
 class _Axis(NamedTuple):
-    """Axis of csrc/ial_bilinear.h: pixel d is at (step d + origin) / unit on a line of coarse logits."""
+    """Axis of csrc/bilinear.h: pixel d is at (step d + origin) / unit on a line of coarse logits."""
 
     coarse: int
     fine: int

@@ -1,6 +1,6 @@
 """reduce and gradient of coarse logits, upsampled bilinearly while they are read.
 
-csrc/ial_bilinear.h says where a pixel lies between coarse logits. Cells are counted otherwise here: cell i of
+csrc/bilinear.h says where a pixel lies between coarse logits. Cells are counted otherwise here: cell i of
 a line is what lies between logits i - 1 and i, so that cell 0 has what is before the first logit, which
 F.interpolate gives that logit's value. Then none has more pixels than the ratio, rounded up.
 

@@ -33,7 +33,7 @@ _COMPARED_AS = {
 #: Labels of void pixels in the losses and data sets of others.
 _COMMON_VOID_LABELS = (-100, -1, 255)
 
-#: kMaxSide of csrc/ial_bilinear.h.
+#: kMaxSide of csrc/bilinear.h.
 MAX_SIDE = 2**30 - 1
 
 #: What class weights may be given as.

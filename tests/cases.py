@@ -38,7 +38,7 @@ BACKENDS = [_backend(name) for name in _ops.unavailable]
 KERNELS = [_backend(name) for name in _ops.unavailable if name != "reference"]
 #: Of those, the ones for CUDA tensors.
 GPU_KERNELS = [backend for backend in KERNELS if device_of(backend.values[0]) == "cuda"]
-#: What csrc/ial_launch.h launches, on the GPU or on the CPU.
+#: What csrc/cuda/launch.h launches, on the GPU or on the CPU.
 LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
 #: What the CPU emulates, slowly.
 EMULATED = ["simt", "simt_fused", *["triton"] * interpreted.INTERPRETED]

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from ial_cuda import Hierarchy, _ops, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "csrc").glob("*.cuh"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
 BARRIERS = [
     f"{source.name}:{number}"
     for source in SOURCES
@@ -163,7 +163,7 @@ def test_an_instruction_reaches_its_address_space_only(instruction, expected, sp
 
 def test_no_instruction_for_memory_is_hidden_from_the_emulator():
     """What inline PTX does, the emulator does not see: its address space would not be looked at."""
-    for source in sorted((ROOT / "csrc").iterdir()):
+    for source in sorted((ROOT / "csrc").rglob("*.*")):
         for statement in re.findall(r"\basm\b.*?\)\s*;", source.read_text(), re.S):
             memory = re.search(r"\b(ld|st|red|atom|cp|prefetch|mbarrier)\b", statement)
             assert memory is None, f"{source.name}: {statement}"

@@ -1,7 +1,7 @@
 // The CUDA operators on CPU tensors: the kernels and what launches them, unchanged, in the library ial_simt.
 #include "simt.h"
 
-#include "ial_operators.h"
+#include "../../csrc/cuda/operators.h"
 
 namespace ial {
 namespace gpu {

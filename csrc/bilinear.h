@@ -9,7 +9,7 @@
 // exact.
 #pragma once
 
-#include "ial_math.h"
+#include "loss.h"
 
 namespace ial {
 

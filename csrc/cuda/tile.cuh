@@ -21,7 +21,7 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
 
 #include <type_traits>
 
-#include "ial_math.h"
+#include "../loss.h"
 
 namespace ial {
 namespace gpu {

@@ -1,3 +1,3 @@
-#include "ial_cuda.h"
+#include "stream.h"
 
 template struct ial::gpu::Kernels<__half, ial::gpu::Cuda>;

@@ -1,7 +1,7 @@
 // The operators: schemas, checks shared by the devices, autograd, and the Python module that carries them.
-#include "ial_ops.h"
+#include "inputs.h"
 
-#include "ial_memory.h"
+#include "cpu/gradient_memory.h"
 
 #include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -17,7 +17,7 @@
 
 #include <algorithm>
 
-#include "ial_parallel.h"
+#include "parallel.h"
 
 // The name of the library of operators. Another one, with kernels of its own, can be made of this file.
 #ifndef IAL_LIBRARY

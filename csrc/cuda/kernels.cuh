@@ -1,5 +1,5 @@
 // The CUDA kernels. They see plain structs, never a tensor; who launches them, and on what, is not their
-// business (ial_launch.h). Which thread adds what depends on the grid alone, and sums are added in a fixed
+// business (cuda/launch.h). Which thread adds what depends on the grid alone, and sums are added in a fixed
 // order without atomics, so a result is bitwise the same from run to run.
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <cooperative_groups.h>
 #endif
 
-#include "ial_tile.cuh"
+#include "tile.cuh"
 
 namespace ial {
 namespace gpu {

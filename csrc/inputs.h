@@ -5,7 +5,7 @@
 
 #include <string_view>
 
-#include "ial_bilinear.h"
+#include "bilinear.h"
 
 namespace ial {
 

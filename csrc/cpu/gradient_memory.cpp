@@ -4,7 +4,7 @@
 // parked when it is freed, and the next gradient that fits takes it, as torch keeps memory on a GPU. One is
 // kept, the largest; its contents are given up (MADV_FREE), so that Linux may have its pages whenever it
 // needs memory. Its addresses stay taken, so nothing is kept where those are limited.
-#include "ial_memory.h"
+#include "gradient_memory.h"
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
@@ -19,7 +19,7 @@
 #include <memory>
 #include <string_view>
 
-#include "ial_parallel.h"
+#include "../parallel.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>

@@ -15,9 +15,9 @@
 #include <sstream>
 #include <type_traits>
 
-#include "ial_memory.h"
-#include "ial_ops.h"
-#include "ial_parallel.h"
+#include "../inputs.h"
+#include "../parallel.h"
+#include "gradient_memory.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #include <immintrin.h>
@@ -120,8 +120,8 @@ struct BadLabels {
 #define IAL_ISA baseline
 #define IAL_TARGET
 #define IAL_X86_VECTORS 0
-#include "ial_cpu_kernels.h"
-#include "ial_cpu_upsample.h"
+#include "pixels.h"
+#include "upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 #undef IAL_X86_VECTORS
@@ -130,8 +130,8 @@ struct BadLabels {
 #define IAL_X86_VECTORS 1
 #define IAL_ISA avx2
 #define IAL_TARGET __attribute__((target("avx2,fma,f16c")))
-#include "ial_cpu_kernels.h"
-#include "ial_cpu_upsample.h"
+#include "pixels.h"
+#include "upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 
@@ -142,8 +142,8 @@ struct BadLabels {
 #define IAL_TARGET \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")))
 #endif
-#include "ial_cpu_kernels.h"
-#include "ial_cpu_upsample.h"
+#include "pixels.h"
+#include "upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 #undef IAL_X86_VECTORS

@@ -1,6 +1,6 @@
 // The operators on CUDA tensors. The kernels are compiled type by type, next door.
-#include "ial_cuda.h"
-#include "ial_operators.h"
+#include "operators.h"
+#include "stream.h"
 
 namespace ial {
 namespace gpu {

@@ -1,4 +1,4 @@
-// The operators on top of the launches of ial_launch.h: arguments checked, outputs allocated.
+// The operators on top of the launches of cuda/launch.h: arguments checked, outputs allocated.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -11,7 +11,7 @@
 #include <array>
 #include <string_view>
 
-#include "ial_launch.h"
+#include "launch.h"
 
 namespace ial {
 namespace gpu {

@@ -1,7 +1,7 @@
 // reduce and gradient on the CPU, over one range of the pixels of one image.
 //
-// ial_cpu.cpp includes this file once per instruction set, which IAL_ISA names and IAL_TARGET enables for
-// each function, and picks one at run time. No lambda is used here: it would not inherit the target.
+// cpu/operators.cpp includes this file once per instruction set, which IAL_ISA names and IAL_TARGET enables
+// for each function, and picks one at run time. No lambda is used here: it would not inherit the target.
 //
 // Pixels go in blocks of B: the block's logits are copied once, converted, into a buffer [C, B] that stays in
 // L1, since rows of a megapixel image lie a power of two apart and would evict each other. Every loop over

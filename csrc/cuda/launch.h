@@ -1,8 +1,8 @@
-// The launches of the kernels of ial_kernels.cuh and ial_upsample.cuh: for tensors that were checked, a tile
-// and a grid chosen.
+// The launches of the kernels of cuda/kernels.cuh and cuda/upsample.cuh: for tensors that were checked, a
+// tile and a grid chosen.
 //
-// A Launcher is what runs a kernel: a CUDA stream (ial_cuda.cu), or the tests' CPU. It is made from a tensor
-// of the device to be used and has
+// A Launcher is what runs a kernel: a CUDA stream (cuda/operators.cu), or the tests' CPU. It is made from a
+// tensor of the device to be used and has
 //   multiprocessors(), l2_bytes()   of that device
 //   shared_bytes()                  that a block can have there
 //   cooperative()                   whether all blocks of a launch can wait for each other
@@ -16,8 +16,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "ial_ops.h"
-#include "ial_upsample.cuh"
+#include "../inputs.h"
+#include "upsample.cuh"
 
 namespace ial {
 namespace gpu {

@@ -1,5 +1,5 @@
 // reduce and gradient of coarse logits on the CPU, over some rows of cells of one image; included beside
-// ial_cpu_kernels.h, once per instruction set.
+// cpu/pixels.h, once per instruction set.
 //
 // The lanes of a block are B cells side by side, and it goes through their pixels in sweeps: in sweep k each
 // lane is at the k-th pixel of its cell. So what a class needs of its coarse logits lies side by side, as in

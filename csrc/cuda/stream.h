@@ -1,11 +1,11 @@
-// A CUDA stream as the Launcher of ial_launch.h: kernels go to the current one of the tensors' device.
+// A CUDA stream as the Launcher of cuda/launch.h: kernels go to the current one of the tensors' device.
 #pragma once
 
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "ial_launch.h"
+#include "launch.h"
 
 namespace ial {
 namespace gpu {

@@ -1,7 +1,7 @@
 // The kernels for coarse logits, upsampled on their way into the loss: those of the pixels only ever exist in
 // registers.
 //
-// A line of w coarse logits has w + 1 cells (ial_bilinear.h), each of about as many pixels: the last one,
+// A line of w coarse logits has w + 1 cells (bilinear.h), each of about as many pixels: the last one,
 // beyond its last logit, is half a cell, and here the pixels before the first logit, which Axis counts among
 // those of cell 0, are the other half: cell -1, in which the logit to the right has all the weight.
 //
@@ -15,8 +15,8 @@
 // carefully.
 #pragma once
 
-#include "ial_bilinear.h"
-#include "ial_kernels.cuh"
+#include "../bilinear.h"
+#include "kernels.cuh"
 
 namespace ial {
 namespace gpu {
