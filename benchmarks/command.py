@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 from .common import LEAST_ROUNDS, describe_machine
 from .compare import first_line
@@ -108,8 +108,9 @@ def run(
         conclude: tells what takes all reports to tell, and draws it, to the folder.
     """
     if not cases:
-        for backend in _ops.kernels(arguments.device or "cpu"):
-            print(f"ial_cuda has no kernels here: {backend}: {_ops.unavailable[backend]}", file=sys.stderr)
+        for backend in backends.suitable(arguments.device or "cpu"):
+            if backend.missing is not None:
+                print(f"ial_cuda has no kernels here: {backend.name}: {backend.missing}", file=sys.stderr)
         return 1
     torch.set_num_threads(arguments.threads)
     machine = describe_machine()

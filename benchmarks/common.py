@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import ial_cuda
-from ial_cuda import _ops
+from ial_cuda import extension
 
 #: What is measured: a function of the logits. What it returns is freed outside the measured part.
 Step = Callable[[Tensor], object]
@@ -299,14 +299,14 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "ial_cuda": ial_cuda.__version__,
-        "compiler": _ops.build.get("compiler"),
+        "compiler": extension.build.get("compiler"),
         "commit": _first_line("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
     }
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
         machine["cuda"] = torch.version.cuda
-        machine["nvcc"] = _ops.build.get("nvcc")
-        machine["archs"] = _ops.build.get("arch_list")
+        machine["nvcc"] = extension.build.get("nvcc")
+        machine["archs"] = extension.build.get("arch_list")
         machine["triton"] = _version("triton")
         machine |= _nvidia_smi("driver_version")
     return machine

@@ -72,11 +72,11 @@ INFO = """
 import sys
 from pathlib import Path
 from benchmarks import common, gpu_check
-from ial_cuda import _ops
-print(_ops.describe())
+from ial_cuda import backends
+print(backends.describe())
 machine = {{name: value for name, value in common.describe_machine().items() if value is not None}}
 common.write_json(Path({file!r}), gpu_check.versions() | machine)
-sys.exit(_ops.unavailable[{device!r}])
+sys.exit(backends.get({device!r}).missing)
 """
 
 
@@ -174,7 +174,7 @@ def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
 
 def loads(found: Found) -> bool:
     """Whether the extension imports and has the kernels. A build that was cut off leaves half a file."""
-    code = f"import sys; from ial_cuda import _ops; sys.exit(_ops.unavailable[{found.device!r}])"
+    code = f"import sys; from ial_cuda import backends; sys.exit(backends.get({found.device!r}).missing)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -242,11 +242,15 @@ def sanitized(tool: str, selection: Sequence[str], *, dry: bool = False) -> Stag
     return replace(plain, command=[*prefix, *plain.command], programs=["compute-sanitizer"])
 
 
+#: The CUDA kernels in both ways to launch them.
+GPU = "--backends=cuda_two_launches,cuda_one_launch"
+
+
 def smoke(found: Found) -> Stage:
     """A few tests of every kernel."""
     file, few = "tests/test_oracle.py", "number_of_classes and 19"
     if found.capability:
-        which = [file, "--backends=cuda,fused,triton", "-k", few]
+        which = [file, f"{GPU},triton", "-k", few]
         return tests("smoke", which, 120, workers=WORKERS)
     return tests("smoke", [file, "--backends=simt", "-k", f"{few} and float32"], 240)  # compiles them first
 
@@ -260,13 +264,12 @@ def check_plan(found: Found) -> list[list[Stage]]:
             [tests("cuda", ["tests/test_launches.py", *few], 300, workers=2)],
             [tests("triton", interpreted, 300), *(sanitized(tool, few, dry=True) for tool in SANITIZERS)],
         ]
-    gpu = "--backends=cuda,fused"
     small = "(every_tile or has_room or images_than_fit or one_launch) and not 1000"
     return [
         [
-            tests("cuda", [gpu], 400, workers=WORKERS),
+            tests("cuda", [GPU], 400, workers=WORKERS),
             tests("triton", ["--backends=triton"], 400, workers=WORKERS),
-            *(sanitized(tool, [gpu, "-k", small]) for tool in SANITIZERS),
+            *(sanitized(tool, [GPU, "-k", small]) for tool in SANITIZERS),
         ]
     ]
 

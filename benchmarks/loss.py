@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ial_cuda import Hierarchy, _ops
+from ial_cuda import Hierarchy, backends
 
 from .command import add_task, devices, make_parser, run
 from .common import WARM_UP_ROUNDS, peak_bytes
@@ -20,15 +20,14 @@ from .floor import Part, copy_parts, floor, step_bytes, with_speed
 from .inputs import IGNORE_INDEX, Inputs, hierarchy_of
 from .libraries import make_libraries
 from .providers import (
-    ALPHA,
     DTYPES,
     Provider,
     cross_entropy,
     kernels,
-    lambdas_of,
     loss_and_gradient,
     make_ours,
     make_peers,
+    options_of,
     our_loss,
     reference_loss,
 )
@@ -40,8 +39,8 @@ SHAPES = {"cpu": [(1, 19, 512, 1024)], "cuda": [(1, 19, 1024, 2048), (8, 11, 720
 
 def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:
     """Ours, the best first, then the peers."""
-    best, *_ = backends = kernels(device)
-    providers = make_ours(backends, device, our_loss, reference_loss)
+    best, *_ = names = kernels(device)
+    providers = make_ours(names, device, our_loss, reference_loss)
     in_place, one_level = our_loss(best, inplace=True), our_loss(best, Hierarchy.flat)
     providers.append(Provider(f"ial_cuda {best}, in place", in_place, reference_loss))
     providers.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy))
@@ -55,7 +54,7 @@ def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, P
     """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
     target, weight = inputs.targets[torch.int64], inputs.weight
     hierarchy = hierarchy_of(inputs.source.shape[1])
-    options = (lambdas_of(hierarchy), ALPHA, "mean", "mean", "image")
+    options = options_of(inputs.source.shape[1]).combine_arguments
     pixels = (target, weight, None, hierarchy.class_levels, IGNORE_INDEX, "exact")
     one = torch.ones((), device=weight.device)
     stats = ops.reduce(inputs.source, *pixels, False)
@@ -72,16 +71,17 @@ def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, P
         "table": Part(lambda _: ops.combine_backward(stats, one, *options)),
     }
     if one_launch:
-        parts["fused"] = Part(
+        parts["one launch"] = Part(
             lambda logits: ops.loss_and_grad(logits.detach(), *pixels, *options), read + write
         )
     return parts
 
 
-def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
+def our_parts(names: Sequence[str], inputs: Inputs) -> dict[str, Part]:
     """The operators of each library, and a step of the best backend with hardly any pixels."""
-    libraries = {_ops.libraries[backend]: _ops.operators(backend) for backend in backends}
-    in_one = {_ops.libraries[backend] for backend in backends if backend in _ops.one_launch.values()}
+    ours = [backends.get(name) for name in names]
+    libraries = {backend.library: backend.operators() for backend in ours}
+    in_one = {backend.library for backend in ours if backend.one_launch}
     parts = {}
     for library, ops in sorted(libraries.items()):
         prefix = f"{library} " if len(libraries) > 1 else ""
@@ -90,7 +90,7 @@ def our_parts(backends: Sequence[str], inputs: Inputs) -> dict[str, Part]:
 
     pixel = inputs.source[:, :, :1, :1].contiguous().requires_grad_()
     pixel_target = inputs.targets[torch.int64][:, :1, :1].contiguous()
-    loss = our_loss(backends[0])
+    loss = our_loss(names[0])
     step = loss_and_gradient(loss, pixel_target, inputs.weight)
     return parts | {"step on one pixel": Part(lambda _: step(pixel))}
 

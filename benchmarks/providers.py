@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss, reference
+from ial_cuda import Hierarchy, backends, importance_aware_loss, reference
+from ial_cuda.options import Options
 
 from .common import InTwo, Result
 from .inputs import IGNORE_INDEX, Inputs, hierarchy_of
@@ -67,24 +68,15 @@ def interpolated(loss: Loss) -> Loss:
     return of_coarse
 
 
-def lambdas_of(hierarchy: Hierarchy) -> tuple[float, ...]:
-    return (LAMBDA,) * (hierarchy.num_levels - 1)
+def options_of(num_classes: int, **options: Any) -> Options:
+    """Those of every benchmark, and others."""
+    hierarchy = hierarchy_of(num_classes)
+    return Options(hierarchy, lambdas=LAMBDA, alpha=ALPHA, ignore_index=IGNORE_INDEX, **options)
 
 
-def reference_loss(
-    logits: Tensor, target: Tensor, weight: Tensor, align_corners: bool | None = None
-) -> Tensor:
-    hierarchy = hierarchy_of(logits.shape[1])
-    return reference.importance_aware_loss(
-        logits,
-        target,
-        hierarchy,
-        weight=weight,
-        lambdas=lambdas_of(hierarchy),
-        alpha=ALPHA,
-        ignore_index=IGNORE_INDEX,
-        align_corners=align_corners,
-    )[0]
+def reference_loss(logits: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    given = options_of(logits.shape[1], **options)
+    return reference.importance_aware_loss(logits, target, given, weight=weight)[0]
 
 
 def our_loss(backend: str, hierarchy: Callable[[int], Hierarchy] = hierarchy_of, **options: Any) -> Loss:
@@ -106,7 +98,18 @@ def our_loss(backend: str, hierarchy: Callable[[int], Hierarchy] = hierarchy_of,
 
 def kernels(device: str) -> list[str]:
     """The backends with kernels of our own that can be used on the device, best first."""
-    return [name for name in _ops.kernels(device) if _ops.unavailable[name] is None]
+    found = [b for b in backends.suitable(device) if b.library is not None and b.missing is None]
+    return [name for backend in found for name in _ways(backend)]
+
+
+def _ways(backend: backends.Backend) -> list[str]:
+    """A backend by its name, or, where it chooses how to launch, the names of both ways."""
+    if backend.one_launch is not None:
+        return [backend.name]
+    ways = {f"{backend.name}_two_launches": False, f"{backend.name}_one_launch": True}
+    for name, one_launch in ways.items():
+        backends.register(replace(backend, name=name, one_launch=one_launch))
+    return list(ways)
 
 
 def make_ours(

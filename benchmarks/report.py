@@ -116,9 +116,9 @@ class Goal:
         return asdict(self) | {"reached": self.reached}
 
 
-TWO_LAUNCHES, FUSED = "ial_cuda cuda", "ial_cuda fused"
+TWO_LAUNCHES, ONE_LAUNCH = "ial_cuda cuda_two_launches", "ial_cuda cuda_one_launch"
 #: The rows that the goals are about.
-OURS = [name + labels for name in (TWO_LAUNCHES, FUSED) for labels in ("", UINT8)]
+OURS = [name + labels for name in (TWO_LAUNCHES, ONE_LAUNCH) for labels in ("", UINT8)]
 #: What a step needs beside its traffic, in µs on a GPU of the H100's class: three small launches of 2 to 4 µs
 #: and their gaps, which a peer has as well.
 SMALL_LAUNCHES_US = 12

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from rich.progress import Progress
 
-from ial_cuda import _ops, upsampled_cross_entropy
+from ial_cuda import backends, upsampled_cross_entropy
 
 from .command import add_task, devices, make_parser, run
 from .common import WARM_UP_ROUNDS, peak_bytes, peak_process_bytes
@@ -55,7 +55,7 @@ def our_cross_entropy(backend: str) -> Loss:
 FORMS = {
     CROSS_ENTROPY: Form(our_cross_entropy, interpolated(cross_entropy)),
     IAL: Form(
-        partial(our_loss, upsample="bilinear"), partial(reference_loss, align_corners=False), captured=False
+        partial(our_loss, upsample="bilinear"), partial(reference_loss, upsample="bilinear"), captured=False
     ),
 }
 
@@ -63,8 +63,8 @@ FORMS = {
 def make_providers(case: Case, *, compile_peers: bool) -> list[Provider]:
     """Ours, the best first, then the two steps. Ours are judged by the reference, in float32 at least."""
     form = FORMS[case.loss]
-    backends = [name for name in kernels(case.device) if name not in _ops.one_launch.values()]
-    providers = make_ours(backends, case.device, form.ours, form.ours("reference"))
+    names = [name for name in kernels(case.device) if not backends.get(name).one_launch]
+    providers = make_ours(names, case.device, form.ours, form.ours("reference"))
     providers += make_peers(PEERS[case.loss], form.two_steps, compiled=compile_peers, captured=form.captured)
     if case.loss == CROSS_ENTROPY and case.size == SIZES[case.device][0]:
         providers += make_libraries(case.device, "F.interpolate + ", interpolated)

@@ -1,15 +1,11 @@
 """The Importance-Aware Loss for semantic segmentation (Chen, Gong and Yang, IJCAI 2017) in fused kernels."""
 
+from .class_weights import median_frequency_weights
+from .functional import Components, importance_aware_loss, upsampled_cross_entropy
+from .gradient_memory import keep_gradient_memory, release_gradient_memory
 from .hierarchy import CAMVID, CITYSCAPES, Hierarchy
-from .loss import (
-    Components,
-    ImportanceAwareLoss,
-    importance_aware_loss,
-    upsampled_cross_entropy,
-)
-from .memory import keep_gradient_memory, release_gradient_memory
+from .modules import ImportanceAwareLoss
 from .validation import validate_target
-from .weights import median_frequency_weights
 
 __version__ = "0.1.0"
 

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 
 from . import __version__
+from .class_weights import LabelError, median_frequency_weights
 from .hierarchy import PRESETS, Hierarchy, resolve_ignore_index
 from .label_images import CITYSCAPES_IDS, LabelFolder
-from .weights import LabelError, median_frequency_weights
 
 
 def _with_file(write: Callable[[io.BytesIO, torch.Tensor], None]) -> Callable[[torch.Tensor], bytes]:
@@ -138,7 +138,7 @@ def _output(text: str) -> Path:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from ._ops import describe
+    from .backends import describe
 
     print(describe())
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeAlias, cast
 
 import torch
 
-
-def as_int(value: object, argument: str) -> int:
-    """``value`` as a Python int; a TypeError that names ``argument`` if it is a boolean or no integer."""
-    boolean = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
-    if not boolean:
-        try:
-            return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected an integer")
-
+from .arguments import as_int, as_label
 
 #: Far more than a segmentation has. A mistaken number must not fill the memory with a list of classes.
 _MAX_FLAT = 2**20
@@ -30,14 +19,6 @@ def _as_num_classes(value: object, argument: str) -> int:
     if not 1 <= num_classes <= _MAX_FLAT:
         raise ValueError(f"{argument} is {num_classes}, expected 1 to {_MAX_FLAT} classes")
     return num_classes
-
-
-def as_label(value: object, argument: str) -> int:
-    """``value`` as a Python int that a label can be; errors name ``argument``."""
-    label = as_int(value, argument)
-    if not -(2**63) <= label < 2**63:
-        raise ValueError(f"{argument} is {label}, expected an integer of 64 bits")
-    return label
 
 
 def _items(value: object, argument: str, expected: str) -> tuple[object, ...]:

@@ -1,35 +1,62 @@
-"""The options of the loss: what there are, and the one place where they are validated."""
+"""The options of the loss, validated when they are constructed and handed on whole."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from numbers import Real
-from typing import Any, Literal, NamedTuple, SupportsFloat, TypeAlias, get_args
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, SupportsFloat, SupportsIndex, TypeAlias, TypedDict, get_args
 
-import numpy as np
+from . import backends
+from .arguments import as_bool, as_finite, as_float, as_label, check_choice, is_scalar
+from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
 
-from . import _ops
-from .hierarchy import Hierarchy, as_label, resolve_ignore_index
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+Lambdas: TypeAlias = SupportsFloat | Iterable[SupportsFloat]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 FactorNormalization: TypeAlias = Literal["mean", "sum"]
 FactorScope: TypeAlias = Literal["image", "batch"]
 Gradient: TypeAlias = Literal["exact", "paper"]
 Upsample: TypeAlias = Literal["bilinear"]
-Backend: TypeAlias = Literal["auto", "cuda", "fused", "triton", "cpu", "reference"]
+Backend: TypeAlias = Literal["auto", "cuda", "triton", "cpu", "reference"]
 
-_REDUCTIONS = get_args(Reduction)
-_FACTOR_NORMALIZATIONS = get_args(FactorNormalization)
-_FACTOR_SCOPES = get_args(FactorScope)
-_GRADIENTS = get_args(Gradient)
-_UPSAMPLES = (None, *get_args(Upsample))
+#: The options that are one of a few strings.
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    "reduction": get_args(Reduction),
+    "factor_normalization": get_args(FactorNormalization),
+    "factor_scope": get_args(FactorScope),
+    "gradient": get_args(Gradient),
+    "upsample": (None, *get_args(Upsample)),
+}
 
 
-class Options(NamedTuple):
-    """All options of `importance_aware_loss`, which explains them.
+class OptionArguments(TypedDict, total=False):
+    """What the options may be given as, for type checkers."""
 
-    A tuple, since each call of the function makes one: a frozen dataclass takes four times as long.
+    alpha: SupportsFloat
+    lambdas: Lambdas
+    ignore_index: SupportsIndex | None
+    reduction: Reduction
+    factor_normalization: FactorNormalization
+    factor_scope: FactorScope
+    gradient: Gradient
+    upsample: Upsample | None
+    align_corners: bool
+    backend: Backend
+    inplace: bool
+    process_group: None
+
+
+@dataclass(frozen=True)
+class Options:
+    """All options of `importance_aware_loss`, which explains them, as Python's own types.
+
+    Raises:
+        TypeError: an option has a wrong type.
+        ValueError: a value is not one of the option's.
+        NotImplementedError: ``process_group``.
     """
 
     hierarchy: Hierarchy
@@ -47,68 +74,46 @@ class Options(NamedTuple):
     return_components: bool = False
     process_group: None = None
 
-    def validated(self) -> Options:
-        """These options, of whatever types a caller has given, with Python's numbers in place of NumPy's and
-        of 0-d tensors.
+    if TYPE_CHECKING:
 
-        Raises:
-            TypeError: an option of a wrong type.
-            ValueError: a value that is not one of the option's.
-            NotImplementedError: ``process_group``.
-        """
-        (
-            hierarchy,
-            alpha,
-            lambdas,
-            ignore_index,
-            reduction,
-            factor_normalization,
-            factor_scope,
-            gradient,
-            upsample,
-            align_corners,
-            backend,
-            inplace,
-            return_components,
-            process_group,
-        ) = self
-        # What is right already must cost next to nothing.
-        changed: dict[str, Any] = {}
-        if not isinstance(hierarchy, Hierarchy):
-            changed["hierarchy"] = hierarchy = Hierarchy.of(hierarchy)
-        if type(alpha) is not float or not -math.inf < alpha < math.inf:
-            changed["alpha"] = _as_finite(alpha, "alpha")
-        if type(lambdas) is not float or not 0 <= lambdas < math.inf:
-            changed["lambdas"] = _as_lambdas(lambdas, hierarchy.num_levels)
-        if ignore_index is not None:
-            changed["ignore_index"] = as_label(ignore_index, "ignore_index")
-        _check_choice("reduction", reduction, _REDUCTIONS)
-        _check_choice("factor_normalization", factor_normalization, _FACTOR_NORMALIZATIONS)
-        _check_choice("factor_scope", factor_scope, _FACTOR_SCOPES)
-        _check_choice("gradient", gradient, _GRADIENTS)
-        if upsample is not None:
-            _check_choice("upsample", upsample, _UPSAMPLES)
-        if backend != "auto":
-            _check_choice("backend", backend, ("auto", *_ops.unavailable))
-        if type(align_corners) is not bool:
-            changed["align_corners"] = align_corners = _as_bool(align_corners, "align_corners")
-        if type(inplace) is not bool:
-            changed["inplace"] = inplace = _as_bool(inplace, "inplace")
-        if type(return_components) is not bool:
-            changed["return_components"] = _as_bool(return_components, "return_components")
-        if align_corners and upsample is None:
+        def __init__(
+            self,
+            hierarchy: HierarchyLike,
+            *,
+            return_components: bool = ...,
+            **options: Unpack[OptionArguments],
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
+        # Runs at each call of the function: what needs no conversion must cost little.
+        put = object.__setattr__
+        if not isinstance(self.hierarchy, Hierarchy):
+            put(self, "hierarchy", Hierarchy.of(self.hierarchy))
+        if type(self.alpha) is not float or not -math.inf < self.alpha < math.inf:
+            put(self, "alpha", as_finite(self.alpha, "alpha"))
+        if type(self.lambdas) is not float or not 0 <= self.lambdas < math.inf:
+            put(self, "lambdas", _as_lambdas(self.lambdas, self.hierarchy.num_levels))
+        if self.ignore_index is not None:
+            put(self, "ignore_index", as_label(self.ignore_index, "ignore_index"))
+        for name, choices in CHOICES.items():
+            check_choice(getattr(self, name), name, choices)
+        if self.backend != "auto":
+            check_choice(self.backend, "backend", ("auto", *backends.names()))
+        for name in ("align_corners", "inplace", "return_components"):
+            if type(getattr(self, name)) is not bool:
+                put(self, name, as_bool(getattr(self, name), name))
+        if self.align_corners and self.upsample is None:
             raise ValueError("align_corners is True, expected False: upsample is None")
-        if inplace and upsample is not None:
+        if self.inplace and self.upsample is not None:
             raise ValueError(
-                f"inplace is True, expected False: with upsample={upsample!r} gradients depend on logits "
-                "nearby"
+                f"inplace is True, expected False: with upsample={self.upsample!r} gradients depend on "
+                "logits nearby"
             )
-        if process_group is not None:
+        if self.process_group is not None:
             raise NotImplementedError(
-                f"process_group is a {type(process_group).__name__}, expected None: sums over processes are "
-                "not in this version"
+                f"process_group is a {type(self.process_group).__name__}, expected None: sums over processes "
+                "are not in this version"
             )
-        return self._replace(**changed) if changed else self
 
     @property
     def factor_lambdas(self) -> tuple[float, ...]:
@@ -123,82 +128,40 @@ class Options(NamedTuple):
             return self.ignore_index
         return resolve_ignore_index(None, self.hierarchy.num_classes, self.hierarchy.ignore_index)
 
+    @property
+    def corners(self) -> bool | None:
+        """``align_corners`` where the logits are coarse, else None: an argument of the operators."""
+        return None if self.upsample is None else self.align_corners
+
+    @property
+    def combine_arguments(self) -> tuple[tuple[float, ...], float, str, str, str]:
+        """The arguments of the operators combine and combine_backward that are options."""
+        return (
+            self.factor_lambdas,
+            self.alpha,
+            self.reduction,
+            self.factor_normalization,
+            self.factor_scope,
+        )
+
     def changed(self) -> dict[str, object]:
         """The options that are not their defaults."""
-        defaults = self._field_defaults
-        return {
-            name: value
-            for name, value in self._asdict().items()
-            if name in defaults and value != defaults[name]
-        }
-
-
-def as_number(value: Any, argument: str) -> float:
-    """``value`` as a Python float; errors name ``argument`` if it is a boolean, no number, or no constant."""
-    if type(value) is float:  # or what a compiler has in its place, of which nothing else may be asked
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _as_float(value, argument)
-    number = value
-    if getattr(value, "requires_grad", False):
-        raise ValueError(
-            f"{argument} requires a gradient, expected a constant: only logits are differentiated"
-        )
-    if _is_scalar(value):
-        if getattr(value, "is_meta", False):
-            raise TypeError(f"{argument} is a meta tensor, expected a number")
-        number = value.item()
-    if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected a number")
-    return _as_float(number, argument)
-
-
-def _as_float(number: SupportsFloat, argument: str) -> float:
-    try:
-        return float(number)
-    except OverflowError:  # of an integer
-        raise ValueError(f"{argument} is {number!r}, expected a finite number") from None
-
-
-def _is_scalar(value: Any) -> bool:
-    """Whether it is a number of NumPy, or a 0-d tensor or array."""
-    return getattr(value, "shape", None) == ()
-
-
-def _as_finite(value: object, argument: str) -> float:
-    number = as_number(value, argument)
-    if not -math.inf < number < math.inf:
-        raise ValueError(f"{argument} is {value!r}, expected a finite number")
-    return number
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)[1:]}
+        return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _as_lambdas(value: object, levels: int) -> float | tuple[float, ...]:
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes) and not _is_scalar(value):
-        numbers = tuple(as_number(number, f"lambdas[{t}]") for t, number in enumerate(value))
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes) and not is_scalar(value):
+        numbers = tuple(as_float(number, f"lambdas[{t}]") for t, number in enumerate(value))
         if len(numbers) != levels - 1:
             raise ValueError(
                 f"lambdas has {len(numbers)} values, expected one, or {levels - 1} for {levels} levels"
             )
         result: float | tuple[float, ...] = numbers
     else:
-        result = as_number(value, "lambdas")
+        result = as_float(value, "lambdas")
         numbers = (result,)
     for number in numbers:
         if not 0 <= number < math.inf:
             raise ValueError(f"lambdas is {value!r}, expected finite numbers from 0")
     return result
-
-
-def _as_bool(value: object, argument: str) -> bool:
-    if isinstance(value, np.bool_):
-        return bool(value)
-    raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected a bool")
-
-
-def _check_choice(argument: str, value: object, choices: tuple[str | None, ...]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")
-
-
-#: `Options` of arguments whose types nobody has looked at, for `validated`.
-unchecked: Callable[..., Options] = Options

@@ -7,30 +7,20 @@ code below; Eq. 9 to 19 are what autograd makes of it, exactly so with ``gradien
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .hierarchy import Hierarchy, resolve_ignore_index
+from .options import Options
 
 
 def importance_aware_loss(
     logits: Tensor,
     target: Tensor,
-    hierarchy: Hierarchy,
+    options: Options,
     *,
     weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
-    alpha: float = 1.0,
-    lambdas: Sequence[float],
-    ignore_index: int | None = None,
-    reduction: str = "mean",
-    factor_normalization: str = "mean",
-    factor_scope: str = "image",
-    gradient: str = "exact",
-    align_corners: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
@@ -38,11 +28,11 @@ def importance_aware_loss(
     synchronisation. Whatever the logits and weights of a pixel that is left out are, NaN too, they reach
     nothing, and its gradient is 0.
     """
-    g = hierarchy.num_levels
-    ignore_index = resolve_ignore_index(ignore_index, hierarchy.num_classes, hierarchy.ignore_index)
+    g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
+    ignore_index = options.void_label
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if align_corners is not None:  # coarse logits (N, C, h, w), target (N, H, W)
-        x = F.interpolate(x, target.shape[1:], mode="bilinear", align_corners=align_corners)
+    if options.upsample is not None:  # coarse logits (N, C, h, w), target (N, H, W)
+        x = F.interpolate(x, target.shape[1:], mode=options.upsample, align_corners=options.align_corners)
     x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
     # (N, P), as all that follows; int64, since a number beyond the range of a smaller dtype would wrap
     target = target.reshape(x.shape[0], x.shape[2]).long()
@@ -50,7 +40,7 @@ def importance_aware_loss(
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
     y = torch.where(is_class, target, 0)
-    level = torch.where(is_class, torch.tensor(hierarchy.class_levels, device=x.device)[y], -1)
+    level = torch.where(is_class, torch.tensor(options.hierarchy.class_levels, device=x.device)[y], -1)
     x = torch.where(is_class.unsqueeze(1), x, 0)  # not a product with 0, which is NaN for NaN and infinity
     w = is_class.to(x.dtype)
     if weight is not None:
@@ -59,7 +49,7 @@ def importance_aware_loss(
         w = torch.where(is_class, w * pixel_weight.reshape_as(target).to(x.dtype), 0)
 
     nll = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
-    if gradient == "exact":
+    if options.gradient == "exact":
         pi = torch.exp(-nll)
     else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
         x = x - x.detach().amax(1, keepdim=True)  # before logsumexp rounds to the size of the logits
@@ -78,22 +68,24 @@ def importance_aware_loss(
         compared = level >= t  # M_t is not "x"
         f_t = 0.5 * total((M + lambdas[t]) * (pi - M) ** 2, compared)
         Z_t = torch.stack(count[t:]).sum(0)
-        if factor_scope == "batch":
+        if options.factor_scope == "batch":
             f_t, Z_t = f_t.sum(0, keepdim=True), Z_t.sum(0, keepdim=True)
-        f.append(f_t / Z_t.clamp(min=1) if factor_normalization == "mean" else f_t)
+        f.append(f_t / Z_t.clamp(min=1) if options.factor_normalization == "mean" else f_t)
 
     Q = torch.zeros_like(S[-1])
     for t in reversed(range(g - 1)):
         Q = (f[t] + alpha) * (S[t + 1] + Q)  # Eqs. 5 to 7
     ial = S[0] + Q  # Eq. 8
 
-    if reduction == "none":
+    if options.reduction == "none":
         loss = ial
-    elif reduction == "sum":
+    elif options.reduction == "sum":
         loss = ial.sum()
     else:
         weight_sum = w.sum()
         loss = ial.sum() * torch.where(weight_sum != 0, 1 / weight_sum, 0)
     loss = loss.masked_fill(bad.any(), torch.nan)
-    f_all = torch.stack(f, dim=1) if f else x.new_zeros(1 if factor_scope == "batch" else x.shape[0], 0)
+    f_all = (
+        torch.stack(f, dim=1) if f else x.new_zeros(1 if options.factor_scope == "batch" else x.shape[0], 0)
+    )
     return loss, f_all, torch.stack(S, dim=1), torch.stack(count, dim=1)

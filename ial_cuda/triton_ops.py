@@ -1,6 +1,6 @@
 """The operators of the Triton kernels: those of csrc/library.cpp once more, as torch.ops.ial_triton.
 
-Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
+Importing this module registers them and imports Triton; `Backend.operators` does so when they are first used.
 `torch.library.triton_op` lets torch.compile see the kernels. Nothing waits for the device but the tuning of
 gradient at its first call.
 """
@@ -20,9 +20,9 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.library import triton_op, wrap_triton
 
-from . import _ops
 from . import triton_kernels as kernels
 from . import triton_upsample as upsample
+from .fakes import register_fakes
 from .validation import MAX_SIDE
 
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -703,4 +703,4 @@ _register_autograd(reduce_backward_, _save_written, _no_double_backward)
 _register_autograd(combine_backward, _save_nothing, _no_double_backward)
 
 # Traced, kernels would run: on meta tensors, and in the interpreter.
-_ops.register_fakes("ial_triton")
+register_fakes("ial_triton")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
-from .hierarchy import as_int, resolve_ignore_index
-from .options import as_number
+from .arguments import as_float, as_int
+from .hierarchy import resolve_ignore_index
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LABELS = (torch.int64, torch.int32, torch.uint8)
@@ -63,7 +63,7 @@ def class_weight(weight: object, num_classes: int) -> Tensor | None:
 
 def _as_tensor(weight: object) -> Tensor:
     if isinstance(weight, Sequence) and not isinstance(weight, str | bytes):
-        numbers = [as_number(value, f"weight[{c}]") for c, value in enumerate(weight)]
+        numbers = [as_float(value, f"weight[{c}]") for c, value in enumerate(weight)]
         for c, number in enumerate(numbers):
             if _LARGEST < abs(number) < math.inf:
                 raise ValueError(f"weight[{c}] is {number!r}, expected a number that float32 can hold")

@@ -14,16 +14,15 @@ import pytest
 import simt
 import torch
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss
+from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 
 def device_of(backend: str) -> str:
-    interpreted_here = backend == "triton" and interpreted.INTERPRETED
-    return "cuda" if backend in _ops.kernels("cuda") and not interpreted_here else "cpu"
+    return "cpu" if backends.get(backend).takes("cpu") else "cuda"
 
 
 def _backend(name: str):
-    reason = _ops.unavailable[name] or (interpreted.problem if name == "triton" else None)
+    reason = backends.get(name).missing or (interpreted.problem if name == "triton" else None)
     if reason is None and device_of(name) == "cuda" and not torch.cuda.is_available():
         reason = "no CUDA device"
     return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=f"{name}: {reason}"))
@@ -31,17 +30,22 @@ def _backend(name: str):
 
 simt.register()
 interpreted.register()
+# How "cuda" launches is its own affair. Tests run it in both ways.
+CUDA = backends.get("cuda")
+backends.register(replace(CUDA, name="cuda_two_launches", one_launch=False))
+backends.register(replace(CUDA, name="cuda_one_launch", one_launch=True))
+NAMES = [name for name in backends.names() if name != "cuda"]
 
 #: Every backend, those that this machine cannot run skipped with the reason.
-BACKENDS = [_backend(name) for name in _ops.unavailable]
+BACKENDS = [_backend(name) for name in NAMES]
 #: Those with kernels of our own.
-KERNELS = [_backend(name) for name in _ops.unavailable if name != "reference"]
+KERNELS = [_backend(name) for name in NAMES if name != "reference"]
 #: Of those, the ones for CUDA tensors.
 GPU_KERNELS = [backend for backend in KERNELS if device_of(backend.values[0]) == "cuda"]
 #: What csrc/cuda/launch.h launches, on the GPU or on the CPU.
 LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
 #: What the CPU emulates, slowly.
-EMULATED = ["simt", "simt_fused", *["triton"] * interpreted.INTERPRETED]
+EMULATED = ["simt", "simt_one_launch", *["triton"] * interpreted.INTERPRETED]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])

@@ -7,7 +7,7 @@ import pytest
 import simt
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 pytest_plugins = ["gpu_process"]
 
@@ -29,8 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         import cases  # noqa: F401  registers the emulated ones
 
         for name in config.option.backends:
-            if name not in _ops.unavailable:
-                known = ", ".join(_ops.unavailable)
+            if name not in backends.names():
+                known = ", ".join(backends.names())
                 raise pytest.UsageError(f"--backends has {name!r}, expected some of {known}")
 
 
@@ -68,5 +68,5 @@ def need_gpu_memory() -> Iterator[Callable[[int], None]]:
 def _load_simt(request: pytest.FixtureRequest) -> None:
     """The CUDA kernels are compiled for the CPU when the first test wants them."""
     callspec = getattr(request.node, "callspec", None)
-    if callspec and callspec.params.get("backend") in ("simt", "simt_fused"):
+    if callspec and callspec.params.get("backend") in ("simt", "simt_one_launch"):
         simt.load()

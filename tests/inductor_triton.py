@@ -26,7 +26,7 @@ from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from ial_cuda import CITYSCAPES, _ops
+from ial_cuda import CITYSCAPES, backends
 
 H100 = SimpleNamespace(
     name="NVIDIA H100",
@@ -65,7 +65,7 @@ GraphLowering.compile_to_module = stop
 
 def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynamic: bool) -> str:
     """What Inductor makes of the operators of a step; with a ratio, of coarse logits."""
-    operators = _ops.operators("triton")
+    operators = backends.get("triton").operators()
     align_corners = None if ratio is None else False
     options = ((0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
 

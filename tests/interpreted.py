@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and _ops.unavailable["triton"] is None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backends.get("triton").missing is None
 
 
 #: Why the interpreter cannot run here: it makes an int of an array of one element.
@@ -31,7 +32,7 @@ if INTERPRETED:
 def register() -> None:
     """Makes "triton" a backend of the loss for tensors on the CPU, where it is interpreted."""
     if INTERPRETED:
-        _ops.preference["cpu"] += ("triton",)
+        backends.register(replace(backends.get("triton"), devices=("cpu",)))
         _hasten()
         _fuse()
 

@@ -18,7 +18,7 @@ from cases import BACKENDS, DTYPES, OPTIONS, check, check_upsampled, make_logits
 from ial_cuda import Hierarchy
 
 #: A second or two each, of those that the CPU emulates too.
-CASES = {"reference": 30, "cpu": 80, "triton": 8, "simt": 16, "simt_fused": 8}
+CASES = {"reference": 30, "cpu": 80, "triton": 8, "simt": 16, "simt_one_launch": 8}
 
 # (N, C, *spatial) logits that the function makes, or a part of what it makes.
 LAYOUTS = {

@@ -8,12 +8,14 @@ import json
 import pytest
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 program = pytest.importorskip("benchmarks.upsample", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import common, upsample_report  # noqa: E402  (which need the same)
 
-pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+pytestmark = pytest.mark.skipif(
+    backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
+)
 
 TINY = ["--device", "cpu", "--size", "64x128", "128x256", "--rounds", "2", "--no-compile"]
 TINY += ["--threads", str(torch.get_num_threads())]

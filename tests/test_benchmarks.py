@@ -18,14 +18,16 @@ import pytest
 import simt
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 program = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import common, compare, inputs, libraries, providers, report  # noqa: E402  (which need the same)
 
 Result, why_refused = common.Result, common.why_refused
 
-pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+pytestmark = pytest.mark.skipif(
+    backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--shape", "1x19x32x64", "--rounds", "2", "--no-compile"]
@@ -145,7 +147,7 @@ def test_graphs_and_labels_of_a_gpu(tmp_path, monkeypatch):
         assert row["copy_percent"] == pytest.approx(percent, abs=0.051)  # one digit after the point
 
 
-@pytest.mark.backends("cuda", "fused")
+@pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_tiny_run_on_cuda(tmp_path):
     if not program.kernels("cuda"):
@@ -165,19 +167,19 @@ def test_a_tiny_run_on_cuda(tmp_path):
 def test_the_rows_of_one_launch_and_of_two(tmp_path, monkeypatch):
     """With the CUDA kernels on the CPU in the place of those on a GPU."""
     simt.load()
-    monkeypatch.setitem(_ops.preference, "cpu", ("simt", "simt_fused", "reference"))
+    monkeypatch.setattr(program, "kernels", lambda device: ["simt", "simt_one_launch"])
     assert program.main([*TINY, "--output", str(tmp_path)]) == 0
     (case,) = read(tmp_path)["cases"]
     names = [row["name"] for row in case["providers"]]
     assert names[:4] == [
         "ial_cuda simt",
-        "ial_cuda simt_fused",
+        "ial_cuda simt_one_launch",
         "ial_cuda simt, in place",
         "ial_cuda simt, one level",
     ]
-    fused = next(row for row in case["parts"] if row["name"] == "fused")
+    launch = next(row for row in case["parts"] if row["name"] == "one launch")
     moved = 2 * 19 * 32 * 64 * 4 + 32 * 64 * 8
-    assert fused["gb_per_s"] == round(moved / 1e6 / fused["median_ms"], 2)
+    assert launch["gb_per_s"] == round(moved / 1e6 / launch["median_ms"], 2)
 
 
 def test_a_case_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
@@ -343,10 +345,10 @@ ROUNDED = dict(abs=0.0051)
 def gpu_report(shape=(8, 11, 720, 960), dtype=torch.bfloat16, **changes) -> report.Report:
     """A report with figures that reach every goal, in times of the copy: of the step, and as a graph."""
     times = {
-        "ial_cuda cuda": (1.9, 1.7),
-        "ial_cuda cuda, uint8 labels": (1.6, 1.5),
-        "ial_cuda fused": (1.6, 1.5),
-        "ial_cuda fused, uint8 labels": (1.4, 1.3),
+        "ial_cuda cuda_two_launches": (1.9, 1.7),
+        "ial_cuda cuda_two_launches, uint8 labels": (1.6, 1.5),
+        "ial_cuda cuda_one_launch": (1.6, 1.5),
+        "ial_cuda cuda_one_launch, uint8 labels": (1.4, 1.3),
         "reference": (1.0, None),
         "reference, compiled": (1.0, None),
         "F.cross_entropy": (9.0, 8.0),
@@ -378,27 +380,29 @@ def test_goals():
     reached = {goal.what: goal for goal in report.goals(gpu_report())}
     assert len(reached) == 4 * 3
     assert all(goal.reached for goal in reached.values())
-    two = reached["ial_cuda cuda: % of the copy's speed"]
+    two = reached["ial_cuda cuda_two_launches: % of the copy's speed"]
     moved = 1.5 + 8 / 22
     assert two.measured == pytest.approx(100 * moved / 1.9) and two.as_graph == pytest.approx(
         100 * moved / 1.7, rel=1e-3
     )
-    fused = reached["ial_cuda fused: times the copy's time"]
-    assert fused.measured == pytest.approx(1.6) and fused.as_graph == pytest.approx(1.5, rel=1e-3)
-    peer = reached["ial_cuda cuda, uint8 labels / best peer, FlagGems cross-entropy"]
+    one = reached["ial_cuda cuda_one_launch: times the copy's time"]
+    assert one.measured == pytest.approx(1.6) and one.as_graph == pytest.approx(1.5, rel=1e-3)
+    peer = reached["ial_cuda cuda_two_launches, uint8 labels / best peer, FlagGems cross-entropy"]
     assert peer.measured == pytest.approx(1.6 / 2.2, rel=1e-3)
     assert peer.as_graph == pytest.approx(1.5 / 2.4, rel=1e-3), "of those that have one"
-    assert reached["ial_cuda fused: extra MiB"].reached
+    assert reached["ial_cuda cuda_one_launch: extra MiB"].reached
 
-    slow = gpu_report(**{"ial_cuda cuda": (2.1, 2.0), "F.cross_entropy, compiled": (1.9, 1.9)})
+    slow = gpu_report(**{"ial_cuda cuda_two_launches": (2.1, 2.0), "F.cross_entropy, compiled": (1.9, 1.9)})
     missed = {goal.what: goal.reached for goal in report.goals(slow)}
-    assert missed["ial_cuda cuda: % of the copy's speed"] is False
-    assert missed["ial_cuda cuda / best peer, F.cross_entropy, compiled"] is False
-    assert missed["ial_cuda fused: times the copy's time"] is True
+    assert missed["ial_cuda cuda_two_launches: % of the copy's speed"] is False
+    assert missed["ial_cuda cuda_two_launches / best peer, F.cross_entropy, compiled"] is False
+    assert missed["ial_cuda cuda_one_launch: times the copy's time"] is True
 
     peers = ["F.cross_entropy", "F.cross_entropy, compiled", "FlagGems cross-entropy"]
     absent = report.goals(gpu_report(**dict.fromkeys(peers, (None, None))))
-    (goal,) = (goal for goal in absent if goal.what == "ial_cuda cuda / best peer, none measured")
+    (goal,) = (
+        goal for goal in absent if goal.what == "ial_cuda cuda_two_launches / best peer, none measured"
+    )
     assert goal.measured is goal.reached is goal.as_graph is None
     assert report.make_goal_table(absent).row_count == len(absent)
 
@@ -425,11 +429,11 @@ def test_the_arithmetic_of_goals(shape, dtype, kept, beside_us, labels):
     two, one = microseconds["two launches"] + 12, microseconds["one launch"] + beside_us
     suffix = report.UINT8 if labels == 1 else ""
     bounds = {goal.what: goal.bound for goal in report.goals(gpu_report(shape, dtype))}
-    percent = bounds[f"ial_cuda cuda{suffix}: % of the copy's speed"]
+    percent = bounds[f"ial_cuda cuda_two_launches{suffix}: % of the copy's speed"]
     assert percent == pytest.approx(100 * microseconds["two launches"] / two, abs=0.051)  # one digit
-    copies = bounds[f"ial_cuda fused{suffix}: times the copy's time"]
+    copies = bounds[f"ial_cuda cuda_one_launch{suffix}: times the copy's time"]
     assert copies == pytest.approx(one / microseconds["copy"], **ROUNDED)
-    for backend, ours in (("cuda", two), ("fused", one)):
+    for backend, ours in (("cuda_two_launches", two), ("cuda_one_launch", one)):
         peer = bounds[f"ial_cuda {backend}{suffix} / best peer, FlagGems cross-entropy"]
         assert peer == pytest.approx(ours / (microseconds["peer"] + 12), **ROUNDED)
 

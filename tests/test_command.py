@@ -20,8 +20,8 @@ import torch
 import ial_cuda
 from ial_cuda import __main__ as command
 from ial_cuda.__main__ import main
+from ial_cuda.class_weights import median_frequency_weights
 from ial_cuda.hierarchy import CAMVID, CITYSCAPES
-from ial_cuda.weights import median_frequency_weights
 
 VOID = 255
 TWO_IMAGES = np.array([[[0, 0], [1, 2]], [[0, 1], [VOID, VOID]]], dtype=np.uint8)
@@ -119,9 +119,9 @@ def test_output_is_saved_exactly(folder, tmp_path, capsys, suffix, load):
 
 
 def test_info_prints_what_the_operators_describe(monkeypatch, capsys):
-    operators = types.ModuleType("ial_cuda._ops")
+    operators = types.ModuleType("ial_cuda.backends")
     operators.describe = lambda: "torch 2.13\ncpu: available"
-    monkeypatch.setitem(sys.modules, "ial_cuda._ops", operators)
+    monkeypatch.setitem(sys.modules, "ial_cuda.backends", operators)
     main(["info"])
     assert capsys.readouterr().out == "torch 2.13\ncpu: available\n"
 

@@ -21,7 +21,7 @@ import simt
 
 gpu_check = pytest.importorskip("benchmarks.gpu_check", reason="needs python -m pytest in the checkout")
 from benchmarks import stages  # noqa: E402  (which needs the same)
-from ial_cuda import _ops  # noqa: E402
+from ial_cuda import backends  # noqa: E402
 
 Stage = stages.Stage
 
@@ -499,10 +499,11 @@ def selected(tmp_path_factory):
 
 
 def test_each_stage_chooses_tests_of_its_backends_alone(selected):
-    backends = {"smoke": {"cuda", "fused", "triton"}, "cuda": {"cuda", "fused"}, "triton": {"triton"}}
-    backends["memcheck"] = {"cuda", "fused"}
+    ways = {"cuda_two_launches", "cuda_one_launch"}
+    backends = {"smoke": ways | {"triton"}, "cuda": ways, "triton": {"triton"}}
+    backends["memcheck"] = ways
     for name, tests in selected.items():
-        assert tests["emulated"] == ["simt", "simt_fused"], "Triton is not interpreted"
+        assert tests["emulated"] == ["simt", "simt_one_launch"], "Triton is not interpreted"
         seen = Counter(
             backend for chosen, parametrised in tests["found"].values() if parametrised for backend in chosen
         )
@@ -528,7 +529,9 @@ def test_an_unknown_backend_is_a_usage_error():
     command = [sys.executable, "-m", "pytest", "--backends=cuda,simt_fussed", "tests/test_loss.py"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == pytest.ExitCode.USAGE_ERROR
-    assert re.search(r"--backends has 'simt_fussed', expected some of cpu, cuda, .*simt_fused", ran.stderr)
+    assert re.search(
+        r"--backends has 'simt_fussed', expected some of cpu, cuda, .*simt_one_launch", ran.stderr
+    )
 
 
 @pytest.mark.parametrize("what", gpu_check.STAGES)
@@ -609,7 +612,7 @@ def test_a_build_that_fits_is_kept(change, expected, tmp_path, monkeypatch):
 
 def test_an_extension_without_the_kernels_does_not_load():
     for device, found in (("cpu", H100._replace(capability=None)), ("cuda", H100)):
-        assert gpu_check.loads(found) == (_ops.unavailable[device] is None)
+        assert gpu_check.loads(found) == (backends.get(device).missing is None)
 
 
 @pytest.mark.parametrize("what", gpu_check.STAGES)

@@ -22,6 +22,7 @@ from ial_cuda import (
     validate_target,
     validation,
 )
+from ial_cuda.options import Options
 
 
 def test_validate_target():
@@ -130,7 +131,7 @@ def test_255_is_no_default_where_it_is_a_class(backend):
     with pytest.raises(ValueError, match=message):
         ImportanceAwareLoss(256, backend=backend)
     with pytest.raises(ValueError, match=message):
-        reference.importance_aware_loss(logits, target, Hierarchy.flat(256), lambdas=())
+        reference.importance_aware_loss(logits, target, Options(Hierarchy.flat(256)))
     coarse = logits[..., None]
     with pytest.raises(ValueError, match=message):
         upsampled_cross_entropy(coarse, target[..., None], backend=backend)
@@ -219,7 +220,7 @@ def test_bad_labels_on_a_gpu(backend, monkeypatch):
 def test_reference_leaves_bad_labels_out_and_says_nan():
     """What a CUDA tensor gets; on the CPU the public function raises before it comes to that."""
     logits = LOGITS.clone().requires_grad_()
-    loss, *_ = reference.importance_aware_loss(logits, bad_label(5), HIERARCHY, lambdas=(0.5,) * 3)
+    loss, *_ = reference.importance_aware_loss(logits, bad_label(5), Options(HIERARCHY))
     assert loss.isnan()
 
 

@@ -7,7 +7,7 @@ import simt
 import torch
 from cases import DTYPES, HIERARCHY, KERNELS, LAUNCHED, check, device_of, make_logits, make_target, run
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss
+from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 #: Of each tile some, and the ends of its range; under sanitizers, which take their time, one.
 CLASSES = (
@@ -15,7 +15,7 @@ CLASSES = (
     if simt.SANITIZED
     else [1, 8, 9, 11, 12, 16, 19, 20, 24, 25, 32, 33, 59, 171, 1000]
 )
-ONE_LAUNCH = [backend for backend in LAUNCHED if backend.values[0] in _ops.one_launch.values()]
+ONE_LAUNCH = [backend for backend in LAUNCHED if backends.get(backend.values[0]).one_launch]
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
@@ -66,7 +66,7 @@ def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
     device = device_of(backend)
     leaf = make_logits((2, 5, 16, 32), dtype).to(device).requires_grad_()
     target = make_target((2, 16, 32), 5).to(device)
-    (two_launches,) = (two for two, one in _ops.one_launch.items() if one == backend)
+    two_launches = {"simt_one_launch": "simt", "cuda_one_launch": "cuda_two_launches"}[backend]
     grads = {}
     for name in (two_launches, backend):
         loss = importance_aware_loss(leaf, target, HIERARCHY, backend=name)
@@ -133,7 +133,9 @@ def test_more_images_than_a_grid_has_blocks(backend, levels):
     target = torch.zeros(1, dtype=torch.uint8, device=device).expand(images)
     message = rf"logits has {images} images, expected at most \d+ with {levels} levels on CUDA"
     with pytest.raises(ValueError, match=message):
-        _ops.operators(backend).reduce(logits, target, None, None, [0, levels - 1], 255, "exact", False)
+        backends.get(backend).operators().reduce(
+            logits, target, None, None, [0, levels - 1], 255, "exact", False
+        )
 
 
 #: Those that cannot stop for an error.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 
@@ -15,11 +16,11 @@ from ial_cuda import (
     CITYSCAPES,
     Hierarchy,
     ImportanceAwareLoss,
-    _ops,
+    backends,
+    extension,
     importance_aware_loss,
     upsampled_cross_entropy,
 )
-from ial_cuda import loss as loss_module
 
 LOGITS, TARGET = make_logits((2, 5, 6, 7), torch.float32), make_target((2, 6, 7), 5)
 
@@ -115,7 +116,7 @@ BAD = {
     "factor_normalization": (dict(factor_normalization="max"), ValueError, "factor_normalization is 'max', expected one of 'mean', 'sum'"),
     "factor_scope": (dict(factor_scope="pixel"), ValueError, "factor_scope is 'pixel', expected one of 'image', 'batch'"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of 'exact', 'paper'"),
-    "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', 'fused', 'triton', 'reference'"),
+    "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', 'triton', 'reference'"),
     "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', 'reference'"),
     "process_group": (dict(process_group=object()), NotImplementedError, "process_group is a object, expected None"),
 }  # fmt: skip
@@ -151,7 +152,7 @@ BAD_FOR_OPERATOR = {
 
 # The two libraries of operators check before they come to a device.
 LIBRARIES = [
-    pytest.param(name, marks=pytest.mark.skipif(_ops.unavailable[name] is not None, reason=name))
+    pytest.param(name, marks=pytest.mark.skipif(backends.get(name).missing is not None, reason=name))
     for name in ("cpu", "triton")
 ]
 
@@ -161,12 +162,12 @@ LIBRARIES = [
 def test_bad_arguments_of_the_operator(name, backend):
     bad, exception, message = BAD_FOR_OPERATOR[name]
     with pytest.raises(exception, match=re.escape(message)):
-        _ops.operators(backend).reduce(**(OPERATOR | bad))
+        backends.get(backend).operators().reduce(**(OPERATOR | bad))
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)
 def test_bad_tables_and_stats(backend):
-    ops = _ops.operators(backend)
+    ops = backends.get(backend).operators()
     rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact")
     for table in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
         with pytest.raises(ValueError, match=r"grad_stats has shape .*, expected \(2, 4, 5\) of Double"):
@@ -265,47 +266,67 @@ def test_rows_are_images_and_that_is_said_once_a_line():
 # ---- the choice of a backend ----------------------------------------------------------------------------
 
 
-def test_auto_takes_the_first_that_is_there(monkeypatch):
-    there = {"cpu": None, "cuda": "x", "fused": "x", "triton": None, "reference": None}
-    monkeypatch.setattr(_ops, "unavailable", there)
-    assert loss_module._choose_backend("auto", torch.device("cpu")) == "cpu"
-    assert loss_module._choose_backend("auto", torch.device("cuda")) == "triton"
+@pytest.fixture
+def registry(monkeypatch):
+    """Registers the backends of a machine: each is missing for the reason given, or there."""
+    monkeypatch.setattr(backends, "_warned", set())
+    devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
+
+    def register(**reasons):
+        changed = [
+            dataclasses.replace(backends.get(name), devices=devices[name], missing=missing)
+            for name, missing in reasons.items()
+        ]
+        return backends.registered(*changed)
+
+    return register
 
 
-def test_slow_fallback_warns_once_with_the_reason(monkeypatch, recwarn):
-    monkeypatch.setitem(_ops.unavailable, "cpu", "no compiler was there; reinstall")
-    monkeypatch.setattr(loss_module, "_warned", set())
-    for _ in range(2):
-        importance_aware_loss(LOGITS, TARGET, HIERARCHY)
+def test_auto_takes_the_first_that_is_there(registry):
+    with registry(cpu=None, cuda="no nvcc", triton=None):
+        assert backends.choose("auto", torch.device("cpu")).name == "cpu"
+        assert backends.choose("auto", torch.device("cuda")).name == "triton"
+
+
+def test_slow_fallback_warns_once_with_the_reason(registry, recwarn):
+    with registry(cpu="no compiler was there; reinstall", triton=None):
+        for _ in range(2):
+            importance_aware_loss(LOGITS, TARGET, HIERARCHY)
+        missing = r"backend is 'cpu', which is missing: no compiler was there; reinstall"
+        with pytest.raises(RuntimeError, match=missing):
+            importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="cpu")
     assert [str(w.message) for w in recwarn] == [
         "ial_cuda computes on cpu with its slow reference, in plain PyTorch (cpu: no compiler was there; reinstall)"
     ]
-    with pytest.raises(
-        RuntimeError, match=r"backend is 'cpu', which is not there: no compiler was there; reinstall"
-    ):
-        importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="cpu")
 
 
-def test_triton_without_the_extension_warns_once(monkeypatch, recwarn):
-    monkeypatch.setattr(
-        _ops,
-        "unavailable",
-        _ops.unavailable | {"cuda": "no nvcc; reinstall", "triton": None, "fused": "no nvcc"},
-    )
-    monkeypatch.setattr(loss_module, "_warned", set())
-    for _ in range(2):
-        assert loss_module._choose_backend("auto", torch.device("cuda")) == "triton"
+def test_triton_without_the_extension_warns_once(registry, recwarn):
+    with registry(cuda="no nvcc; reinstall", triton=None):
+        for _ in range(2):
+            assert backends.choose("auto", torch.device("cuda")).name == "triton"
     (warning,) = recwarn
     assert "computes on cuda with its Triton kernels (" in str(warning.message)
     assert "cuda: no nvcc; reinstall" in str(warning.message)
 
 
-def test_other_devices_compute_with_the_reference(monkeypatch):
-    monkeypatch.setattr(loss_module, "_warned", set())
-    with pytest.warns(
-        UserWarning, match=r"computes on xpu with its slow reference, in plain PyTorch \(it has no kernels"
+def test_other_devices_compute_with_the_reference(registry):
+    message = r"computes on xpu with its slow reference, in plain PyTorch \(it has no kernels"
+    with registry(), pytest.warns(UserWarning, match=message):
+        assert backends.choose("auto", torch.device("xpu")).name == "reference"
+
+
+def test_registered_backends_are_there_for_a_while():
+    """An unknown name is an error that lists the known ones; a registered one is known."""
+    mine = backends.Backend("mine", ("cpu",))
+    with backends.registered(mine):
+        assert torch.equal(
+            importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="mine"),
+            importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="reference"),
+        )
+    with pytest.raises(
+        ValueError, match="backend is 'mine', expected one of 'auto', 'cpu', 'cuda', 'triton'"
     ):
-        assert loss_module._choose_backend("auto", torch.device("xpu")) == "reference"
+        importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="mine")
 
 
 @pytest.mark.parametrize(
@@ -318,7 +339,7 @@ def test_other_devices_compute_with_the_reference(monkeypatch):
 )
 def test_a_foreign_extension_is_not_loaded(change, message):
     build = dict(torch=torch.__version__, torch_cuda=torch.version.cuda, compiler="g++", warning=None)
-    module, problem = _ops._load(build | change)
+    module, problem = extension._load(build | change)
     assert module is None and message in problem
     assert "pip install --no-build-isolation" in problem
 
@@ -334,17 +355,17 @@ def test_a_foreign_extension_is_not_loaded(change, message):
 def test_why_there_are_no_cuda_kernels(monkeypatch, cuda, build, message):
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    assert message in _ops._why_no_cuda(build)
+    assert message in extension._why_no_cuda(build)
 
 
 def test_info():
-    text = _ops.describe()
+    text = backends.describe()
     assert torch.__version__ in text
-    for backend, reason in _ops.unavailable.items():
-        assert re.search(
-            rf"^  {backend} +{'no: ' + re.escape(reason) if reason else 'yes'}", text, re.MULTILINE
-        )
-    assert re.search(r'^backend="auto" on cpu: (cpu|reference)$', text, re.MULTILINE)
+    for name in backends.names():
+        reason = backends.get(name).missing
+        assert re.search(rf"^  {name} +{'no: ' + re.escape(reason) if reason else 'yes'}", text, re.MULTILINE)
+    # Without the extension the tests' interpreted Triton comes before the reference.
+    assert re.search(r'^backend="auto" on cpu: (cpu|triton|reference)$', text, re.MULTILINE)
 
 
 def test_presets_train():

@@ -14,11 +14,11 @@ import torch
 from cases import make_logits, make_target
 
 import ial_cuda
-from ial_cuda import Hierarchy, _ops, importance_aware_loss
+from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 resource = pytest.importorskip("resource", reason="tells page faults, on Unix only")
 pytestmark = [
-    pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}"),
+    pytest.mark.skipif(backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"),
     pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's own memory is taken"),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import pydoc
 import re
@@ -94,11 +95,12 @@ def test_an_unknown_option_is_an_error():
 
 
 def test_every_option_is_an_attribute_and_documented():
-    assert {"hierarchy", "process_group", *OPTIONS} == set(Options._fields)
+    assert {"hierarchy", "process_group", *OPTIONS} == {field.name for field in dataclasses.fields(Options)}
     criterion = ImportanceAwareLoss(HIERARCHY)
     text = pydoc.plain(pydoc.render_doc(ImportanceAwareLoss))
     arguments = text[text.index("Args:") : text.index("Shape:")]
-    for name, default in Options._field_defaults.items():
+    for field in dataclasses.fields(Options)[1:]:
+        name, default = field.name, field.default
         assert re.search(rf"^ \| +{name}: ", arguments, re.MULTILINE), f"help() explains {name}"
         assert getattr(criterion, name) == (255 if name == "ignore_index" else default)
 

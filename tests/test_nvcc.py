@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends, extension
 
-if _ops.unavailable["cuda"] is not None:
-    pytest.skip(f"no CUDA kernels: {_ops.unavailable['cuda']}", allow_module_level=True)
+if backends.get("cuda").missing is not None:
+    pytest.skip(f"no CUDA kernels: {backends.get('cuda').missing}", allow_module_level=True)
 
-pytestmark = pytest.mark.backends("cuda", "fused")
+pytestmark = pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
 
 DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # as g++ mangles them: pixels of a tile
 KERNELS = {"reduce": "13reduce_kernel", "gradient": "15gradient_kernel", "fused": "12fused_kernel"}
@@ -31,7 +31,7 @@ def cuobjdump(*arguments: str) -> str:
         path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         if not path.exists():
             pytest.skip("cuobjdump is neither on PATH nor in Triton")
-    command = [path, *arguments, _ops._C.__file__]
+    command = [path, *arguments, extension.module.__file__]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

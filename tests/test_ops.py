@@ -29,7 +29,7 @@ from torch._inductor.utils import run_and_get_code
 from ial_cuda import (
     CITYSCAPES,
     ImportanceAwareLoss,
-    _ops,
+    backends,
     importance_aware_loss,
     upsampled_cross_entropy,
 )
@@ -52,7 +52,7 @@ def op_arguments(backend):
     target = make_target((2, *SPATIAL), 5).to(device)
     weight = torch.rand(5, device=device)
     pixel_weight = torch.rand(2, *SPATIAL, device=device)
-    ops = _ops.operators(backend)
+    ops = backends.get(backend).operators()
     stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", False)
     pooled = (LAMBDAS, 1.0, "mean", "mean", "batch")
     table = ops.combine_backward(stats, torch.ones((), device=device), *pooled)
@@ -638,7 +638,7 @@ def test_narrower_instruction_sets(backend, capability):
     """The tests of layouts, dtypes and extremes once more, with the kernels of another instruction set."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     here = Path(__file__).parent
-    question = "from ial_cuda import _ops; print(_ops._C.build_info()['cpu'])"
+    question = "from ial_cuda import extension; print(extension.module.build_info()['cpu'])"
     answer = subprocess.run([sys.executable, "-c", question], env=environment, capture_output=True, text=True)
     assert answer.stdout.strip() == {"default": "baseline", "avx2": "AVX2"}[capability] or (
         capability == "avx2" and not torch.cpu._is_avx2_supported()

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import ial_cuda
-from ial_cuda import _ops
+from ial_cuda import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {".gitignore", ".ci/run"}
@@ -299,7 +299,7 @@ def test_what_another_torch_left_is_not_packed(tree):
 
 def why_no_cpu(cwd: Path, **env: str) -> tuple[str, list[str]]:
     """Why a Python started in `cwd` has no "cpu" backend, and the command that the reason ends with."""
-    done = python("-c", "from ial_cuda import _ops; print(_ops.unavailable['cpu'])", cwd=cwd, **env)
+    done = python("-c", "from ial_cuda import extension; print(extension.problem)", cwd=cwd, **env)
     assert done.returncode == 0, done.stderr
     reason, command, rest = done.stdout.split("`")
     assert rest == "\n"
@@ -414,19 +414,19 @@ def texts() -> Iterator[tuple[str, str]]:
     ],
 )
 def test_which_gpus_the_kernels_run_on(arch_list, capability, expected):
-    assert _ops._covers(arch_list, capability) == expected
+    assert extension._covers(arch_list, capability) == expected
 
 
 @pytest.mark.parametrize("arch_list", [["9.0+PTX"], ["8.0", "9.0"]])
 def test_info_names_a_gpu_that_the_kernels_are_not_built_for(arch_list, monkeypatch):
     build = {"torch": "2", "compiler": "g++", "nvcc": "13.0", "cuda": "13.0", "arch_list": arch_list}
-    monkeypatch.setattr(_ops, "build", build)
-    monkeypatch.setattr(_ops, "unavailable", _ops.unavailable | {"cuda": None})
+    monkeypatch.setattr(extension, "build", build)
+    monkeypatch.setattr(extension, "why_no_cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "A GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (8, 6))
-    (line,) = (line for line in _ops.describe().splitlines() if line.startswith("device cuda:0: "))
+    (line,) = (line for line in extension.describe() if line.startswith("device cuda:0: "))
     assert line.startswith("device cuda:0: A GPU, compute capability 8.6")
     assert ("not built; set TORCH_CUDA_ARCH_LIST=8.6 and reinstall it" in line) == ("8.0" not in arch_list)
 
@@ -459,13 +459,13 @@ def test_record_beside_the_extension():
 
 
 def test_loops_run_on_torchs_threads():
-    if _ops._C is None:
-        pytest.skip(_ops.unavailable["cpu"])
+    if extension.module is None:
+        pytest.skip(extension.problem)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            assert _ops._C.build_info()["threads"] == threads
+            assert extension.module.build_info()["threads"] == threads
     finally:
         torch.set_num_threads(before)
 

@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 pytest.importorskip("transformers")
 segformer = pytest.importorskip("benchmarks.segformer", reason="needs ial_cuda[bench], and python -m pytest")
 
-pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+pytestmark = pytest.mark.skipif(
+    backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
+)
 
 SMALL = dict(
     depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], num_attention_heads=[1, 2, 3, 4], decoder_hidden_size=16

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from cases import BACKENDS, HIERARCHY, device_of
+from cases import BACKENDS, HIERARCHY, NAMES, device_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ial_cuda import (
     ImportanceAwareLoss,
-    _ops,
+    backends,
     importance_aware_loss,
     upsampled_cross_entropy,
     validate_target,
@@ -42,7 +43,7 @@ def shapes(device, backend, **options):
     return [tuple(tensor.shape) for tensor in (loss, leaf.grad, *components)], loss.dtype
 
 
-TRACED = [name for name in _ops.unavailable if not name.startswith("simt")]  # those have no fakes
+TRACED = [name for name in NAMES if not name.startswith("simt")]  # those have no fakes
 OPTIONS = [{}, dict(reduction="none"), dict(factor_scope="batch"), dict(inplace=True)]
 
 
@@ -66,6 +67,7 @@ def test_shapes_of_fake_tensors(backend, options):
         assert shapes(device, backend, **options) == expected, "real tensors where the default is meta"
 
 
-def test_shapes_without_the_extension(monkeypatch):
-    monkeypatch.setitem(_ops.unavailable, "cpu", "no compiler")
-    assert shapes("meta", "auto") == shapes("cpu", "reference")
+def test_shapes_without_the_extension():
+    cpu = dataclasses.replace(backends.get("cpu"), missing="no compiler")
+    with backends.registered(cpu):
+        assert shapes("meta", "auto") == shapes("cpu", "reference")

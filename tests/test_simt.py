@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import platform
 import re
@@ -16,7 +17,7 @@ import torch
 from cases import HIERARCHY, check, make_logits, make_target, poisoned, run
 from torch.profiler import ProfilerActivity, profile
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss
+from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
@@ -41,8 +42,8 @@ def results():
     for backend, shape, scope in (
         ("simt", (2, 5, 40, 64), "image"),
         ("simt", (2, 5, 40, 64), "batch"),
-        ("simt_fused", (3, 5, 16, 1024), "image"),
-        ("simt_fused", (3, 5, 16, 256), "batch"),
+        ("simt_one_launch", (3, 5, 16, 1024), "image"),
+        ("simt_one_launch", (3, 5, 16, 256), "batch"),
     ):
         logits, target = make_logits(shape, torch.float32), make_target((shape[0], *shape[2:]), 5)
         if backend == "simt" and scope == "batch":
@@ -83,14 +84,14 @@ def test_one_launch_leaves_its_gradient_to_autograd():
     """Nothing is copied on the way to a leaf's .grad, which would take as long as the launch."""
     leaf, target = make_logits((2, 5, 16, 32)).requires_grad_(), make_target((2, 16, 32), 5)
     with poisoned(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        importance_aware_loss(leaf, target, HIERARCHY, backend="simt_fused").backward()
+        importance_aware_loss(leaf, target, HIERARCHY, backend="simt_one_launch").backward()
     names = {event.name for event in profiler.events()}
     assert "ial_simt::loss_and_grad" in names and "ial_simt::rescale_" in names
     assert not names & {"aten::clone", "aten::copy_", "ial_simt::reduce_backward", "ial_simt::reduce"}
 
 
 @pytest.mark.parametrize(
-    ("change", "fused"),
+    ("change", "one_launch"),
     [
         ({}, True),
         ({"dtype": torch.float16}, False),
@@ -114,9 +115,8 @@ def test_one_launch_leaves_its_gradient_to_autograd():
     ],
     ids=str,
 )
-def test_auto_takes_one_launch_where_it_wins(change, fused, monkeypatch):
+def test_one_launch_is_chosen_where_it_wins(change, one_launch):
     """A device with 3 x 128 KiB of shared memory and 16 KiB of L2."""
-    monkeypatch.setitem(_ops.preference, "cpu", ("simt",))
     change = dict(change)
     shape, dtype = change.pop("shape", (2, 5, 16, 32)), change.pop("dtype", torch.float32)
     levels = change.pop("levels", 3)
@@ -128,11 +128,13 @@ def test_auto_takes_one_launch_where_it_wins(change, fused, monkeypatch):
     if change.pop("strided_target", False):
         target = target.transpose(1, 2).contiguous().transpose(1, 2)
     enabled = not change.pop("no_grad", False)
-    with torch.set_grad_enabled(enabled), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        importance_aware_loss(logits, target, hierarchy, **change)
+    chosen = dataclasses.replace(backends.get("simt"), name="simt_chosen", one_launch=None)
+    profiling = profile(activities=[ProfilerActivity.CPU])
+    with backends.registered(chosen), torch.set_grad_enabled(enabled), profiling as profiler:
+        importance_aware_loss(logits, target, hierarchy, backend=chosen.name, **change)
     names = {event.name for event in profiler.events()}
-    assert ("ial_simt::loss_and_grad" in names) == fused
-    assert ("ial_simt::reduce" in names) == (not fused)
+    assert ("ial_simt::loss_and_grad" in names) == one_launch
+    assert ("ial_simt::reduce" in names) == (not one_launch)
 
 
 def test_more_sums_than_a_block_has_room_for():
@@ -140,10 +142,10 @@ def test_more_sums_than_a_block_has_room_for():
     hierarchy = Hierarchy([[level] for level in range(7)] + [[7, 8, 9, 10]])
     logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
-        check("simt_fused", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
-        fuses = torch.ops.ial_simt.fits_on_chip
-        assert not fuses(logits, target, None, 8, "batch")
-        assert fuses(logits[:157], target[:157], None, 8, "batch")
+        check("simt_one_launch", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
+        fits = torch.ops.ial_simt.fits_on_chip
+        assert not fits(logits, target, None, 8, "batch")
+        assert fits(logits[:157], target[:157], None, 8, "batch")
 
 
 SPACES = ["global", "shared", "local"]
@@ -190,7 +192,9 @@ def test_under_sanitizers():
     libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
     selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
     # one of the two backends: they upsample with the same kernels
-    selected += " or (not simt_fused and (interpolate_then_loss or upsample and every_number or bad_labels))"
+    selected += (
+        " or (not simt_one_launch and (interpolate_then_loss or upsample and every_number or bad_labels))"
+    )
     selected += " or anything_at_all"
     passed = passed_with(
         "sanitized",

@@ -15,13 +15,15 @@ import types
 import pytest
 import torch
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 program = pytest.importorskip("benchmarks.sweep", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import __main__ as everything  # noqa: E402  (which need the same)
 from benchmarks import common, compare, growth, inputs, libraries, providers, questions, report, step  # noqa: E402
 
-pytestmark = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+pytestmark = pytest.mark.skipif(
+    backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
+)
 
 ARGUMENTS = ["--device", "cpu", "--rounds", "3", "--no-compile", "--threads", str(torch.get_num_threads())]
 

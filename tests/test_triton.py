@@ -15,15 +15,15 @@ import pytest
 import torch
 from cases import KERNELS, check, check_upsampled, device_of, make_logits, make_target
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss
+from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = Hierarchy.flat(2)
 #: Of a test that runs the kernels: skipped where neither a GPU nor the interpreter can.
 RUNS = pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "triton"])
 
-if _ops.unavailable["triton"] is not None:
-    pytest.skip(f"triton: {_ops.unavailable['triton']}", allow_module_level=True)
+if backends.get("triton").missing is not None:
+    pytest.skip(f"triton: {backends.get('triton').missing}", allow_module_level=True)
 
 
 def python(*arguments: str, **env: str) -> str:
@@ -83,13 +83,14 @@ def kernels_of(upsampled: bool) -> list[str]:
 
 # Tensors without memory, which torch.compile traces with, are no call of a kernel.
 TRACE = """
+import dataclasses
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from ial_cuda import CITYSCAPES, _ops, importance_aware_loss
+from ial_cuda import CITYSCAPES, backends, importance_aware_loss
 
-_ops.preference["cpu"] = ("triton", "reference")
+backends.register(dataclasses.replace(backends.get("triton"), devices=("cpu",)))
 
 def compiler(graph, inputs):
     for node in graph.graph.nodes:
@@ -147,7 +148,7 @@ def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dyna
 def test_it_is_imported_when_it_is_wanted():
     code = (
         "import sys, torch, ial_cuda; before = 'triton' in sys.modules; "
-        "ial_cuda._ops.operators('triton'); print(before, 'triton' in sys.modules)"
+        "ial_cuda.backends.get('triton').operators(); print(before, 'triton' in sys.modules)"
     )
     assert python("-c", code).split() == ["False", "True"]
 
@@ -233,7 +234,7 @@ def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
     """4 GiB, of which hardly anything is touched: other strides are small."""
     strides = [8, 4, 2, 1]
     strides[dim] = 2**31 + 8
-    device, operators = device_of(backend), _ops.operators(backend)
+    device, operators = device_of(backend), backends.get(backend).operators()
     if device == "cuda":
         need_gpu_memory(5 * 2**30)
     storage = torch.empty(2**31 + 32, dtype=torch.float16, device=device)

@@ -25,7 +25,7 @@ from cases import (
     run,
 )
 
-from ial_cuda import Hierarchy, _ops, importance_aware_loss, upsampled_cross_entropy
+from ial_cuda import Hierarchy, backends, importance_aware_loss, upsampled_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -341,7 +341,7 @@ def test_a_line_too_long_for_32_bits(backend, size, dim):
             importance_aware_loss(
                 logits, target, flat, upsample="bilinear", align_corners=align_corners, backend=backend
             )
-        operators = _ops.operators(backend)
+        operators = backends.get(backend).operators()
         pixels = (target, None, None, [0], 255, "exact")
         table = torch.zeros(1, 1, 5, dtype=torch.float64, device=device)
         with pytest.raises(ValueError, match=message):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 versus = pytest.importorskip("benchmarks.versus", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import checkouts, paired  # noqa: E402  (which need the same)
@@ -162,7 +162,9 @@ def test_bad_arguments(arguments, message, capsys):
 needs_git = pytest.mark.skipif(
     not (ROOT / ".git").exists() or shutil.which("git") is None, reason="not a clone, or no git"
 )
-needs_cpu = pytest.mark.skipif(_ops.unavailable["cpu"] is not None, reason=f"cpu: {_ops.unavailable['cpu']}")
+needs_cpu = pytest.mark.skipif(
+    backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
+)
 
 
 def assert_gone(trees: list[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Backends "simt" and "simt_fused": the CUDA kernels and their launches, compiled for the CPU by g++."""
+"""Backends "simt" and "simt_one_launch": the CUDA kernels and their launches, compiled for the CPU by g++."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from ial_cuda import _ops
+from ial_cuda import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -80,8 +80,5 @@ def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[N
 
 def register() -> None:
     """Makes them backends of the loss, for tensors on the CPU; `load` must come before their first use."""
-    for name in ("simt", "simt_fused"):
-        _ops.unavailable[name] = None
-        _ops.libraries[name] = "ial_simt"
-        _ops.preference["cpu"] += (name,)
-    _ops.one_launch["simt"] = "simt_fused"
+    for name, one_launch in (("simt", False), ("simt_one_launch", True)):
+        backends.register(backends.Backend(name, ("cpu",), "ial_simt", one_launch=one_launch))

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from .arguments import as_bool
 from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
 
 LabelMap: TypeAlias = torch.Tensor | np.ndarray[Any, Any]
@@ -60,8 +61,8 @@ def median_frequency_weights(
     hierarchy = Hierarchy.of(hierarchy)
     num_classes = hierarchy.num_classes
     ignore_index = resolve_ignore_index(ignore_index, num_classes, hierarchy.ignore_index)
-    batched = None if batched is None else _as_bool(batched, "batched")
-    count_void = _as_bool(count_void, "count_void")
+    batched = None if batched is None else as_bool(batched, "batched")
+    count_void = as_bool(count_void, "count_void")
     if isinstance(label_maps, torch.Tensor | np.ndarray):
         label_maps = [label_maps]
     try:
@@ -96,12 +97,6 @@ def median_frequency_weights(
     weights = np.ones(num_classes, dtype=np.float64)
     weights[present] = np.median(frequency) / frequency
     return torch.from_numpy(weights).float()
-
-
-def _as_bool(value: object, argument: str) -> bool:
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected True or False")
 
 
 def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndarray[Any, Any]:

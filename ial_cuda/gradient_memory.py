@@ -1,8 +1,9 @@
-"""The memory that gradients on the CPU leave for the next one."""
+"""Controls the memory of a CPU gradient that the next one reuses."""
 
 from __future__ import annotations
 
-from . import _ops
+from . import extension
+from .arguments import as_bool
 
 
 def release_gradient_memory() -> int:
@@ -14,7 +15,7 @@ def release_gradient_memory() -> int:
     Returns:
         The number of bytes released: 0 where nothing was kept.
     """
-    return 0 if _ops._C is None else int(_ops._C.release_gradient_memory())
+    return 0 if extension.module is None else int(extension.module.release_gradient_memory())
 
 
 def keep_gradient_memory(enabled: bool) -> bool:
@@ -30,6 +31,5 @@ def keep_gradient_memory(enabled: bool) -> bool:
     Raises:
         TypeError: ``enabled`` is not a bool.
     """
-    if not isinstance(enabled, bool):
-        raise TypeError(f"enabled is {enabled!r} ({type(enabled).__name__}), expected a bool")
-    return False if _ops._C is None else bool(_ops._C.keep_gradient_memory(enabled))
+    enabled = as_bool(enabled, "enabled")
+    return False if extension.module is None else bool(extension.module.keep_gradient_memory(enabled))

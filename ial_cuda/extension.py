@@ -1,7 +1,4 @@
-"""Loads the compiled operators, tells torch their shapes, and knows why a backend is missing.
-
-``unavailable[backend]`` is None where the backend can be used, else a sentence: the reason and the remedy.
-"""
+"""Loads the compiled extension. Where it cannot be loaded, says why, and what to install."""
 
 from __future__ import annotations
 
@@ -13,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,10 +17,11 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import torch
-from torch import Tensor
+
+from .fakes import register_fakes
 
 _PACKAGE = Path(__file__).parent
-_PIP = f"{shlex.quote(sys.executable)} -m pip install"
+PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _is_source_tree() -> bool:
@@ -52,7 +49,7 @@ def _installed_from() -> str | None:
 
 def _reinstall() -> str:
     """What to type for an extension that fits this torch."""
-    build = f"{_PIP} --no-build-isolation --no-deps"
+    build = f"{PIP} --no-build-isolation --no-deps"
     if _is_source_tree():
         return f"reinstall it: `{build} -e {shlex.quote(str(_PACKAGE.parent))}`"
     # pip may have kept a wheel that it built before, which is the one that does not fit.
@@ -126,42 +123,8 @@ def _covers(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
     return False
 
 
-build = _read_build()
-_C, _problem = _load(build)
-_why_cuda_is_missing = _problem or _why_no_cuda(build)
-unavailable: dict[str, str | None] = {
-    "cpu": _problem,
-    "cuda": _why_cuda_is_missing,
-    "fused": _why_cuda_is_missing,
-    "triton": None if find_spec("triton") else f"Triton is not installed; `{_PIP} triton`",
-    "reference": None,
-}
-#: The library of operators under torch.ops that a backend with kernels runs.
-libraries = {"cpu": "ial_cuda", "cuda": "ial_cuda", "fused": "ial_cuda", "triton": "ial_triton"}
-#: The backend that runs the same kernels in one launch, and computes the gradient with the loss.
-one_launch = {"cuda": "fused"}
-#: The backends for each type of device, best first.
-preference: dict[str, tuple[str, ...]] = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "fused", "triton", "reference"),
-}
-
-
-def kernels(device: str) -> tuple[str, ...]:
-    """The backends with kernels of our own for a type of device, best first, there or not."""
-    backends = preference.get(device, ("reference",))
-    return backends[: backends.index("reference")]
-
-
-def operators(backend: str) -> Any:
-    """The operators under torch.ops that a backend runs."""
-    if backend == "triton":
-        from . import triton_ops  # noqa: F401  registers them; Triton takes long to import
-    return getattr(torch.ops, libraries[backend])
-
-
-def describe() -> str:
-    """The text of ``python -m ial_cuda info``: versions, the build, every backend, and what "auto" takes."""
+def describe() -> list[str]:
+    """Lines about the versions, the build, and the GPUs of this machine."""
     from . import __version__
 
     lines = [
@@ -179,77 +142,19 @@ def describe() -> str:
         capability = torch.cuda.get_device_capability(i)
         version = ".".join(map(str, capability))
         line = f"device cuda:{i}: {torch.cuda.get_device_name(i)}, compute capability {version}"
-        if unavailable["cuda"] is None and not _covers(build["arch_list"], capability):
+        if why_no_cuda is None and not _covers(build["arch_list"], capability):
             line += ", for which the CUDA kernels are not built; "
             line += f"set TORCH_CUDA_ARCH_LIST={version} and {_reinstall()}"
         lines.append(line)
-    lines.append("backends:")
-    for backend, reason in unavailable.items():
-        detail = " ({cpu}, threads: {threads})".format(**_C.build_info()) if _C and backend == "cpu" else ""
-        lines.append(f"  {backend:<9} {'no: ' + reason if reason else 'yes' + detail}")
-    for device, backends in preference.items():
-        best = next(name for name in backends if unavailable[name] is None)
-        if best in one_launch:
-            best = f"{one_launch[best]} in training, where an image fits on the chip, else {best}"
-        lines.append(f'backend="auto" on {device}: {best}')
-    return "\n".join(lines)
+    return lines
 
 
-def register_fakes(library: str) -> None:
-    """Tells torch.compile, meta tensors and fake tensors what the operators return."""
-    # Without what torch need not know: schemas, in csrc/library.cpp, have all names.
+#: What setup.py recorded about the build.
+build = _read_build()
+#: The extension, and why there is none: one of the two is None.
+module, problem = _load(build)
+#: Why the CUDA kernels are missing, or None.
+why_no_cuda = problem or _why_no_cuda(build)
 
-    @torch.library.register_fake(f"{library}::reduce")
-    def _(
-        logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *_: Any
-    ) -> Tensor:
-        return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
-
-    @torch.library.register_fake(f"{library}::reduce_backward")
-    def _(logits: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(logits)
-
-    @torch.library.register_fake(f"{library}::reduce_backward_")
-    def _(*_: Any) -> None:
-        return None
-
-    @torch.library.register_fake(f"{library}::combine")
-    def _(
-        stats: Tensor,
-        lambdas: Any,
-        alpha: Any,
-        reduction: str,
-        normalization: Any,
-        scope: str,
-        dtype: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        images, levels, _ = stats.shape
-        loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
-        return loss, stats.new_empty((1 if scope == "batch" else images, levels - 1))
-
-    @torch.library.register_fake(f"{library}::combine_backward")
-    def _(stats: Tensor, *_: Any) -> Tensor:
-        return torch.empty_like(stats)
-
-
-if _C is not None:
+if module is not None:
     register_fakes("ial_cuda")
-
-    @torch.library.register_fake("ial_cuda::rescale_")
-    def _(*_: Any) -> None:
-        return None
-
-    @torch.library.register_fake("ial_cuda::loss_and_grad")
-    def _(
-        logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *rest: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        images, levels, scope = logits.shape[0], max(class_levels) + 1, rest[-1]
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss = logits.new_empty((), dtype=dtype)
-        stats = logits.new_empty((images, levels, 5), dtype=torch.float64)
-        f = stats.new_empty((1 if scope == "batch" else images, levels - 1))
-        return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
-
-    @torch.library.register_fake("ial_cuda::fits_on_chip")
-    def _(*_: Any) -> bool:
-        return False

@@ -15,9 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ial_cuda.class_weights import LabelError, median_frequency_weights
 from ial_cuda.hierarchy import CAMVID, Hierarchy
 from ial_cuda.label_images import LabelFolder
-from ial_cuda.weights import LabelError, median_frequency_weights
 
 VOID = 255
 
@@ -370,12 +370,12 @@ ERRORS = [
     (
         dict(label_maps=[GOOD], batched="no"),
         TypeError,
-        "batched is 'no' (str), expected True or False",
+        "batched is 'no' (str), expected a bool",
     ),
     (
         dict(label_maps=[GOOD], count_void="no"),
         TypeError,
-        "count_void is 'no' (str), expected True or False",
+        "count_void is 'no' (str), expected a bool",
     ),
 ]
 

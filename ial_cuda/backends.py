@@ -1,0 +1,149 @@
+"""The backends of the loss: their devices, their operators, and why one is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from . import extension
+from .warn import warn
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What computes the loss.
+
+    Attributes:
+        name: what ``backend=`` calls it.
+        devices: the types of device whose tensors it takes; None for all.
+        library: where its operators are in `torch.ops`; None for plain PyTorch.
+        module: what registers them, imported when they are first used; None where the extension does.
+        missing: None where it can be used, else the reason and the remedy in a sentence.
+        fallback: what "auto" warns of when it has nothing better.
+        one_launch: whether one launch computes the gradient with the loss: False for never, True wherever
+            it can, None where it is likely to be faster.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    library: str | None = None
+    module: str | None = None
+    missing: str | None = None
+    fallback: str | None = None
+    one_launch: bool | None = False
+
+    def takes(self, device_type: str) -> bool:
+        return self.devices is None or device_type in self.devices
+
+    def operators(self) -> Any:
+        """The operators under torch.ops."""
+        if self.module is not None:
+            importlib.import_module(self.module)
+        return getattr(torch.ops, str(self.library))
+
+
+_backends: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, or replaces the one of its name. For a device "auto" prefers those that came first."""
+    _backends[backend.name] = backend
+
+
+@contextlib.contextmanager
+def registered(*backends: Backend) -> Iterator[None]:
+    """Registers backends for a while, such as those of a test."""
+    before = dict(_backends)
+    for backend in backends:
+        register(backend)
+    try:
+        yield
+    finally:
+        _backends.clear()
+        _backends.update(before)
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_backends)
+
+
+def get(name: str) -> Backend:
+    return _backends[name]
+
+
+def suitable(device_type: str) -> list[Backend]:
+    """The backends for a type of device, there or not, best first."""
+    return [backend for backend in _backends.values() if backend.takes(device_type)]
+
+
+def choose(name: str, device: torch.device) -> Backend:
+    """The backend for logits on ``device``; "auto" takes the best that is there.
+
+    Raises:
+        ValueError: the backend takes no tensors of this device.
+        RuntimeError: it is missing.
+    """
+    if device.type == "meta":  # nothing is computed, and the shapes are those of every backend
+        return get("reference" if name == "reference" or get("cpu").missing else "cpu")
+    if name == "auto":
+        for backend in _backends.values():
+            if backend.missing is None and backend.takes(device.type):
+                break
+        if backend.fallback is not None:
+            _warn_of_fallback(backend, device.type)
+        return backend
+    backend = get(name)
+    if not backend.takes(device.type):
+        expected = ", ".join(map(repr, ("auto", *(other.name for other in suitable(device.type)))))
+        raise ValueError(f"backend is {name!r}, expected one of {expected} for logits on {device}")
+    if backend.missing is not None:
+        raise RuntimeError(f"backend is {name!r}, which is missing: {backend.missing}")
+    return backend
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_fallback(chosen: Backend, device_type: str) -> None:
+    if device_type in _warned or torch.compiler.is_compiling():
+        return
+    _warned.add(device_type)
+    missing = [f"{other.name}: {other.missing}" for other in suitable(device_type) if other.missing]
+    reasons = "; ".join(missing) or "it has no kernels for this device"
+    warn(f"ial_cuda computes on {device_type} with its {chosen.fallback} ({reasons})")
+
+
+def describe() -> str:
+    """The text of ``python -m ial_cuda info``: versions, the build, every backend, and what "auto" takes."""
+    lines = extension.describe()
+    lines.append("backends:")
+    for backend in _backends.values():
+        lines.append(f"  {backend.name:<9} {'no: ' + backend.missing if backend.missing else 'yes'}")
+        if backend.name == "cpu" and extension.module:
+            lines[-1] += " ({cpu}, threads: {threads})".format(**extension.module.build_info())
+    for device_type in ("cpu", "cuda"):
+        best = next(backend for backend in suitable(device_type) if backend.missing is None)
+        in_training = ", in one launch in training where an image fits on the chip"
+        lines.append(f'backend="auto" on {device_type}: {best.name}{in_training * (best.one_launch is None)}')
+    return "\n".join(lines)
+
+
+register(Backend("cpu", ("cpu",), "ial_cuda", missing=extension.problem))
+register(Backend("cuda", ("cuda",), "ial_cuda", missing=extension.why_no_cuda, one_launch=None))
+register(
+    Backend(
+        "triton",
+        ("cuda",),
+        "ial_triton",
+        module=f"{__package__}.triton_ops",
+        missing=None if find_spec("triton") else f"Triton is not installed; `{extension.PIP} triton`",
+        fallback="Triton kernels",
+    )
+)
+register(Backend("reference", None, fallback="slow reference, in plain PyTorch"))

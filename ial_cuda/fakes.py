@@ -1,0 +1,71 @@
+"""The shapes and dtypes that the operators return, for torch.compile, meta tensors and fake tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Arguments that decide no shape are left unnamed. The schemas in csrc/library.cpp have all names.
+
+
+def _reduce(
+    logits: Tensor, target: Tensor, weight: Any, pixel_weight: Any, class_levels: list[int], *_: Any
+) -> Tensor:
+    return logits.new_empty((logits.shape[0], max(class_levels) + 1, 5), dtype=torch.float64)
+
+
+def _like_first(tensor: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(tensor)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _combine(
+    stats: Tensor,
+    lambdas: Any,
+    alpha: Any,
+    reduction: str,
+    factor_normalization: Any,
+    factor_scope: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    images, levels, _ = stats.shape
+    loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
+    return loss, stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
+
+
+def _loss_and_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, lambdas, alpha, reduction, factor_normalization, factor_scope = rest
+    stats = _reduce(logits, *rest)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    loss, f = _combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
+    return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
+
+
+def _fits_on_chip(*_: Any) -> bool:
+    return False
+
+
+_FAKES: dict[str, Callable[..., Any]] = {
+    "reduce": _reduce,
+    "reduce_backward": _like_first,
+    "reduce_backward_": _nothing,
+    "combine": _combine,
+    "combine_backward": _like_first,
+    "loss_and_grad": _loss_and_grad,
+    "rescale_": _nothing,
+    "fits_on_chip": _fits_on_chip,
+}
+
+
+def register_fakes(library: str) -> None:
+    """Registers those of the operators that the library has."""
+    operators = getattr(torch.ops, library)
+    for name, fake in _FAKES.items():
+        if hasattr(operators, name):
+            torch.library.register_fake(f"{library}::{name}", fake)
