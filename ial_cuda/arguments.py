@@ -75,5 +75,5 @@ def is_scalar(value: Any) -> bool:
 
 def check_choice(value: object, argument: str, choices: Collection[str | None]) -> None:
     """A ValueError if ``value`` is none of ``choices``."""
-    if not (value is None or isinstance(value, str)) or value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -89,18 +89,19 @@ def choose(name: str, device: torch.device) -> Backend:
         ValueError: the backend takes no tensors of this device.
         RuntimeError: it is missing.
     """
-    if device.type == "meta":  # nothing is computed, and the shapes are those of every backend
+    device_type = device.type
+    if device_type == "meta":  # nothing is computed, and the shapes are those of every backend
         return get("reference" if name == "reference" or get("cpu").missing else "cpu")
     if name == "auto":
         for backend in _backends.values():
-            if backend.missing is None and backend.takes(device.type):
+            if backend.missing is None and backend.takes(device_type):
                 break
         if backend.fallback is not None:
-            _warn_of_fallback(backend, device.type)
+            _warn_of_fallback(backend, device_type)
         return backend
     backend = get(name)
-    if not backend.takes(device.type):
-        expected = ", ".join(map(repr, ("auto", *(other.name for other in suitable(device.type)))))
+    if not backend.takes(device_type):
+        expected = ", ".join(map(repr, ("auto", *(other.name for other in suitable(device_type)))))
         raise ValueError(f"backend is {name!r}, expected one of {expected} for logits on {device}")
     if backend.missing is not None:
         raise RuntimeError(f"backend is {name!r}, which is missing: {backend.missing}")

@@ -22,14 +22,11 @@ Gradient: TypeAlias = Literal["exact", "paper"]
 Upsample: TypeAlias = Literal["bilinear"]
 Backend: TypeAlias = Literal["auto", "cuda", "triton", "cpu", "reference"]
 
-#: The options that are one of a few strings.
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "reduction": get_args(Reduction),
-    "factor_normalization": get_args(FactorNormalization),
-    "factor_scope": get_args(FactorScope),
-    "gradient": get_args(Gradient),
-    "upsample": (None, *get_args(Upsample)),
-}
+REDUCTIONS = get_args(Reduction)
+FACTOR_NORMALIZATIONS = get_args(FactorNormalization)
+FACTOR_SCOPES = get_args(FactorScope)
+GRADIENTS = get_args(Gradient)
+UPSAMPLES = (None, *get_args(Upsample))
 
 
 class OptionArguments(TypedDict, total=False):
@@ -95,13 +92,20 @@ class Options:
             put(self, "lambdas", _as_lambdas(self.lambdas, self.hierarchy.num_levels))
         if self.ignore_index is not None:
             put(self, "ignore_index", as_label(self.ignore_index, "ignore_index"))
-        for name, choices in CHOICES.items():
-            check_choice(getattr(self, name), name, choices)
+        check_choice(self.reduction, "reduction", REDUCTIONS)
+        check_choice(self.factor_normalization, "factor_normalization", FACTOR_NORMALIZATIONS)
+        check_choice(self.factor_scope, "factor_scope", FACTOR_SCOPES)
+        check_choice(self.gradient, "gradient", GRADIENTS)
+        if self.upsample is not None:
+            check_choice(self.upsample, "upsample", UPSAMPLES)
         if self.backend != "auto":
             check_choice(self.backend, "backend", ("auto", *backends.names()))
-        for name in ("align_corners", "inplace", "return_components"):
-            if type(getattr(self, name)) is not bool:
-                put(self, name, as_bool(getattr(self, name), name))
+        if type(self.align_corners) is not bool:
+            put(self, "align_corners", as_bool(self.align_corners, "align_corners"))
+        if type(self.inplace) is not bool:
+            put(self, "inplace", as_bool(self.inplace, "inplace"))
+        if type(self.return_components) is not bool:
+            put(self, "return_components", as_bool(self.return_components, "return_components"))
         if self.align_corners and self.upsample is None:
             raise ValueError("align_corners is True, expected False: upsample is None")
         if self.inplace and self.upsample is not None:
