@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -136,7 +137,16 @@ def describe() -> str:
 
 
 register(Backend("cpu", ("cpu",), "ial_cuda", missing=extension.problem))
-register(Backend("cuda", ("cuda",), "ial_cuda", missing=extension.why_no_cuda, one_launch=None))
+_ways = {"0": False, "1": True}
+register(
+    Backend(
+        "cuda",
+        ("cuda",),
+        "ial_cuda",
+        missing=extension.why_no_cuda,
+        one_launch=_ways.get(os.environ.get("IAL_CUDA_ONE_LAUNCH", "")),
+    )
+)
 register(
     Backend(
         "triton",

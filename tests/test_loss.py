@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -313,6 +316,15 @@ def test_other_devices_compute_with_the_reference(registry):
     message = r"computes on xpu with its slow reference, in plain PyTorch \(it has no kernels"
     with registry(), pytest.warns(UserWarning, match=message):
         assert backends.choose("auto", torch.device("xpu")).name == "reference"
+
+
+@pytest.mark.parametrize(("value", "one_launch"), [("", None), ("0", False), ("1", True)])
+def test_the_environment_forces_a_way_to_launch(value, one_launch):
+    question = "from ial_cuda import backends; print(backends.get('cuda').one_launch)"
+    environment = os.environ | {"IAL_CUDA_ONE_LAUNCH": value}
+    command = [sys.executable, "-c", question]
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == str(one_launch)
 
 
 def test_registered_backends_are_there_for_a_while():
