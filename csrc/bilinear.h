@@ -1,20 +1,22 @@
-// Coarse logits, upsampled to the size of the target: which of them a pixel is made of.
+// Bilinear upsampling of coarse logits to the size of the target: which logits a pixel is made of.
+// The positions are those of F.interpolate(mode="bilinear").
 //
-// F.interpolate(mode="bilinear") puts pixel d of a line of `fine` ones at
+// On a line of `coarse` logits, pixel d of `fine` ones is at
 //   align_corners = false   (d + 1/2) coarse / fine - 1/2, but not below 0
 //   align_corners = true    d (coarse - 1) / (fine - 1)
-// on the line of coarse logits. Its cell is what lies between two neighbours there: the pixels of cell i are
-// side by side, and with f the fraction by which they are beyond i each is (1 - f) x_i + f x_{i+1}. Beyond
-// the last logit is the last cell's half, in which f = 0. Positions are fractions of integers, so they are
-// exact.
+// A cell is the interval between two neighbouring logits, and its pixels are consecutive. A pixel of cell i
+// that is the fraction f beyond logit i is (1 - f) x_i + f x_{i+1}. Beyond the last logit, f = 0. Positions
+// are fractions of integers, so they are exact.
 #pragma once
 
-#include "loss.h"
+#include <cstdint>
+
+#include "host_device.h"
 
 namespace ial {
 
-// The longest line, coarse or fine: the kernels hold up to twice as much in 32 bits, and a product of two
-// in 64.
+// The longest line, coarse or fine. The kernels hold up to twice as much in 32 bits, and a product of two in
+// 64 bits.
 constexpr int64_t kMaxSide = (int64_t(1) << 30) - 1;
 
 struct Axis {
@@ -31,7 +33,7 @@ struct Axis {
                : fine > 1     ? fine - 1
                               : 1) {}
 
-    // The first pixel of cell i; that of cell `coarse` is the number of pixels.
+    // The first pixel of cell i. For i = coarse it is the number of pixels.
     IAL_HD int64_t first(int64_t i) const {
         if (i <= 0) return 0;
         if (i >= coarse || step == 0) return fine;
@@ -44,7 +46,7 @@ struct Axis {
         return i < coarse ? i : coarse - 1;
     }
 
-    // By which pixel d of cell i is beyond logit i.
+    // The fraction by which pixel d of cell i is beyond logit i.
     template <typename A>
     IAL_HD A fraction(int64_t i, int64_t d) const {
         const int64_t beyond = step * d + origin - i * unit;

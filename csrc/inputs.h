@@ -6,6 +6,8 @@
 #include <string_view>
 
 #include "bilinear.h"
+#include "layout.h"
+#include "loss.h"
 
 namespace ial {
 

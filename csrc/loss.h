@@ -1,100 +1,50 @@
-// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), shared by host and device
-// code.
+// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), for host and device code.
+// No torch and no CUDA header here.
 //
-//   reduce    one read of the logits: per image n and level k five sums, stats[N, g, 5]
-//   combine   stats -> the factors f_t and the loss                          (Eqs. 3-8)
-//   table     stats and the incoming gradient -> table = dL/dstats[N, g, 5]
-//   gradient  one read of the logits, one write of their gradient            (Eqs. 9-19)
+//   reduce            stats[N, g, 5]: five sums per image n and level k, from one read of the logits
+//   combine           stats -> the factors f_t and the loss                                (Eqs. 3-8)
+//   combine_backward  grad_stats = dL/dstats[N, g, 5], from stats and the incoming gradient
+//   reduce_backward   the gradient of the logits, from one read of them and one write      (Eqs. 9-19)
 //
-// The loss sees the logits through `stats` alone, so a level's row of `table` is all that a pixel must know
-// of the rest of the batch: alpha, lambda, the normalisations, the reduction and the incoming gradient stay
-// out of the kernels. No torch and no CUDA header here: every struct is plain, every size and stride is in
-// elements.
+// The loss depends on the logits through `stats` alone. So all that a pixel must know of the rest of the
+// batch is its level's row of grad_stats. Alpha, lambda, the normalisations, the reduction and the incoming
+// gradient stay out of the kernels that read logits.
 #pragma once
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define IAL_HD __host__ __device__ __forceinline__
-#define IAL_ROLLED _Pragma("unroll 1")  // a loop that is not worth code of its own for each turn
-#else
-#define IAL_HD inline __attribute__((always_inline))
-#define IAL_ROLLED
-#endif
+#include "host_device.h"
 
 namespace ial {
 
-// The five sums of a level. S is w'l of Eqs. 1 and 2; P2 and Q2 are the two values that (pi - M_t)^2 takes in
-// Eq. 3. The other two are the number of pixels and the sum of their weights, constants to the derivative.
+// The five sums of a level. S is w'l of Eqs. 1 and 2. P2 and Q2 are the two values of (pi - M_t)^2 in Eq. 3.
+// The other two are the number of pixels and the sum of their weights: their derivatives are 0.
 enum Stat : int { kS, kP2, kQ2, kCount, kWeight, kStats };
 
 enum class Reduction : int { kMean, kSum, kNone };
-enum class Label : int { kUInt8, kInt32, kInt64 };
 
 // -------------------------------------------------------------------------------------------------
-// Layout: where pixel p of image n lies, for tensors (N, C, *spatial) or (N, *spatial) of any stride.
-// Spatial dimensions that every tensor traverses as one are merged, so `outer_rank` is 0 for contiguous and
-// for channels_last tensors; a pixel index then counts along rows of `row` pixels.
-
-constexpr int kMaxOuter = 6;
-
-struct View {
-    int64_t batch, channel, pixel, outer[kMaxOuter];  // strides; `pixel` is the one along a row
-};
-
-struct Layout {
-    int64_t batch, classes, pixels, row;
-    int outer_rank;
-    int64_t outer[kMaxOuter];  // sizes of the dimensions around a row, outermost first
-    View logits, grad, target, pixel_weight;
-
-    IAL_HD int64_t offset(const View& view, int64_t n, int64_t p) const {
-        if (outer_rank == 0) return n * view.batch + p * view.pixel;
-        int64_t offset = n * view.batch + p % row * view.pixel;
-        int64_t r = p / row;
-        IAL_ROLLED
-        for (int d = outer_rank - 1; d >= 0; --d) {
-            offset += r % outer[d] * view.outer[d];
-            r /= outer[d];
-        }
-        return offset;
-    }
-};
-
-IAL_HD int64_t load_label(const void* target, Label type, int64_t i) {
-    switch (type) {
-        case Label::kUInt8:
-            return static_cast<const uint8_t*>(target)[i];
-        case Label::kInt32:
-            return static_cast<const int32_t*>(target)[i];
-        default:
-            return static_cast<const int64_t*>(target)[i];
-    }
-}
-
-// -------------------------------------------------------------------------------------------------
-// One pixel: its gradient is  dL/dX_c = scale p_c + [c = y] extra.
+// One pixel. Its gradient is  dL/dX_c = scale p_c + [c = y] extra.
 //
-// With ce = w dL/dS and reach = pi dL/dpi = 2 pi (pi dL/dP2 - (1 - pi) dL/dQ2), the part of the loss that
-// gets to the pixel through the factors (Eq. 16's A, times what multiplies it in Eqs. 10-13):
-//   exact   dL/dX_c = (p_c - [c=y]) (ce - reach)
-//   paper   dL/dX_c = (p_c - [c=y]) ce + [c=y] (1 - pi) reach      Eq. 15: dpi/dX has its own channel only
-// `cross` is 1 for the exact form and 0 for the paper's: whether dpi crosses over to the other channels.
+// `ce` = w dL/dS comes from the cross-entropy. `factor_term` = pi dL/dpi = 2 pi (pi dL/dP2 - (1 - pi) dL/dQ2)
+// comes from the factors: Eq. 16's A, times what multiplies it in Eqs. 10-13.
+//   exact   dL/dX_c = (p_c - [c=y]) (ce - factor_term)
+//   paper   dL/dX_c = (p_c - [c=y]) ce + [c=y] (1 - pi) factor_term      Eq. 15: dpi/dX_c is 0 for c != y
+// `cross` is 1 for the exact form and 0 for the paper's: whether dpi/dX_c counts for c != y.
 
 template <typename T>
 struct PixelGradient {
     T scale, extra;
 
     IAL_HD PixelGradient(T ce, T dp2, T dq2, T pi, T cross) {
-        const T reach = T(2) * pi * (pi * dp2 - (T(1) - pi) * dq2);
-        scale = ce - cross * reach;
-        extra = reach * (T(1) - (T(1) - cross) * pi) - ce;
+        const T factor_term = T(2) * pi * (pi * dp2 - (T(1) - pi) * dq2);
+        scale = ce - cross * factor_term;
+        extra = factor_term * (T(1) - (T(1) - cross) * pi) - ce;
     }
 };
 
 // -------------------------------------------------------------------------------------------------
-// Combine. The factors of an image come from its own sums, or from those of the whole batch: images [first,
-// last).
+// Combine. The factors come from the sums of the images [first, last): one image, or the whole batch.
 
 struct Combine {
     const double* stats;    // [batch, levels, kStats]
@@ -115,7 +65,7 @@ struct Combine {
         return total;
     }
 
-    // The weight of the valid pixels of the batch, the divisor of F.cross_entropy(reduction="mean").
+    // The weight of the batch's valid pixels: the divisor of F.cross_entropy(reduction="mean").
     IAL_HD double weight() const {
         double total = 0;
         IAL_ROLLED
@@ -123,7 +73,7 @@ struct Combine {
         return total;
     }
 
-    // dL/dIAL_n for the incoming gradient of the loss, indexed: one value, or one per image.
+    // dL/dIAL_n. grad_loss is indexed: it has one value, or one per image for Reduction::kNone.
     template <typename G>
     IAL_HD double image_gradient(const G& grad_loss, int64_t n, double total_weight) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
@@ -132,8 +82,7 @@ struct Combine {
     }
 };
 
-// What Eq. 3 needs when it is walked from the most important level down: sums over the levels above t, and
-// Z_t.
+// Eq. 3, level by level, from the most important one down: sums over the levels above t, and Z_t.
 struct Factor {
     double q2_above = 0, count = 0;
     double f = 0, z = 1;
@@ -167,16 +116,17 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
     return chain;
 }
 
-// table[n, k] = dL/dstats[n, k] for the images [first, last), which share their factors. With lead_k =
-// prod_{t<k} F_t, b_t = lead_t T_{t+1} and G_n = dL/dIAL_n (S and T here: sums over n of G_n S_n and G_n
-// T_n):
-//   dL/dS_nk = G_n lead_k,  dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t,  dL/dP2_k = 1/2 b_k lambda_k /
-//   Z_k
-// Down the levels, F_t and T_{t+1} / Z_t are left in the rows of image `first`; up again they are used.
+// grad_stats[n, k] = dL/dstats[n, k] of the images [first, last), which share their factors. With
+// lead_k = prod_{t<k} F_t,  b_t = lead_t T_{t+1},  G_n = dL/dIAL_n:
+//   dL/dS_nk = G_n lead_k
+//   dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t
+//   dL/dP2_k = 1/2 b_k lambda_k / Z_k
+// S and T stand here for sums over n, of G_n S_n and of G_n T_n. The first loop stores F_t and T_{t+1} / Z_t
+// in the rows of image `first`. The second loop reads them and overwrites them.
 template <typename G>
-IAL_HD void table(const Combine& c, int64_t first, int64_t last, const G& grad_loss, double total_weight,
-                  double* table) {
-    double* rows = table + first * c.levels * kStats;
+IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, const G& grad_loss,
+                             double total_weight, double* grad_stats) {
+    double* rows = grad_stats + first * c.levels * kStats;
     Factor factor;
     double chain = 0;
     IAL_ROLLED
@@ -198,7 +148,7 @@ IAL_HD void table(const Combine& c, int64_t first, int64_t last, const G& grad_l
         const double lambda = k < c.levels - 1 ? c.lambdas[k] : 0;
         IAL_ROLLED
         for (int64_t n = first; n < last; ++n) {
-            double* row = table + (n * c.levels + k) * kStats;
+            double* row = grad_stats + (n * c.levels + k) * kStats;
             row[kS] = lead * c.image_gradient(grad_loss, n, total_weight);
             row[kP2] = half_b_over_z * lambda;
             row[kQ2] = dq2;

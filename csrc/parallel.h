@@ -1,5 +1,6 @@
 // Loops on torch's threads.
 #pragma once
+
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
 #include <ATen/ops/empty.h>
@@ -9,10 +10,10 @@
 
 namespace ial {
 
-// Calls f(first, last) for parts of [0, count) side by side. at::parallel_for would do, but it is a header:
-// compiled without OpenMP it runs on one thread, and compiled with another OpenMP runtime than torch's
-// (clang) on threads that torch does not know. A TensorIterator's loop is compiled into torch. It counts the
-// bytes of a tensor whose contents are never touched.
+// Calls f(first, last) for parts of [0, count), in parallel. Not at::parallel_for: that is a header. Compiled
+// without OpenMP it runs on one thread. Compiled with another OpenMP runtime than torch's (clang) it runs on
+// threads that torch does not know. The loop of a TensorIterator is compiled into torch. Here it counts the
+// bytes of a tensor, which are never read or written.
 template <typename F>
 void parallel_for(int64_t count, const F& f) {
     const at::Tensor bytes = at::empty({count}, at::kByte);
@@ -25,7 +26,7 @@ void parallel_for(int64_t count, const F& f) {
         /*grain_size=*/1);
 }
 
-// On how many threads such a loop runs.
+// The number of threads of such a loop.
 inline size_t loop_threads() {
     std::vector<int> ran(at::get_num_threads());
     parallel_for(ran.size(), [&](int64_t first, int64_t last) {

@@ -516,9 +516,9 @@ Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<doub
     double* to = result.mutable_data_ptr<double>();
     const double weight = c.weight();
     if (c.pool_batch)
-        table(c, 0, c.batch, g, weight, to);
+        combine_backward(c, 0, c.batch, g, weight, to);
     else
-        for (int64_t n = 0; n < c.batch; ++n) table(c, n, n + 1, g, weight, to);
+        for (int64_t n = 0; n < c.batch; ++n) combine_backward(c, n, n + 1, g, weight, to);
     return result;
 }
 

@@ -1,0 +1,10 @@
+// Macros for code that runs on the host and on the device.
+#pragma once
+
+#if defined(__CUDACC__)
+#define IAL_HD __host__ __device__ __forceinline__
+#define IAL_ROLLED _Pragma("unroll 1")  // keeps a loop rolled: unrolling it would only grow the code
+#else
+#define IAL_HD inline __attribute__((always_inline))
+#define IAL_ROLLED
+#endif
