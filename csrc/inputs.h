@@ -1,8 +1,11 @@
-// What the operators of every device share: their arguments checked, and translated into plain structs.
+// What the operators of all devices share: checks of their arguments, and plain structs made of them.
+// Python checks the same, and more, in ial_cuda/validation.py. The checks here protect memory from those who
+// call torch.ops themselves.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string_view>
 
 #include "bilinear.h"
@@ -11,43 +14,54 @@
 
 namespace ial {
 
-constexpr const char* kDoubleBackward =
-    "ial_cuda: double backward is not implemented; use backend=\"reference\" where gradients of gradients "
-    "are needed";
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
-// The arguments of reduce and gradient. Throws ValueError or TypeError, naming the argument, what came and
-// what was expected, for whatever a kernel relies on.
+// clang-format off
+// Parameters that operators share, in the order of their schemas in library.cpp; and the same as arguments.
+#define IAL_PIXEL_PARAMETERS                                                        \
+    const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pixel_weight, \
+    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient
+#define IAL_PIXEL_ARGUMENTS target, weight, pixel_weight, class_levels, ignore_index, gradient
+#define IAL_COMBINE_PARAMETERS                                                    \
+    at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,       \
+    std::string_view factor_normalization, std::string_view factor_scope
+#define IAL_COMBINE_ARGUMENTS lambdas, alpha, reduction, factor_normalization, factor_scope
+// clang-format on
+
+// The arguments of reduce and reduce_backward. Checks throw ValueError or TypeError with the argument's name,
+// what it is and what was expected.
 struct Inputs {
-    const at::Tensor& logits;
-    const at::Tensor& target;
-    const std::optional<at::Tensor>& weight;
-    const std::optional<at::Tensor>& pixel_weight;
+    const Tensor& logits;
+    const Tensor& target;
+    const OptionalTensor& weight;
+    const OptionalTensor& pixel_weight;
     at::IntArrayRef class_levels;
     int64_t ignore_index;
-    // Where given, the logits are coarse, and this is how they are upsampled to the size of the target.
+    std::string_view gradient;
+    // Given for coarse logits: how they are upsampled to the size of the target.
     std::optional<bool> align_corners = std::nullopt;
 
-    int levels() const;
     void check() const;
-    void check_table(const at::Tensor& table) const;  // dL/dstats: (N, g, kStats) of Double
+    void check_grad_stats(const Tensor& grad_stats) const;
+    void check_grad(const Tensor& grad) const;  // given to be overwritten
 
-    // `grad` has the logits' shape. Of logits as large as the target, and of coarse ones:
-    Layout layout(const at::Tensor& grad) const;
-    Upsampling upsampling(const at::Tensor& grad) const;
+    int levels() const;
     Label label() const;
+    bool exact() const;  // gradient = "exact"
+
+    // Layouts of logits as large as the target, and of coarse ones. `grad` has the logits' shape.
+    Layout layout(const Tensor& grad) const;
+    Upsampling upsampling(const Tensor& grad) const;
 };
 
-// The arguments of combine and table, with `stats` and `lambdas` borrowed from the tensor and the list.
-Combine make_combine(const at::Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
-                     std::string_view reduction, std::string_view factor_normalization,
-                     std::string_view factor_scope);
+// The arguments of combine and combine_backward, checked. The result points to the data of stats and lambdas.
+Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS);
 
-// The gradient of the loss, of so many values, on the device of stats.
-void check_grad_loss(const at::Tensor& grad_loss, const at::Tensor& stats, int64_t values);
+// The incoming gradient of the loss, of combine_backward and rescale_: `values` numbers, on the device of
+// stats.
+void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values);
 
-bool is_exact(std::string_view gradient);
-bool is_pooled(std::string_view factor_scope);
-
-const char* cpu_instruction_set();
+bool is_pooled(std::string_view factor_scope);  // factor_scope = "batch"
 
 }  // namespace ial

@@ -150,10 +150,10 @@ struct BadLabels {
 #endif  // IAL_X86
 
 namespace ial {
-namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+const char* cpu_instruction_set();
+
+namespace {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
@@ -235,8 +235,9 @@ struct Call {
         }
         if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
 
-        const Inputs converted{inputs.logits,       inputs.target,       inputs.weight,       pixel_weight,
-                               inputs.class_levels, inputs.ignore_index, inputs.align_corners};
+        const Inputs converted{inputs.logits,   inputs.target,       inputs.weight,
+                               pixel_weight,    inputs.class_levels, inputs.ignore_index,
+                               inputs.gradient, inputs.align_corners};
         if (inputs.align_corners) {
             upsampling = converted.upsampling(grad);
             problem.layout.batch = upsampling.batch;
@@ -427,11 +428,11 @@ void gradient_of_cells(const Problem<T>& problem, const Upsampling& up, const Te
 }
 
 template <typename T>
-void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const Tensor& grad, bool fresh) {
+void gradient_typed(const Inputs& inputs, const Tensor& table, const Tensor& grad, bool fresh) {
     Call<T> call(inputs, grad);
     Problem<T>& problem = call.problem;
     problem.grad = grad.mutable_data_ptr<T>();
-    problem.cross = exact ? 1 : 0;
+    problem.cross = inputs.exact() ? 1 : 0;
     problem.stream = fresh && grad.nbytes() >= kStreamFrom;
     if (inputs.align_corners)
         gradient_of_cells(problem, call.upsampling, table);
@@ -439,49 +440,37 @@ void gradient_typed(const Inputs& inputs, const Tensor& table, bool exact, const
         gradient_of_pixels(problem, table);
 }
 
-Tensor reduce_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                  const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
-                  std::string_view gradient, bool, std::optional<bool> align_corners) {
-    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
+Tensor reduce_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, bool, std::optional<bool> align_corners) {
+    const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
     inputs.check();
-    is_exact(gradient);  // meant for the backward pass, which is late for a complaint
     return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::reduce",
                                            [&] { return reduce_typed<scalar_t>(inputs); });
 }
 
-void gradient_into(const Inputs& inputs, const Tensor& table, std::string_view gradient, const Tensor& grad,
-                   bool fresh) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::reduce_backward",
-        [&] { gradient_typed<scalar_t>(inputs, table, is_exact(gradient), grad, fresh); });
+void reduce_backward_into(const Inputs& inputs, const Tensor& grad_stats, const Tensor& grad, bool fresh) {
+    inputs.check_grad_stats(grad_stats);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::reduce_backward",
+                                    [&] { gradient_typed<scalar_t>(inputs, grad_stats, grad, fresh); });
 }
 
-Tensor gradient_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
-                    const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
-                    std::optional<bool> align_corners) {
-    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
+Tensor reduce_backward_cpu(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
+                           std::optional<bool> align_corners) {
+    const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
     inputs.check();
-    inputs.check_table(table);
-    Tensor grad = empty_gradient(logits);
-    gradient_into(inputs, table, gradient, grad, /*fresh=*/true);
+    const Tensor grad = empty_gradient(logits);
+    reduce_backward_into(inputs, grad_stats, grad, /*fresh=*/true);
     return grad;
 }
 
-void gradient_inplace_cpu(const Tensor& logits, const Tensor& table, const Tensor& target,
-                          const OptionalTensor& weight, const OptionalTensor& pixel_weight,
-                          at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-    const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+void reduce_backward_inplace_cpu(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS) {
+    const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS};
     inputs.check();
-    inputs.check_table(table);
-    at::assert_no_internal_overlap(logits);
-    gradient_into(inputs, table, gradient, logits, /*fresh=*/false);
+    inputs.check_grad(logits);
+    reduce_backward_into(inputs, grad_stats, logits, /*fresh=*/false);
 }
 
-std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
-                                       std::string_view reduction, std::string_view factor_normalization,
-                                       std::string_view factor_scope, at::ScalarType dtype) {
-    const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
+std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, IAL_COMBINE_PARAMETERS, at::ScalarType dtype) {
+    const Combine c = make_combine(stats, IAL_COMBINE_ARGUMENTS);
     const bool none = c.reduction == Reduction::kNone;
     Tensor shared = at::empty({c.pool_batch ? 1 : c.batch, c.levels - 1}, stats.options());
     Tensor losses = at::empty({none ? c.batch : 1}, stats.options());
@@ -505,10 +494,8 @@ std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, at::ArrayRef<double>
     return {none ? losses : losses.squeeze(0), shared};
 }
 
-Tensor table_cpu(const Tensor& stats, const Tensor& grad_loss, at::ArrayRef<double> lambdas, double alpha,
-                 std::string_view reduction, std::string_view factor_normalization,
-                 std::string_view factor_scope) {
-    const Combine c = make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope);
+Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_COMBINE_PARAMETERS) {
+    const Combine c = make_combine(stats, IAL_COMBINE_ARGUMENTS);
     check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     Tensor result = at::empty_like(stats);
@@ -537,10 +524,10 @@ const char* cpu_instruction_set() {
 
 TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {
     m.impl("reduce", reduce_cpu);
-    m.impl("reduce_backward", gradient_cpu);
-    m.impl("reduce_backward_", gradient_inplace_cpu);
+    m.impl("reduce_backward", reduce_backward_cpu);
+    m.impl("reduce_backward_", reduce_backward_inplace_cpu);
     m.impl("combine", combine_cpu);
-    m.impl("combine_backward", table_cpu);
+    m.impl("combine_backward", combine_backward_cpu);
 }
 
 }  // namespace ial

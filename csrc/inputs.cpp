@@ -1,0 +1,217 @@
+// Checks of the operators' arguments, and plain structs made of them.
+// The messages say the argument, what it is and what was expected.
+#include "inputs.h"
+
+#include <ATen/MemoryOverlap.h>
+
+#include <algorithm>
+
+namespace ial {
+namespace {
+
+// The index of `value` in `choices`.
+int choose(const char* name, std::string_view value, std::initializer_list<std::string_view> choices) {
+    const auto found = std::find(choices.begin(), choices.end(), value);
+    if (found != choices.end()) return static_cast<int>(found - choices.begin());
+    std::string expected;
+    for (const auto& choice : choices)
+        expected += c10::str(expected.empty()               ? "'"
+                             : &choice + 1 == choices.end() ? " or '"
+                                                            : ", '",
+                             choice, "'");
+    TORCH_CHECK_VALUE(false, name, " is '", value, "', expected ", expected);
+}
+
+}  // namespace
+
+int Inputs::levels() const {
+    return static_cast<int>(*std::max_element(class_levels.begin(), class_levels.end())) + 1;
+}
+
+bool Inputs::exact() const { return choose("gradient", gradient, {"exact", "paper"}) == 0; }
+
+bool is_pooled(std::string_view factor_scope) {
+    return choose("factor_scope", factor_scope, {"image", "batch"}) == 1;
+}
+
+Label Inputs::label() const {
+    const auto type = target.scalar_type();
+    return type == at::kByte ? Label::kUInt8 : type == at::kInt ? Label::kInt32 : Label::kInt64;
+}
+
+void Inputs::check() const {
+    const auto classes = static_cast<int64_t>(class_levels.size());
+    TORCH_CHECK_VALUE(logits.dim() >= 2, "logits has shape ", logits.sizes(), ", expected (N, C, *spatial)");
+    TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()), "logits has dtype ", logits.scalar_type(),
+                     ", expected float64, float32, float16 or bfloat16");
+    TORCH_CHECK_VALUE(classes > 0 && logits.size(1) == classes, "logits has shape ", logits.sizes(),
+                      ", expected (N, C, *spatial) with C = ", classes, " classes of the hierarchy");
+    for (const int64_t level : class_levels)
+        TORCH_CHECK_VALUE(level >= 0 && level < classes, "class_levels has level ", level, ", expected 0 to ",
+                          classes - 1);
+
+    at::DimVector pixels(logits.sizes());  // (N, *spatial)
+    pixels.erase(pixels.begin() + 1);
+    if (align_corners) {
+        TORCH_CHECK_VALUE(logits.dim() == 4 && target.dim() == 3 && target.size(0) == logits.size(0) &&
+                              logits.size(2) > 0 && logits.size(3) > 0 && target.size(1) > 0 &&
+                              target.size(2) > 0,
+                          "logits has shape ", logits.sizes(), " and target ", target.sizes(),
+                          ", expected (N, C, h, w) and (N, H, W), none of h, w, H and W 0, to upsample");
+        TORCH_CHECK_VALUE(
+            std::max({logits.size(2), logits.size(3), target.size(1), target.size(2)}) <= kMaxSide,
+            "logits has shape ", logits.sizes(), " and target ", target.sizes(),
+            ", expected none of h, w, H and W above ", kMaxSide, " to upsample");
+        pixels = at::DimVector(target.sizes());
+    }
+
+    const auto check_pixels = [&](const char* name, const Tensor& tensor) {
+        TORCH_CHECK_VALUE(tensor.sizes() == pixels, name, " has shape ", tensor.sizes(),
+                          ", expected (N, *spatial) of logits ", logits.sizes());
+    };
+    const auto check_device = [&](const char* name, const Tensor& tensor) {
+        TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", expected ",
+                          logits.device(), " as logits");
+    };
+    const auto check_floating = [](const char* name, const Tensor& tensor) {
+        TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), name, " has dtype ", tensor.scalar_type(),
+                         ", expected a floating type");
+    };
+    check_pixels("target", target);
+    check_device("target", target);
+    const auto type = target.scalar_type();
+    TORCH_CHECK_TYPE(type == at::kLong || type == at::kInt || type == at::kByte, "target has dtype ", type,
+                     ", expected int64, int32 or uint8");
+    if (weight) {
+        TORCH_CHECK_VALUE(weight->dim() == 1 && weight->size(0) == classes, "weight has shape ",
+                          weight->sizes(), ", expected (", classes, ",), one per class");
+        check_device("weight", *weight);
+        check_floating("weight", *weight);
+    }
+    if (pixel_weight) {
+        check_pixels("pixel_weight", *pixel_weight);
+        check_device("pixel_weight", *pixel_weight);
+        check_floating("pixel_weight", *pixel_weight);
+    }
+    exact();  // reduce needs it in its backward only, where an error would be late
+}
+
+void Inputs::check_grad_stats(const Tensor& grad_stats) const {
+    TORCH_CHECK_VALUE(grad_stats.sizes() == at::IntArrayRef({logits.size(0), levels(), kStats}) &&
+                          grad_stats.is_contiguous() && grad_stats.scalar_type() == at::kDouble &&
+                          grad_stats.device() == logits.device(),
+                      "grad_stats has shape ", grad_stats.sizes(), " of ", grad_stats.scalar_type(), " on ",
+                      grad_stats.device(), ", expected (", logits.size(0), ", ", levels(), ", ", int(kStats),
+                      ") of Double, contiguous, on ", logits.device());
+}
+
+void Inputs::check_grad(const Tensor& grad) const {
+    TORCH_CHECK_VALUE(grad.sizes() == logits.sizes() && grad.scalar_type() == logits.scalar_type() &&
+                          grad.device() == logits.device(),
+                      "grad has shape ", grad.sizes(), " of ", grad.scalar_type(), " on ", grad.device(),
+                      ", expected ", logits.sizes(), " of ", logits.scalar_type(), " on ", logits.device(),
+                      " as logits");
+    at::assert_no_internal_overlap(grad);
+}
+
+void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values) {
+    TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
+                      values, " value(s)");
+    TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss is on ", grad_loss.device(),
+                      ", expected ", stats.device(), " as stats");
+}
+
+Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS) {
+    TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats &&
+                          stats.is_contiguous() && stats.scalar_type() == at::kDouble,
+                      "stats has shape ", stats.sizes(), " of ", stats.scalar_type(), ", expected (N, g, ",
+                      int(kStats), ") of Double, contiguous");
+    const int64_t levels = stats.size(1), count = static_cast<int64_t>(lambdas.size());
+    TORCH_CHECK_VALUE(count == levels - 1, "lambdas has ", count, " values, expected ", levels - 1, " for ",
+                      levels, " levels");
+    Combine combine{};
+    combine.stats = stats.const_data_ptr<double>();
+    combine.lambdas = lambdas.data();
+    combine.batch = stats.size(0);
+    combine.levels = static_cast<int>(levels);
+    combine.alpha = alpha;
+    combine.reduction = static_cast<Reduction>(choose("reduction", reduction, {"mean", "sum", "none"}));
+    combine.normalize_factors = choose("factor_normalization", factor_normalization, {"mean", "sum"}) == 0;
+    combine.pool_batch = is_pooled(factor_scope);
+    return combine;
+}
+
+Layout Inputs::layout(const Tensor& grad) const {
+    Layout layout{};
+    layout.batch = logits.size(0);
+    layout.classes = logits.size(1);
+    layout.pixels = 1;
+    layout.row = 1;
+
+    struct Operand {
+        const Tensor& tensor;
+        View& view;
+        int64_t spatial;          // the first spatial dimension
+        at::DimVector strides{};  // of merged dimensions, innermost first
+
+        int64_t stride(int64_t d) const { return tensor.stride(spatial + d); }
+    };
+    std::vector<Operand> operands = {
+        {logits, layout.logits, 2}, {grad, layout.grad, 2}, {target, layout.target, 1}};
+    if (pixel_weight) operands.push_back({*pixel_weight, layout.pixel_weight, 1});
+    // A dimension of size 1 may have any stride.
+    for (const Operand& operand : operands) {
+        operand.view.batch = layout.batch > 1 ? operand.tensor.stride(0) : 0;
+        operand.view.channel = operand.spatial == 2 && layout.classes > 1 ? operand.tensor.stride(1) : 0;
+        operand.view.pixel = 1;
+    }
+
+    // From the innermost dimension out: a dimension is merged with the one inside it where its stride is that
+    // one's extent in every tensor.
+    at::DimVector sizes;  // of merged dimensions, innermost first
+    for (int64_t d = logits.dim() - 3; d >= 0; --d) {
+        const int64_t size = logits.size(d + 2);
+        layout.pixels *= size;
+        if (size == 1) continue;
+        const bool merge =
+            !sizes.empty() && std::all_of(operands.begin(), operands.end(), [&](const Operand& o) {
+                return o.stride(d) == o.strides.back() * sizes.back();
+            });
+        if (merge) {
+            sizes.back() *= size;
+            continue;
+        }
+        sizes.push_back(size);
+        for (Operand& operand : operands) operand.strides.push_back(operand.stride(d));
+    }
+    if (sizes.empty()) return layout;
+    layout.row = sizes[0];
+    layout.outer_rank = static_cast<int>(sizes.size()) - 1;
+    TORCH_CHECK_VALUE(layout.outer_rank <= kMaxOuter, "logits has ", layout.outer_rank + 1,
+                      " spatial dimensions that cannot be merged, expected at most ", kMaxOuter + 1,
+                      "; pass logits.contiguous()");
+    for (const Operand& operand : operands) operand.view.pixel = operand.strides[0];
+    for (int d = 0; d < layout.outer_rank; ++d) {
+        const size_t from = sizes.size() - 1 - d;
+        layout.outer[d] = sizes[from];
+        for (const Operand& operand : operands) operand.view.outer[d] = operand.strides[from];
+    }
+    return layout;
+}
+
+Upsampling Inputs::upsampling(const Tensor& grad) const {
+    const auto image = [](const Tensor& tensor) {  // (N, C, y, x) or (N, y, x)
+        const int64_t d = tensor.dim() - 2;
+        return Image{tensor.stride(0), d == 2 ? tensor.stride(1) : 0, tensor.stride(d), tensor.stride(d + 1)};
+    };
+    return {logits.size(0),
+            logits.size(1),
+            Axis(logits.size(2), target.size(1), *align_corners),
+            Axis(logits.size(3), target.size(2), *align_corners),
+            image(logits),
+            image(grad),
+            image(target),
+            pixel_weight ? image(*pixel_weight) : Image{}};
+}
+
+}  // namespace ial
