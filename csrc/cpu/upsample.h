@@ -1,35 +1,37 @@
-// reduce and gradient of coarse logits on the CPU, over some rows of cells of one image; included beside
-// cpu/pixels.h, once per instruction set.
+// reduce and reduce_backward of coarse logits, over a range of the rows of cells of one image.
+// Compiled once per instruction set by dispatch.h.
 //
-// The lanes of a block are B cells side by side, and it goes through their pixels in sweeps: in sweep k each
-// lane is at the k-th pixel of its cell. So what a class needs of its coarse logits lies side by side, as in
-// memory, for any ratio, and so does what it adds to their gradient: to the logit at the left of a cell and
-// to the one at its right, which are other lanes' in none of these two additions.
+// The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: in sweep k each
+// lane is at the k-th pixel of its cell. So for any ratio of the sizes, a class's coarse logits are read as
+// they are in memory. Gradients are added in the same order, in two additions: to the logits to the left of
+// the cells, then to those to the right. In each of them no two lanes share a logit.
 //
-// Interpolated in the fewest instructions, a + f (b - a), a logit of weight 0 still counts, and a difference
-// may overflow. Where that would show, because a logit is infinite, NaN or huge, a block is `careful`.
+// The fewest instructions interpolate as a + f (b - a). There a logit of weight 0 still counts, and the
+// difference may overflow. A block where that matters, because a logit is infinite, NaN or huge, is
+// `careful`.
+#include "pixels.h"
 
 namespace ial {
 namespace IAL_ISA {
 
-// f of the way from a to b, without the one whose weight is 0.
+// f of the way from a to b. A number of weight 0 does not count, even if it is infinite or NaN.
 template <typename A>
 IAL_INLINE A between(A a, A b, A f) {
     return f == 0 ? a : f == 1 ? b : (1 - f) * a + f * b;
 }
 
-// Where the rows of a block are kept: numbers of the arithmetic type for each of C classes.
+// The buffer of a block: rows of the arithmetic type, one for each of C classes.
 template <typename T>
 struct CellBuffer {
     using A = typename Problem<T>::A;
-    static constexpr int B = kCells, kRow = kCells + kCellPad;  // one logit more than cells, aligned
+    static constexpr int B = kCells, kRow = kCells + kCellPad;  // kRow: one logit more than cells, aligned
 
-    A* x;              // [C, B], first, as Block has it: the pixels of a sweep
-    A *above, *below;  // [C, kRow]: the coarse logits above the cells and below them
-    A *left, *right;   // [C, B]: the logits at the left of the cells and at their right, on a line of pixels.
-                       // Unless it is careful: how much larger those below and at the right are
-    A* to_both;        // [C, B]: the gradient of the line, which the logits at the left and the right share
-    A* to_right;       // [C, kRow]: what the right gets of it, after a 0 that is not a cell's
+    A* x;              // [C, B]: the pixels of a sweep. The first row, as in Block.
+    A *above, *below;  // [C, kRow]: the coarse logits above and below the cells
+    A *left, *right;   // [C, B]: the interpolated logits to the left and right of the cells, on a line of
+                      // pixels If not careful, below is below - above, and right is right - left.
+    A* to_both;   // [C, B]: the gradient of the line, for the logits to the left and to the right together
+    A* to_right;  // [C, kRow]: the part of it for the right ones, with a 0 before the first cell
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
@@ -42,12 +44,12 @@ struct CellBuffer {
     }
 };
 
-// Where the gradient of a row of cells goes: to the coarse logits above and below it.
+// The gradient of a row of cells: of the coarse logits above and below it.
 template <typename A>
 struct CellGradient {
-    const A* rows;     // [3, C]
-    int64_t width;     // of what follows: logits, and room for those that a block has too many
-    A *above, *below;  // [C, width]
+    const A* class_grads;  // [3, C]
+    int64_t width;         // of a row, with padding for the last block
+    A *above, *below;      // [C, width]
 };
 
 template <typename T>
@@ -75,7 +77,7 @@ struct Cells {
         const T* const logits = problem.logits + view.offset(n, j, first);
         const int64_t last = coarse.up.x.coarse - 1, step = j + 1 < coarse.up.y.coarse ? view.row : 0;
         const int there = static_cast<int>(last - first < B ? last - first : B);
-        alignas(64) A extent[kRow];  // not finite where a logit is not, or a difference of two might not be
+        alignas(64) A extent[kRow];  // not finite where a logit is not, or where a difference might overflow
         IAL_SIMD for (int i = 0; i <= B; ++i) extent[i] = 0;
         for (int c = 0; c < classes; ++c) {
             A *above = at.above + c * kRow, *below = at.below + c * kRow;
@@ -92,7 +94,7 @@ struct Cells {
             load_row(logits + c * view.channel + step, view.pixel, there, at.below + c * kRow);
     }
 
-    // Logits [0, there], of which the last one repeats itself.
+    // Logits [0, there], then copies of the last one.
     IAL_INLINE static void load_row(const T* from, int64_t stride, int there, A* to) {
         if (stride == 1) {
             IAL_SIMD for (int i = 0; i <= there; ++i) to[i] = widen(from[i]);
@@ -102,7 +104,7 @@ struct Cells {
         for (int i = there + 1; i <= B; ++i) to[i] = to[there];
     }
 
-    // A line of pixels, beyond the logits above by the fraction f.
+    // The line of pixels that is the fraction f below the logits above.
     template <bool careful>
     IAL_INLINE void load_line(A f) {
         for (int c = 0; c < classes; ++c) {
@@ -147,7 +149,7 @@ struct Cells {
         block.bad_labels = bad != 0;
     }
 
-    // pixel: [B], their places on line y, -1 where a lane has none
+    // pixel[B]: their positions on line y, -1 where a lane has none.
     IAL_INLINE void load_target(int64_t n, int64_t y, const int32_t* pixel) {
         const Image& labels = coarse.up.target;
         const int64_t line = labels.offset(n, y, 0);
@@ -164,8 +166,8 @@ struct Cells {
         block.list_labels();
     }
 
-    // As Block has it.
-    IAL_INLINE void weigh(const A* by_class, int64_t n, int64_t y, const int32_t* pixel) {
+    // See Block.
+    IAL_INLINE void load_weights(const A* by_class, int64_t n, int64_t y, const int32_t* pixel) {
         block.template select<1>(by_class, block.w);
         if (!problem.pixel_weight) return;
         const Image& weights = coarse.up.pixel_weight;
@@ -174,7 +176,7 @@ struct Cells {
             if (block.label[i] >= 0) block.w[i] *= from[pixel[i] * weights.pixel];
     }
 
-    // Labels that are neither a class nor ignore_index.
+    // See Block.
     IAL_INLINE void report(int64_t n, int64_t y, const int32_t* pixel, BadLabels* bad) const {
         if (!block.bad_labels) return;
         const Image& labels = coarse.up.target;
@@ -186,25 +188,25 @@ struct Cells {
         }
     }
 
-    // Does `sweep(y, k, pixel, f)` for the pixels of the row of cells j, in blocks of cells, in lines of up
-    // to kSweeps sweeps; and `line(first, f)` after each line, for the block's first cell.
+    // Calls kernel.sweep for the pixels of the row of cells j: block by block, line by line, sweep by sweep.
+    // After each line, or each kSweeps sweeps of it, calls kernel.line with the block's first cell.
     template <typename Kernel>
     IAL_INLINE void for_row(int64_t n, int64_t j, const Kernel& kernel) {
         const Axis& axis = coarse.up.y;
         const int64_t begin = axis.first(j), end = axis.first(j + 1);
         if (begin == end) return;
-        alignas(64) A some_fraction[kSweeps * B];  // of a block that has more sweeps than coarse.pixel
-        alignas(64) int32_t some_pixel[kSweeps * B];
+        alignas(64) A own_fraction[kSweeps * B];  // of a block with more sweeps than coarse.pixel has
+        alignas(64) int32_t own_pixel[kSweeps * B];
         for (int64_t first = 0; first < coarse.lanes; first += B) {
             load_corners(n, j, first);
             const int sweeps = coarse.sweeps[first / B];
             const bool placed = sweeps <= kSweeps;
-            const int32_t* const pixel = placed ? coarse.pixel + first : some_pixel;
-            const A* const fraction = placed ? coarse.fraction + first : some_fraction;
+            const int32_t* const pixel = placed ? coarse.pixel + first : own_pixel;
+            const A* const fraction = placed ? coarse.fraction + first : own_fraction;
             const int64_t step = placed ? coarse.lanes : B;
             for (int done = 0; done < sweeps; done += kSweeps) {
                 const int count = sweeps - done < kSweeps ? sweeps - done : kSweeps;
-                if (!placed) place_pixels(coarse.up.x, first, B, done, count, B, some_pixel, some_fraction);
+                if (!placed) place_pixels(coarse.up.x, first, B, done, count, B, own_pixel, own_fraction);
                 for (int64_t y = begin; y < end; ++y) {
                     const A f = axis.fraction<A>(j, y);
                     careful ? load_line<true>(f) : load_line<false>(f);
@@ -228,7 +230,7 @@ struct ReduceCells {
     template <typename T, typename A>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int, const int32_t* pixel, const A*) const {
         cells.report(n, y, pixel, bad);
-        cells.weigh(cells.problem.weight, n, y, pixel);
+        cells.load_weights(cells.problem.weight, n, y, pixel);
         cells.block.template softmax<false>(nullptr);
         cells.block.accumulate(sums);
     }
@@ -237,7 +239,7 @@ struct ReduceCells {
 };
 
 template <typename A>
-struct GradientCells {
+struct ReduceBackwardCells {
     CellGradient<A> to;
 
     template <typename T>
@@ -246,9 +248,9 @@ struct GradientCells {
         constexpr int B = Cells<T>::B;
         auto& block = cells.block;
         alignas(64) A scale[B], extra[B];
-        cells.weigh(to.rows + kS * cells.classes, n, y, pixel);
+        cells.load_weights(to.class_grads + kS * cells.classes, n, y, pixel);
         block.template softmax<true>(nullptr);
-        block.differentiate(to.rows, scale, extra);
+        block.differentiate(to.class_grads, scale, extra);
         if (cells.careful)
             k == 0 ? add<true, true>(cells, f, scale, extra) : add<true, false>(cells, f, scale, extra);
         else
@@ -288,7 +290,7 @@ struct GradientCells {
     }
 };
 
-// stats[levels, kStats] of the rows of cells [begin, end) of image n; sums: [levels, kStats, kLanes], zeros.
+// Writes stats[levels, kStats] of the rows of cells [begin, end) of image n. sums: see reduce().
 template <typename T>
 IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                              int64_t end, typename Problem<T>::A* buffer, double* sums, double* stats,
@@ -298,12 +300,13 @@ IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse,
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
 }
 
-// The gradient of the coarse logits of the rows of cells [begin, end) of image n. That of the first row lacks
-// what the cells above add to it, and stays in `head`; `tail` is what the last cells add to the row below.
-// head, tail, work: [C, coarse.width]
+// The gradient of the coarse logits of the rows of cells [begin, end) of image n. The first row also needs
+// the cells above it: its part is left in `head`. The part of the row after the last cells is left in `tail`.
+// head, tail, work: [C, coarse.width].
 template <typename T, typename A>
-IAL_TARGET void gradient_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
-                               int64_t end, A* buffer, const A* rows, A* head, A* tail, A* work) {
+IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n,
+                                      int64_t begin, int64_t end, A* buffer, const A* class_grads, A* head,
+                                      A* tail, A* work) {
     Cells<T> cells(problem, coarse, buffer);
     const int64_t size = problem.layout.classes * coarse.width;
     const Image& view = coarse.up.grad;
@@ -312,7 +315,7 @@ IAL_TARGET void gradient_cells(const Problem<T>& problem, const Coarse<T>& coars
         A* const above = j == begin ? head : carried;
         if (j == begin) memset(above, 0, size * sizeof(A));
         memset(below, 0, size * sizeof(A));
-        cells.for_row(n, j, GradientCells<A>{{rows, coarse.width, above, below}});
+        cells.for_row(n, j, ReduceBackwardCells<A>{{class_grads, coarse.width, above, below}});
         if (j > begin) {
             for (int64_t c = 0; c < problem.layout.classes; ++c) {
                 T* const to = problem.grad + view.offset(n, j, 0) + c * view.channel;

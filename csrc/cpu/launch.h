@@ -1,0 +1,296 @@
+// Runs the kernels on checked tensors. The work is cut into chunks, which go to torch's threads.
+//
+// Chunks depend on the shapes alone. Each chunk writes its sums to a row of its own, and the rows are added
+// in order. So the result is bitwise the same for any number of threads.
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../inputs.h"
+#include "../parallel.h"
+#include "dispatch.h"
+
+namespace ial {
+
+// Equal parts of each image: of its pixels, or of its rows of cells. A chunk is large enough to be worth its
+// start. There are so few that their sums take little memory compared with the logits.
+struct Chunks {
+    static constexpr int64_t kElements = 1 << 15, kSumBytes = 1 << 18;
+    int64_t length, size, per_image, count;  // length: of an image
+
+    Chunks(int64_t images, int64_t length, int64_t size)
+        : length(length), size(size), per_image((length + size - 1) / size), count(images * per_image) {}
+
+    int64_t image(int64_t i) const { return i / per_image; }
+    int64_t begin(int64_t i) const { return i % per_image * size; }
+    int64_t end(int64_t i) const { return std::min(begin(i) + size, length); }
+
+    static Chunks of_pixels(const Layout& layout, int levels) {
+        const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
+        const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
+        const int64_t pixels = std::max(kElements / layout.classes, least);
+        return {layout.batch, layout.pixels, (pixels / kWide + 1) * kWide};
+    }
+
+    // The backward pass stores two rows of each chunk apart: their sums need the neighbouring chunks.
+    static Chunks of_rows(const Upsampling& up) {
+        constexpr int64_t kLeast = 8;
+        const int64_t pixels = std::max<int64_t>(1, up.y.fine * up.x.fine / up.y.coarse);
+        return {up.batch, up.y.coarse, std::max(kLeast, kElements / (up.classes * pixels))};
+    }
+};
+
+// Memory aligned to a vector of 64 bytes.
+template <typename A>
+struct Buffer {
+    explicit Buffer(int64_t size) : storage(size + 64 / sizeof(A)) {}
+    A* aligned() {
+        const auto address = reinterpret_cast<uintptr_t>(storage.data());
+        return reinterpret_cast<A*>((address + 63) / 64 * 64);
+    }
+    std::vector<A> storage;
+};
+
+// Problem<T>, and what it points to.
+template <typename T>
+struct Call {
+    using A = typename Problem<T>::A;
+
+    std::vector<A> weight;
+    OptionalTensor pixel_weight;
+    std::vector<int32_t> class_levels;
+    Problem<T> problem{};
+    Upsampling upsampling{};  // of coarse logits, which have no problem.layout but its sizes
+
+    Call(const Inputs& inputs, const Tensor& grad)
+        : weight(inputs.class_levels.size(), A(1)),
+          class_levels(inputs.class_levels.begin(), inputs.class_levels.end()) {
+        constexpr at::ScalarType arithmetic = c10::CppTypeToScalarType<A>::value;
+        if (inputs.weight) {
+            const Tensor given = inputs.weight->to(arithmetic).contiguous();
+            std::copy_n(given.const_data_ptr<A>(), weight.size(), weight.begin());
+        }
+        if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
+
+        const Inputs converted{inputs.logits,   inputs.target,       inputs.weight,
+                               pixel_weight,    inputs.class_levels, inputs.ignore_index,
+                               inputs.gradient, inputs.align_corners};
+        if (inputs.align_corners) {
+            upsampling = converted.upsampling(grad);
+            problem.layout.batch = upsampling.batch;
+            problem.layout.classes = upsampling.classes;
+        } else {
+            problem.layout = converted.layout(grad);
+        }
+        problem.logits = inputs.logits.const_data_ptr<T>();
+        problem.target = inputs.target.const_data_ptr();
+        problem.label = inputs.label();
+        problem.weight = weight.data();
+        problem.pixel_weight = pixel_weight ? pixel_weight->const_data_ptr<A>() : nullptr;
+        problem.class_levels = class_levels.data();
+        problem.levels = inputs.levels();
+        problem.ignore_index = inputs.ignore_index;
+    }
+    Call(const Call&) = delete;
+};
+
+// Coarse<T>, and what it points to.
+template <typename T>
+struct CoarseCall {
+    using A = typename Problem<T>::A;
+
+    std::vector<int32_t> sweeps, pixel;
+    std::vector<A> fraction;
+    Coarse<T> coarse{};
+
+    explicit CoarseCall(const Upsampling& up) {
+        coarse.up = up;
+        const Axis& axis = up.x;
+        coarse.lanes = (axis.coarse + kCells - 1) / kCells * kCells;
+        coarse.width = coarse.lanes + kCellPad;
+        sweeps.resize(coarse.lanes / kCells);
+        for (int64_t i = 0; i < axis.coarse; ++i) {
+            const auto pixels = static_cast<int32_t>(axis.first(i + 1) - axis.first(i));
+            sweeps[i / kCells] = std::max(sweeps[i / kCells], pixels);
+        }
+        const int rows = std::min(kSweeps, *std::max_element(sweeps.begin(), sweeps.end()));
+        pixel.resize(rows * coarse.lanes);
+        fraction.resize(rows * coarse.lanes);
+        place_pixels(axis, 0, coarse.lanes, 0, rows, coarse.lanes, pixel.data(), fraction.data());
+        coarse.sweeps = sweeps.data();
+        coarse.pixel = pixel.data();
+        coarse.fraction = fraction.data();
+    }
+    CoarseCall(const CoarseCall&) = delete;
+
+    // The size of a thread's buffer: see CellBuffer.
+    int64_t buffer() const { return coarse.up.classes * (4 * kCells + 3 * (kCells + kCellPad)); }
+};
+
+// With the message of ial_cuda.validate_target.
+[[noreturn]] inline void throw_bad_labels(const BadLabels& bad, const Inputs& inputs) {
+    std::string position;
+    int64_t pixel = bad.pixel;
+    for (int64_t d = inputs.target.dim() - 1; d > 0; --d) {
+        position = ", " + std::to_string(pixel % inputs.target.size(d)) + position;
+        pixel /= inputs.target.size(d);
+    }
+    if (position.empty()) position = ",";
+    const int64_t classes = inputs.logits.size(1);
+    std::string hint;
+    if (bad.label == -100 || bad.label == -1 || bad.label == 255)
+        hint = ": pass ignore_index=" + std::to_string(bad.label) + " where that is the label of void";
+    else if (classes == 1)
+        hint = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)";
+    TORCH_CHECK_VALUE(false, "target has label ", bad.label, " at (", bad.image, position, "), the first of ",
+                      bad.count, " bad pixels, expected labels 0 to ", classes - 1,
+                      " or ignore_index=", inputs.ignore_index, hint);
+}
+
+// -------------------------------------------------------------------------------------------------
+// reduce
+
+// stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
+template <typename A, typename Reduce>
+Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_size, const Reduce& reduce) {
+    const int64_t row = inputs.levels() * kStats;
+    std::vector<double> sums(chunks.count * row);
+    std::vector<BadLabels> bad(chunks.count);
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(buffer_size);
+        Buffer<double> lanes(row * kLanes);
+        for (int64_t i = first; i < last; ++i) {
+            std::fill_n(lanes.aligned(), row * kLanes, 0.0);
+            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], &bad[i]);
+        }
+    });
+
+    BadLabels all;
+    for (const BadLabels& some : bad) {
+        if (some.count && !all.count) all = BadLabels{0, some.label, some.image, some.pixel};
+        all.count += some.count;
+    }
+    if (all.count) throw_bad_labels(all, inputs);
+
+    const int64_t images = inputs.logits.size(0);
+    Tensor stats = at::empty({images, inputs.levels(), kStats}, inputs.logits.options().dtype(at::kDouble));
+    double* to = stats.mutable_data_ptr<double>();
+    for (int64_t n = 0; n < images; ++n)
+        for (int64_t s = 0; s < row; ++s, ++to) {
+            *to = 0;
+            for (int64_t i = 0; i < chunks.per_image; ++i) *to += sums[(n * chunks.per_image + i) * row + s];
+        }
+    return stats;
+}
+
+template <typename T>
+Tensor launch_reduce(const Inputs& inputs) {
+    using A = typename Call<T>::A;
+    const Call<T> call(inputs, inputs.logits);
+    const Problem<T>& problem = call.problem;
+    if (inputs.align_corners) {
+        const CoarseCall<T> coarse(call.upsampling);
+        const Chunks chunks = Chunks::of_rows(call.upsampling);
+        return reduce_chunks<A>(inputs, chunks, coarse.buffer(),
+                                [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                    IAL_DISPATCH(reduce_cells, problem, coarse.coarse, chunks.image(i),
+                                                 chunks.begin(i), chunks.end(i), buffer, lanes, sums, bad);
+                                });
+    }
+    const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
+    return reduce_chunks<A>(inputs, chunks, 2 * problem.layout.classes * kWide,
+                            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                IAL_DISPATCH(reduce, problem, chunks.image(i), chunks.begin(i), chunks.end(i),
+                                             buffer, lanes, sums, bad);
+                            });
+}
+
+// -------------------------------------------------------------------------------------------------
+// reduce_backward
+
+// A gradient of so many bytes is stored past the caches. An ordinary store reads each line first, and no
+// cache would still hold the lines when the network's next step writes there again.
+constexpr size_t kStreamFrom = 2 << 20;
+
+// class_grads[3, C]: the dL/dS, dL/dP2 and dL/dQ2 of each class in image n, the first times the class's
+// weight.
+template <typename T, typename A>
+void load_class_grads(const Problem<T>& problem, const Tensor& grad_stats, int64_t n, A* class_grads) {
+    const int64_t classes = problem.layout.classes;
+    const double* const of_image = grad_stats.const_data_ptr<double>() + n * problem.levels * kStats;
+    for (int64_t c = 0; c < classes; ++c) {
+        const double* from = of_image + problem.class_levels[c] * kStats;
+        for (const Stat s : {kS, kP2, kQ2})
+            class_grads[s * classes + c] = static_cast<A>(s == kS ? problem.weight[c] * from[s] : from[s]);
+    }
+}
+
+template <typename T>
+void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats) {
+    using A = typename Problem<T>::A;
+    const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
+    // The last chunk first: the caches hold the end of what reduce has read.
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(2 * problem.layout.classes * kWide), class_grads(3 * problem.layout.classes);
+        int64_t image = -1;
+        for (int64_t i = last - 1; i >= first; --i) {
+            if (chunks.image(i) != image)
+                load_class_grads(problem, grad_stats, image = chunks.image(i), class_grads.aligned());
+            IAL_DISPATCH(reduce_backward, problem, image, chunks.begin(i), chunks.end(i), buffer.aligned(),
+                         class_grads.aligned());
+        }
+    });
+}
+
+// The first row of logits of a chunk gets gradients from the cells of two chunks, which may run on two
+// threads. So each chunk stores what it adds to its first row (head) and to the next chunk's (tail). They are
+// added up at the end.
+template <typename T>
+void reduce_backward_coarse(const Problem<T>& problem, const Upsampling& up, const Tensor& grad_stats) {
+    using A = typename Problem<T>::A;
+    const CoarseCall<T> call(up);
+    const Coarse<T>& coarse = call.coarse;
+    const Chunks chunks = Chunks::of_rows(up);
+    const int64_t row = up.classes * coarse.width;
+    const Tensor kept = at::empty({2 * chunks.count, row}, c10::CppTypeToScalarType<A>::value);
+    A* const heads = kept.mutable_data_ptr<A>();
+    A* const tails = heads + chunks.count * row;
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        Buffer<A> buffer(call.buffer()), class_grads(3 * up.classes), work(row);
+        for (int64_t i = first; i < last; ++i) {
+            load_class_grads(problem, grad_stats, chunks.image(i), class_grads.aligned());
+            IAL_DISPATCH(reduce_backward_cells, problem, coarse, chunks.image(i), chunks.begin(i),
+                         chunks.end(i), buffer.aligned(), class_grads.aligned(), heads + i * row,
+                         tails + i * row, work.aligned());
+        }
+    });
+    for (int64_t i = 0; i < chunks.count; ++i) {
+        const int64_t y = chunks.begin(i);
+        for (int64_t c = 0; c < up.classes; ++c) {
+            T* const to = problem.grad + up.grad.offset(chunks.image(i), y, 0) + c * up.grad.channel;
+            const A* const head = heads + i * row + c * coarse.width;
+            const A* const above = y > 0 ? tails + (i - 1) * row + c * coarse.width : nullptr;
+            for (int64_t x = 0; x < up.x.coarse; ++x)
+                to[x * up.grad.pixel] = static_cast<T>(above ? head[x] + above[x] : head[x]);
+        }
+    }
+}
+
+// fresh: grad is not the logits.
+template <typename T>
+void launch_reduce_backward(const Inputs& inputs, const Tensor& grad_stats, const Tensor& grad, bool fresh) {
+    Call<T> call(inputs, grad);
+    Problem<T>& problem = call.problem;
+    problem.grad = grad.mutable_data_ptr<T>();
+    problem.cross = inputs.exact() ? 1 : 0;
+    problem.stream = fresh && grad.nbytes() >= kStreamFrom;
+    if (inputs.align_corners)
+        reduce_backward_coarse(problem, call.upsampling, grad_stats);
+    else
+        reduce_backward_pixels(problem, grad_stats);
+}
+
+}  // namespace ial

@@ -1,0 +1,112 @@
+// The plain structs that the CPU kernels work on: they see no tensor.
+#pragma once
+
+#include <cstdint>
+
+#include "../bilinear.h"
+#include "../layout.h"
+#include "../loss.h"
+
+namespace ial {
+
+// Pixels of a block, and of a block at the end of a row, where fewer are left.
+constexpr int kWide = 64, kNarrow = 16;
+
+// Rows of a block that are prefetched ahead of the one being read.
+constexpr int kRowsAhead = 14;
+
+// Lanes in which sums are kept.
+constexpr int kLanes = 16;
+
+// Bytes of a streaming store.
+constexpr int kStreamBytes = 32;
+
+// Up to so many classes in a block are handled one by one, without a look-up for each pixel.
+constexpr int kMaxListed = 4;
+
+// Pixels and classes that are transposed at once.
+constexpr int kTile = 8;
+
+// Cells of a block of coarse logits. A row of a block has padding for the logit to the right of the last
+// cell.
+constexpr int kCells = 32, kCellPad = 16;
+
+// Sweeps whose pixels are stored for all rows. A cell rarely has more pixels on a line, and the arrays stay
+// small however wide the image is.
+constexpr int kSweeps = 64;
+
+// Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
+// lane.
+template <typename T>
+struct Arithmetic {
+    using A = float;
+    using I = int32_t;
+};
+template <>
+struct Arithmetic<double> {
+    using A = double;
+    using I = int64_t;
+};
+
+template <typename T>
+struct Problem {
+    using A = typename Arithmetic<T>::A;
+    using I = typename Arithmetic<T>::I;
+
+    Layout layout;
+    const T* logits;
+    T* grad;
+    const void* target;
+    Label label;
+    const A* weight;              // [C]
+    const A* pixel_weight;        // null: all are 1
+    const int32_t* class_levels;  // [C]
+    int levels;
+    int64_t ignore_index;
+    bool stream;  // store past the caches
+    A cross;      // 1 for the exact gradient, 0 for the paper's: see PixelGradient
+};
+
+// The cells of coarse logits on a row, which are the same for all rows. Cells are counted up to `lanes`, a
+// multiple of kCells. Those after the last one have no pixels. In sweep k each cell is at its k-th pixel.
+template <typename T>
+struct Coarse {
+    using A = typename Problem<T>::A;
+
+    Upsampling up;
+    int64_t lanes;
+    int64_t width;          // of a row of gradients, with the logits to the right of the last lane
+    const int32_t* sweeps;  // [lanes / kCells]: sweeps of a block, the most pixels of one of its cells
+    const int32_t* pixel;   // [kSweeps or fewer, lanes]: the pixel of each sweep and cell, -1 for none
+    const A* fraction;      // [same, lanes]: how far that pixel is beyond the logit to its left
+};
+
+// pixel and fraction [sweeps, stride] of the cells [cell, cell + cells), from sweep `first` on.
+template <typename A>
+void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, int64_t sweeps,
+                  int64_t stride, int32_t* pixel, A* fraction) {
+    for (int64_t i = 0; i < cells; ++i) {
+        const int64_t begin = axis.first(cell + i) + first;
+        const int64_t end = cell + i < axis.coarse ? axis.first(cell + i + 1) : begin;
+        for (int64_t k = 0; k < sweeps; ++k) {
+            const bool inside = begin + k < end;
+            pixel[k * stride + i] = inside ? static_cast<int32_t>(begin + k) : -1;
+            fraction[k * stride + i] = inside ? axis.fraction<A>(cell + i, begin + k) : A(0);
+        }
+    }
+}
+
+// Labels that are neither a class nor ignore_index: how many, and the first.
+struct BadLabels {
+    int64_t count = 0, label = 0, image = 0, pixel = 0;
+
+    // All of one image.
+    void add(int64_t y, int64_t n, int64_t p) {
+        if (count++ > 0 && pixel < p) return;
+        label = y;
+        image = n;
+        pixel = p;
+    }
+};
+
+}  // namespace ial
