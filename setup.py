@@ -3,11 +3,11 @@
 The rest of the package's description is in pyproject.toml. Environment:
 
 IAL_CUDA_FORCE_CPU=1      leaves the CUDA kernels out
-IAL_CUDA_PURE_PYTHON=1    leaves the extension out: needs no compiler, and is slow on the CPU
-TORCH_CUDA_ARCH_LIST      the architectures, as torch spells them ("9.0;12.0+PTX"); default: those of the GPUs
-                          of this machine, else DEFAULT_ARCHS. Set it for a wheel that goes to other machines.
-MAX_JOBS                  how many compilers run at once
-CXX, CUDA_HOME            which compilers
+IAL_CUDA_PURE_PYTHON=1    leaves the extension out: no compiler is needed, and the CPU is slow
+TORCH_CUDA_ARCH_LIST      the architectures, as torch spells them ("9.0;12.0+PTX"). Default: those of this
+                          machine's GPUs, else DEFAULT_ARCHS. Set it for a wheel that other machines use.
+MAX_JOBS                  how many compilers run at the same time
+CXX, CUDA_HOME            which compilers to use
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ NAME = "ial_cuda._C"
 
 CUDA_SOURCES = "csrc/cuda/*.cu"
 
-# A binary serves the later minor versions of its generation too (8.0 runs on 8.9); PTX, what is yet to come.
+# A binary also runs on later minor versions of its generation (8.0 on 8.9). PTX is for later generations.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
-# The oldest torch that the sources fit.
+# The sources compile against these versions.
 TORCH = "torch>=2.11"
 
 OPT_OUT = (
@@ -77,9 +77,9 @@ def is_set(env: Mapping[str, str], name: str) -> bool:
 def decide(
     env: Mapping[str, str], torch_cuda: str | None, nvcc: Nvcc | None, gpus: tuple[str, ...] = ()
 ) -> Plan:
-    """CUDA or not, for which architectures, and what the user must hear; from its arguments alone.
+    """Whether to build for CUDA, for which architectures, and the warning. Depends on its arguments alone.
 
-    The GPUs, by compute capability, choose the architectures. Whether CUDA is built does not depend on them.
+    ``gpus``, compute capabilities, choose the architectures. Whether CUDA is built does not depend on them.
     """
     if is_set(env, "IAL_CUDA_FORCE_CPU") or torch_cuda is None:
         return Plan(cuda=False)
@@ -120,7 +120,7 @@ def find_nvcc() -> Nvcc | None:
     try:
         version = re.search(r"release (\d+\.\d+)", ask("--version"))
         archs = re.findall(r"compute_(\d+)(\d)\b", ask("--list-gpu-arch"))
-        # What PATH has may be a script or a link; nvcc itself knows where its libraries lie.
+        # nvcc on PATH may be a script or a link. nvcc itself knows where its libraries are.
         top = re.search(r"TOP=(.+)", ask("--dryrun", "-x", "cu", os.devnull))
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -134,7 +134,7 @@ def find_nvcc() -> Nvcc | None:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """The compute capabilities of the GPUs here, as the driver tells them without starting CUDA."""
+    """The compute capabilities of this machine's GPUs, from the driver, without starting CUDA."""
     question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(question, capture_output=True, text=True, timeout=60).stdout
@@ -145,26 +145,26 @@ def find_gpus() -> tuple[str, ...]:
 
 
 def compile_flags(plan: Plan) -> dict[str, list[str]]:
-    """No -std among them: torch adds the one that its headers need, which differs between its versions."""
+    """Without -std: torch adds the one that its headers need, which differs between its versions."""
     if os.name == "nt":
         cxx = ["/O2"]
     else:
-        # torch's own headers leave parameters unused. -g, which Python's flags often bring along, makes the
-        # compile half as long again and the objects forty times as large.
+        # torch's headers have unused parameters. -g, often among Python's flags, makes compiling take 1.5
+        # times as long and the objects forty times as large.
         cxx = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-        # What the vectoriser needs, and no more: results stay IEEE's, with NaN and infinity.
+        # The vectoriser needs these. Results stay those of IEEE 754, with NaN and infinity.
         cxx += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
         if "clang" not in compiler():
-            # A loop that clears a few hundred bytes is to stay one: "rep stos" takes long to start.
+            # Keeps loops that clear a few hundred bytes: "rep stos" takes long to start.
             cxx.append("-fno-tree-loop-distribute-patterns")
-    # Files are compiled side by side; where that leaves cores idle, so are a file's architectures.
+    # Files are compiled in parallel. Where that leaves cores idle, so are the architectures of a file.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, min(jobs // len(glob(CUDA_SOURCES)), len(plan.arch_list))) if plan.cuda else 1
     return {"cxx": cxx, "nvcc": ["-O3", f"--threads={threads}"]}
 
 
 def compiler() -> str:
-    """The first line that the C++ compiler has to say about itself."""
+    """The first line of the C++ compiler's --version."""
     command = shlex.split(cpp_extension.get_cxx_compiler())
     try:
         answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
@@ -185,20 +185,20 @@ def extension(plan: Plan) -> setuptools.Extension:
 
 
 class BuildExt(cpp_extension.BuildExtension):
-    """torch's build_ext that records what it built, in ial_cuda/_build.json."""
+    """torch's build_ext. Records in ial_cuda/_build.json what it built."""
 
     plan: Plan
     nvcc: Nvcc | None
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        # Kept from one editable install to the next, where setuptools would take a fresh temporary folder.
-        # One per torch: objects compiled for another must not be linked again.
+        # Kept between editable installs: setuptools would take a new temporary folder. One for each torch:
+        # objects compiled for another must not be linked.
         self.build_temp = os.path.join("build", f"torch-{torch.__version__}")
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Without ninja setuptools goes by time alone: a file for another torch would pass for up to date.
+        # Without ninja setuptools compares times alone: a file for another torch would count as up to date.
         self.force = True
 
     def run(self) -> None:
@@ -217,7 +217,7 @@ class BuildExt(cpp_extension.BuildExtension):
             ) from error
         self.record()
         if self.plan.warning:
-            text = f"{self.plan.warning}, then build again. IAL_CUDA_FORCE_CPU=1 does without this warning."
+            text = f"{self.plan.warning}, then build again. IAL_CUDA_FORCE_CPU=1 avoids this warning."
             print(f"\n{'*' * 80}\nial_cuda: {text}\n{'*' * 80}\n", file=sys.stderr)
 
     def record(self) -> None:
@@ -235,7 +235,7 @@ class BuildExt(cpp_extension.BuildExtension):
 
 
 class EggInfo(egg_info):
-    """Names the torch in the version: wheels for several lie side by side, and each says which it fits."""
+    """Adds torch's version to this package's: wheels for several torches can be in one folder."""
 
     def finalize_options(self) -> None:
         self.tag_build = "+torch" + re.sub(r"[^0-9a-zA-Z]+", ".", torch.__version__)
@@ -246,19 +246,19 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import ninja
 
-        # torch looks on PATH alone, which an environment that is used without being activated is not on.
+        # torch looks for ninja on PATH, where an environment that is not activated is missing.
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
     BuildExt.nvcc = find_nvcc()
-    # Without kernels to compile (CUDA_SOURCES), a torch for CUDA is as good as one without.
+    # Without kernels to compile (CUDA_SOURCES), a torch for CUDA is treated as one without.
     torch_cuda = torch.version.cuda if glob(CUDA_SOURCES) else None
     BuildExt.plan = decide(os.environ, torch_cuda, BuildExt.nvcc, find_gpus())
     if BuildExt.plan.cuda:
         cpp_extension.CUDA_HOME = BuildExt.nvcc.home
-        # Without a list torch asks the GPUs of this machine, and fails where there is none.
+        # Without a list torch asks this machine's GPUs, and fails where there is none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(BuildExt.plan.arch_list)
     pure = is_set(os.environ, "IAL_CUDA_PURE_PYTHON")
-    # The extension fits one torch. The sources fit many, and so does a package without the extension.
+    # The extension fits one torch. The sources and a package without the extension fit many.
     one_torch = not pure and "sdist" not in sys.argv
     setuptools.setup(
         install_requires=[f"torch=={torch.__version__.partition('+')[0]}" if one_torch else TORCH, "numpy"],
