@@ -1,9 +1,11 @@
-// A large tensor on the CPU is a fresh mapping each time, which goes back to the system when it is freed. So
-// each step pays for every page anew: Linux clears it, which takes as long as the kernel that writes it, and
-// a virtual machine whose host takes free memory back pays several times that. Here a gradient's mapping is
-// parked when it is freed, and the next gradient that fits takes it, as torch keeps memory on a GPU. One is
-// kept, the largest; its contents are given up (MADV_FREE), so that Linux may have its pages whenever it
-// needs memory. Its addresses stay taken, so nothing is kept where those are limited.
+// Keeps the memory of a freed CPU gradient for the next one.
+// At most one mapping is kept: the largest.
+//
+// A large CPU tensor is a new mapping each time, which returns to the system when it is freed. So each
+// training step pays for every page again: Linux clears it, which takes as long as the kernel that writes it.
+// A virtual machine whose host takes free memory back pays several times that. torch keeps memory on a GPU
+// for the same reason. The contents of a kept mapping are discarded (MADV_FREE), so Linux may take its pages
+// whenever it needs memory. Its addresses stay reserved. So nothing is kept where addresses are limited.
 #include "gradient_memory.h"
 
 #include <ATen/Context.h>
@@ -34,10 +36,10 @@ namespace {
 
 constexpr size_t kHuge = 2 << 20;
 
-// The pages of a new mapping. In pages of 4 KiB its faults cost several times the kernel that writes it, and
-// its readers and MADV_FREE take longer ever after. So huge pages are asked for, and since a kernel writes
-// all classes at once, so that its threads would meet in every page, one thread touches each first. It is
-// only advice: where the system refuses it, nothing is lost.
+// Makes the pages of a new mapping huge. With pages of 4 KiB the page faults cost several times the kernel
+// that writes the gradient, and its readers and MADV_FREE stay slower. Each page is touched by one thread
+// first: a kernel writes all classes at once, so its threads would fault on the same pages. The system may
+// refuse huge pages. Then nothing is touched.
 void prefault(char* begin, size_t size) {
     const auto pages = static_cast<int64_t>(size / kHuge);
     if (madvise(begin, pages * kHuge, MADV_HUGEPAGE) != 0) return;
@@ -69,31 +71,31 @@ struct Mapping {
     Mapping(const Mapping&) = delete;
     ~Mapping() { munmap(begin, size); }
 
-    // The contents are nobody's, and Linux may have the pages. Nor does a fork share them, as those that load
-    // data do: a page that is shared would be copied when it is written next, a huge one as 512 small ones.
-    void give_up() {
+    // Lets Linux take the pages. Forks, such as the workers of a DataLoader, do not share them: the next
+    // write would copy a shared page, and a huge one as 512 small ones.
+    void discard() {
         madvise(begin, size, MADV_FREE);
         madvise(begin, size, MADV_WIPEONFORK);
     }
-    void take() { madvise(begin, size, MADV_KEEPONFORK); }
+    void reuse() { madvise(begin, size, MADV_KEEPONFORK); }
 
     static constexpr size_t kSmall = 64 << 10;  // a multiple of every usual page
 };
 
-// The mapping that no tensor has. Taken and left by exchange, without a lock that a fork could leave closed;
-// never destroyed, since tensors may outlive whatever is destroyed at the end of a process.
-std::atomic<Mapping*> parked{nullptr};
+// The mapping that is kept, which no tensor uses. It is exchanged atomically: a fork could leave a lock
+// closed. It is never destroyed: tensors may outlive what is destroyed at the end of a process.
+std::atomic<Mapping*> kept{nullptr};
 
 bool from_environment() {
     const char* const value = std::getenv("IAL_CUDA_KEEP_GRADIENT");
     return !value || std::string_view(value) != "0";
 }
 
-std::atomic<bool> keeps{from_environment()};
+std::atomic<bool> enabled{from_environment()};
 
-// Whether addresses that nobody uses are missing elsewhere: this process's are limited, or the system hands
-// out no more than it has memory for.
-bool addresses_are_scarce() {
+// Whether reserved addresses reduce what others can allocate: this process has a limit, or the system does
+// not overcommit memory.
+bool addresses_are_limited() {
     static const bool strict = [] {
         char mode = 0;
         return std::ifstream("/proc/sys/vm/overcommit_memory").get(mode) && mode == '2';
@@ -105,28 +107,28 @@ bool addresses_are_scarce() {
     return strict || limited(RLIMIT_AS) || limited(RLIMIT_DATA);
 }
 
-void park(void* context) {
+void keep_or_free(void* context) {
     std::unique_ptr<Mapping> freed(static_cast<Mapping*>(context));
     c10::profiledCPUMemoryReporter().Delete(freed->begin);
-    if (!keeps || addresses_are_scarce()) return;
-    freed->give_up();
-    std::unique_ptr<Mapping> other(parked.exchange(nullptr));
+    if (!enabled || addresses_are_limited()) return;
+    freed->discard();
+    std::unique_ptr<Mapping> other(kept.exchange(nullptr));
     if (other && other->size > freed->size) freed.swap(other);
-    other.reset(parked.exchange(freed.release()));  // what another thread left there meanwhile
+    other.reset(kept.exchange(freed.release()));  // frees what another thread has left meanwhile
 }
 
 struct GradientAllocator final : c10::Allocator {
     c10::DataPtr allocate(size_t bytes) override {
-        std::unique_ptr<Mapping> mapping(parked.exchange(nullptr));
+        std::unique_ptr<Mapping> mapping(kept.exchange(nullptr));
         if (mapping && mapping->size >= bytes) {
-            mapping->take();
+            mapping->reuse();
         } else {
-            mapping.reset();  // first, so that both are never there at once
+            mapping.reset();  // first: never two at once
             mapping = std::make_unique<Mapping>(bytes);
         }
         c10::profiledCPUMemoryReporter().New(mapping->begin, bytes);
         char* const begin = mapping->begin;
-        return {begin, mapping.release(), park, at::kCPU};
+        return {begin, mapping.release(), keep_or_free, at::kCPU};
     }
     void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
@@ -147,12 +149,12 @@ at::Tensor empty_gradient(const at::Tensor& like) {
 }
 
 int64_t release_gradient() {
-    const std::unique_ptr<Mapping> mapping(parked.exchange(nullptr));
+    const std::unique_ptr<Mapping> mapping(kept.exchange(nullptr));
     return mapping ? static_cast<int64_t>(mapping->size) : 0;
 }
 
 bool keep_gradient(bool keep) {
-    const bool before = keeps.exchange(keep);
+    const bool before = enabled.exchange(keep);
     if (!keep) release_gradient();
     return before;
 }

@@ -5,14 +5,14 @@
 
 namespace ial {
 
-// An uninitialised tensor with the layout of `like`. Where it takes a huge page or more, its memory is that
-// of the gradient that was freed last, if it fits.
+// An uninitialised tensor with the layout of `like`. From the size of a huge page on, it reuses the memory
+// that is kept, if that is large enough.
 at::Tensor empty_gradient(const at::Tensor& like);
 
-// Gives the memory that is kept, and that no tensor has, back to the system: how many bytes.
+// Returns the kept memory to the system; returns how many bytes.
 int64_t release_gradient();
 
-// Whether memory is kept from now on; returns whether it was. What is kept is released where not.
+// Whether to keep memory from now on. `false` also releases what is kept. Returns the setting before.
 bool keep_gradient(bool keep);
 
 }  // namespace ial

@@ -2,11 +2,11 @@
 // Compiled once per instruction set by dispatch.h.
 //
 // The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: in sweep k each
-// lane is at the k-th pixel of its cell. So for any ratio of the sizes, a class's coarse logits are read as
-// they are in memory. Gradients are added in the same order, in two additions: to the logits to the left of
-// the cells, then to those to the right. In each of them no two lanes share a logit.
+// lane is at the k-th pixel of its cell. So a class's coarse logits are read as they are in memory, for any
+// ratio of the sizes. Their gradient is added in the same order, in two additions: for the logits to the left
+// of the cells, then for those to the right. In each addition every lane has a logit of its own.
 //
-// The fewest instructions interpolate as a + f (b - a). There a logit of weight 0 still counts, and the
+// a + f (b - a) interpolates in the fewest instructions. But a logit of weight 0 counts there, and the
 // difference may overflow. A block where that matters, because a logit is infinite, NaN or huge, is
 // `careful`.
 #include "pixels.h"
@@ -26,12 +26,12 @@ struct CellBuffer {
     using A = typename Problem<T>::A;
     static constexpr int B = kCells, kRow = kCells + kCellPad;  // kRow: one logit more than cells, aligned
 
-    A* x;              // [C, B]: the pixels of a sweep. The first row, as in Block.
+    A* x;              // [C, B]: the pixels of a sweep; first, as in Block
     A *above, *below;  // [C, kRow]: the coarse logits above and below the cells
-    A *left, *right;   // [C, B]: the interpolated logits to the left and right of the cells, on a line of
-                      // pixels If not careful, below is below - above, and right is right - left.
-    A* to_both;   // [C, B]: the gradient of the line, for the logits to the left and to the right together
-    A* to_right;  // [C, kRow]: the part of it for the right ones, with a 0 before the first cell
+    A *left, *right;   // [C, B]: interpolated to the left and to the right of the cells, on a line of pixels
+    A* to_both;        // [C, B]: the gradient of the line, for the logits to the left and right together
+    A* to_right;       // [C, kRow]: the part of it for those to the right, with a 0 before the first cell
+    // Where a block is not careful, `below` holds below - above, and `right` holds right - left.
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
