@@ -324,9 +324,10 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Grads>
 IAL_D void write_table(const Combine& c, const Grads& grad_loss, double weight, double* to) {
     if (!c.pool_batch)
-        for (int64_t n = threadIdx.x; n < c.batch; n += blockDim.x) table(c, n, n + 1, grad_loss, weight, to);
+        for (int64_t n = threadIdx.x; n < c.batch; n += blockDim.x)
+            combine_backward(c, n, n + 1, grad_loss, weight, to);
     else if (threadIdx.x == 0)
-        table(c, 0, c.batch, grad_loss, weight, to);
+        combine_backward(c, 0, c.batch, grad_loss, weight, to);
 }
 
 template <typename G>

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros.h>
@@ -34,8 +33,10 @@ template <typename Launcher>
 struct Operators {
     static Tensor reduce(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
-                         int64_t ignore_index, std::string_view, bool, std::optional<bool> align_corners) {
-        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners};
+                         int64_t ignore_index, std::string_view gradient, bool,
+                         std::optional<bool> align_corners) {
+        const Inputs inputs{logits,       target,       weight,   pixel_weight,
+                            class_levels, ignore_index, gradient, align_corners};
         inputs.check();
         check_limits(logits.size(0), logits.size(1), inputs.levels());
         const Launcher launcher(logits);
@@ -50,18 +51,18 @@ struct Operators {
     }
 
     static void gradient_into(const Inputs& inputs, const Tensor& table, const OptionalTensor& grad_loss,
-                              std::string_view gradient, const Tensor& grad) {
+                              const Tensor& grad) {
         inputs.check();
-        inputs.check_table(table);
+        inputs.check_grad_stats(table);
+        inputs.check_grad(grad);
         if (grad_loss) check_grad_loss(*grad_loss, table, 1);
         check_limits(inputs.logits.size(0), inputs.logits.size(1), inputs.levels());
-        const bool exact = is_exact(gradient);
         const Launcher launcher(grad);
         if (grad.numel() == 0) return;
         AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, grad.scalar_type(),
                                         "ial_cuda::reduce_backward", [&] {
                                             Kernels<typename Native<scalar_t>::type, Launcher>::gradient(
-                                                launcher, inputs, table, grad_loss, exact, grad);
+                                                launcher, inputs, table, grad_loss, inputs.exact(), grad);
                                         });
     }
 
@@ -70,16 +71,16 @@ struct Operators {
                            at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient,
                            std::optional<bool> align_corners) {
         Tensor grad = at::empty_like(logits);
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners},
-                      table, {}, gradient, grad);
+        gradient_into(
+            {logits, target, weight, pixel_weight, class_levels, ignore_index, gradient, align_corners},
+            table, {}, grad);
         return grad;
     }
 
     static void gradient_(const Tensor& logits, const Tensor& table, const Tensor& target,
                           const OptionalTensor& weight, const OptionalTensor& pixel_weight,
                           at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient) {
-        at::assert_no_internal_overlap(logits);
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, {}, gradient,
+        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index, gradient}, table, {},
                       logits);
     }
 
@@ -87,8 +88,8 @@ struct Operators {
                          const Tensor& table, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& pixel_weight, at::IntArrayRef class_levels,
                          int64_t ignore_index, std::string_view gradient) {
-        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index}, table, grad_loss,
-                      gradient, grad);
+        gradient_into({logits, target, weight, pixel_weight, class_levels, ignore_index, gradient}, table,
+                      grad_loss, grad);
     }
 
     static std::tuple<Tensor, Tensor> combine(const Tensor& stats, at::ArrayRef<double> lambdas, double alpha,
@@ -129,12 +130,11 @@ struct Operators {
         const OptionalTensor& pixel_weight, at::IntArrayRef class_levels, int64_t ignore_index,
         std::string_view gradient, at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,
         std::string_view factor_normalization, std::string_view factor_scope) {
-        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index};
+        const Inputs inputs{logits, target, weight, pixel_weight, class_levels, ignore_index, gradient};
         inputs.check();
         check_limits(logits.size(0), logits.size(1), inputs.levels());
         const Launcher launcher(logits);
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
-        const bool exact = is_exact(gradient);
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         if (!has_one_launch(launcher, logits, target, pixel_weight, inputs.levels(), factor_scope)) {
             const Tensor stats =
@@ -154,8 +154,8 @@ struct Operators {
             make_combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope));
         const Results results(global.combine, stats.options(), dtype);
         const auto one_launch = [&](auto type) {
-            Kernels<decltype(type), Launcher>::fused(launcher, inputs, global, exact, stats, rows, grad,
-                                                     results);
+            Kernels<decltype(type), Launcher>::fused(launcher, inputs, global, inputs.exact(), stats, rows,
+                                                     grad, results);
         };
         if (logits.scalar_type() == at::kFloat)
             one_launch(float());

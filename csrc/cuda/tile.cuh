@@ -21,6 +21,7 @@ __device__ __forceinline__ float rcp_approx_ftz(float x) {
 
 #include <type_traits>
 
+#include "../layout.h"
 #include "../loss.h"
 
 namespace ial {

@@ -49,7 +49,10 @@ def load() -> None:
     common = ["-g0", "-fvisibility=hidden", "-DIAL_LIBRARY=ial_simt", "-Wno-unknown-pragmas"]
     cpp_extension.load(
         name=name,
-        sources=[str(ROOT / "csrc" / "library.cpp"), str(HERE / "simt.cpp")],
+        sources=[
+            *(str(ROOT / "csrc" / name) for name in ("inputs.cpp", "library.cpp")),
+            str(HERE / "simt.cpp"),
+        ],
         extra_include_paths=[str(HERE)],
         extra_cflags=common + compiler_flags,
         extra_ldflags=linker_flags,
