@@ -179,7 +179,6 @@ def extension(plan: Plan) -> setuptools.Extension:
         name=NAME,
         sources=sorted(glob("csrc/**/*.cpp", recursive=True) + (glob(CUDA_SOURCES) if plan.cuda else [])),
         depends=sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)),
-        define_macros=[("IAL_WITH_CUDA", None)] if plan.cuda else [],
         extra_compile_args=compile_flags(plan),
     )
 
