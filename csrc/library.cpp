@@ -16,8 +16,7 @@
 #include "inputs.h"
 #include "parallel.h"
 
-// The name of the library of operators. This file can be compiled once more for another one, with other
-// kernels.
+// The name of the library of operators. With another name, this file serves a library with other kernels.
 #ifndef IAL_LIBRARY
 #define IAL_LIBRARY ial_cuda
 #endif
@@ -348,9 +347,8 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
         "combine_backward(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
         "str factor_normalization, str factor_scope) -> Tensor");
     m.def(
-        "loss_and_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] "
-        "class_levels, "
-        "int ignore_index, str gradient, float[] lambdas, float alpha, str reduction, "
+        "loss_and_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, "
+        "int[] class_levels, int ignore_index, str gradient, float[] lambdas, float alpha, str reduction, "
         "str factor_normalization, str factor_scope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor grad_stats, Tensor target, "

@@ -82,8 +82,8 @@ struct Mapping {
     static constexpr size_t kSmall = 64 << 10;  // a multiple of every usual page
 };
 
-// The mapping that is kept, which no tensor uses. It is exchanged atomically: a fork could leave a lock
-// closed. It is never destroyed: tensors may outlive what is destroyed at the end of a process.
+// The mapping that is kept, which no tensor uses. Exchanged atomically: after a fork, a lock might stay
+// locked. Never destroyed: tensors may outlive the objects that are destroyed at the end of a process.
 std::atomic<Mapping*> kept{nullptr};
 
 bool from_environment() {
