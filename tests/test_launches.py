@@ -138,6 +138,33 @@ def test_more_images_than_a_grid_has_blocks(backend, levels):
         )
 
 
+@pytest.mark.parametrize("backend", [b for b in LAUNCHED if b not in ONE_LAUNCH])
+def test_a_gradient_that_cannot_be_overwritten(backend):
+    device = device_of(backend)
+    logits, target = make_logits((2, 5, 4, 8), torch.float32).to(device), make_target((2, 4, 8), 5).to(device)
+    grad_stats, grad_loss = (
+        torch.zeros(2, 4, 5, dtype=torch.float64, device=device),
+        torch.ones((), device=device),
+    )
+    for grad, exception, message in (
+        (
+            logits.double(),
+            ValueError,
+            "grad has shape .* of Double on .*, expected .* of Float on .* as logits",
+        ),
+        (
+            logits[:1].clone(),
+            ValueError,
+            "grad has shape .1, 5, 4, 8. of Float on .*, expected .2, 5, 4, 8. of",
+        ),
+        (logits[:, :1].clone().expand_as(logits), RuntimeError, "more than one element of the written-to"),
+    ):
+        with pytest.raises(exception, match=message):
+            _ops.operators(backend).rescale_(
+                grad, grad_loss, logits, grad_stats, target, None, None, [1, 2, 3, 0, 1], 255, "exact"
+            )
+
+
 #: Those that cannot stop for an error.
 @pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend.values[0] != "cpu"])
 @pytest.mark.parametrize("label", [5, 200, -1, 2**31, -(2**40)])
