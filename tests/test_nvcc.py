@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, where nvcc has compiled them; no GPU is needed to read it."""
+"""The machine code of the CUDA kernels, as compiled by nvcc. No GPU is needed to read it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ if backends.get("cuda").missing is not None:
 
 pytestmark = pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
 
-DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # as g++ mangles them: pixels of a tile
-KERNELS = {"reduce": "13reduce_kernel", "gradient": "15gradient_kernel", "fused": "12fused_kernel"}
+DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # mangled: pixels of a tile
+
+
+def instance(kernel: str, template: str, dtype: str, *numbers: int) -> str:
+    """The beginning of the mangled name of a kernel's instance, for template<dtype, *numbers>."""
+    name = f"{kernel}_kernel"
+    parameters = "".join(f"Li{number}E" for number in numbers)
+    return f"_ZN3ial3gpu{len(name)}{name}INS0_{len(template)}{template}I{dtype}{parameters}EE"
 
 
 def cuobjdump(*arguments: str) -> str:
-    """What the CUDA toolkit's disassembler, or the one that Triton brings, says about the extension."""
+    """The output of cuobjdump, from the CUDA toolkit or from Triton, for the extension."""
     path = shutil.which("cuobjdump")
     if path is None:
         triton = pytest.importorskip("triton", reason="cuobjdump is neither on PATH nor in Triton")
@@ -36,18 +42,14 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def tiles(kernel: str) -> Iterator[str]:
-    """The beginnings of the mangled names of a kernel's instances."""
-
-    def name(dtype: str, pixels: int, classes: int) -> str:
-        return f"_ZN3ial3gpu{KERNELS[kernel]}INS0_4TileI{dtype}Li{pixels}ELi{classes}EE"
-
+    """All instances of a kernel for tiles."""
     for dtype, vector in DTYPES.items():
         for classes in (11, 19, 24):
-            yield name(dtype, vector, classes)
-        yield name(dtype, vector // 2, 32)
-    if kernel != "fused":
+            yield instance(kernel, "Tile", dtype, vector, classes)
+        yield instance(kernel, "Tile", dtype, vector // 2, 32)
+    if kernel != "cooperative":
         for dtype in ("d", *DTYPES):
-            yield name(dtype, 1, 32)
+            yield instance(kernel, "Tile", dtype, 1, 32)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +80,15 @@ def resources() -> dict[str, dict[str, str]]:
     return found
 
 
-def only(usage: dict[str, str], tile: str) -> tuple[str, str]:
-    (found,) = [(name, line) for name, line in usage.items() if name.startswith(tile)]
+def only(usage: dict[str, str], beginning: str) -> tuple[str, str]:
+    (found,) = [(name, line) for name, line in usage.items() if name.startswith(beginning)]
     return found
 
 
 def test_no_spills():
-    """ptxas spills to the stack: with no frame, every dtype and class count of a tile is in registers."""
+    """ptxas spills to the stack. Without a frame, tiles of every dtype and class count are in registers."""
     for arch, usage in resources().items():
-        for kernel in KERNELS:
+        for kernel in ("reduce", "reduce_backward", "cooperative"):
             for tile in tiles(kernel):
                 _, line = only(usage, tile)
                 assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {tile}: {line}"
@@ -94,35 +96,35 @@ def test_no_spills():
         assert len(others) >= 5 and all(" STACK:0 " in line for line in others)
 
 
-@pytest.mark.parametrize("kernel", ["reduce", "gradient"])
+@pytest.mark.parametrize("kernel", ["reduce", "reduce_backward"])
 def test_three_blocks_on_a_multiprocessor(kernel):
-    """What the predictions of benchmarks/README.md count on, for the 19 classes of Cityscapes."""
+    """The predictions of benchmarks/README.md assume it for the 19 classes of Cityscapes."""
     for arch, usage in resources().items():
         for dtype, vector in DTYPES.items():
-            _, line = only(usage, f"_ZN3ial3gpu{KERNELS[kernel]}INS0_4TileI{dtype}Li{vector}ELi19EE")
+            _, line = only(usage, instance(kernel, "Tile", dtype, vector, 19))
             registers = int(re.search(r"REG:(\d+)", line).group(1))
             assert 3 * 128 * registers <= 65536, f"{arch}: {line}"
 
 
-@pytest.mark.parametrize("kernel", ["23reduce_upsampled_kernel", "25gradient_upsampled_kernel"])
+@pytest.mark.parametrize("kernel", ["reduce_upsampled", "reduce_backward_upsampled"])
 @pytest.mark.parametrize(
     ("dtype", "side"), [("d", 2), *((dtype, side) for dtype in DTYPES for side in (2, 4))], ids=str
 )
 def test_upsampling_keeps_its_pixels_in_registers(kernel, dtype, side):
-    """Of 16 warps on a multiprocessor."""
+    """For 16 warps on a multiprocessor."""
     for arch, usage in resources().items():
-        _, line = only(usage, f"_ZN3ial3gpu{kernel}INS0_5ChunkI{dtype}Li{side}EE")
+        _, line = only(usage, instance(kernel, "Chunk", dtype, side))
         assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {line}"
         assert 16 * 32 * int(re.search(r"REG:(\d+)", line).group(1)) <= 65536, f"{arch}: {line}"
 
 
 def machine_code(kernel: str, dtype: str) -> str:
     usage = next(iter(resources().values()))
-    name, _ = only(usage, f"_ZN3ial3gpu{KERNELS[kernel]}INS0_4TileI{dtype}Li{DTYPES[dtype]}ELi19EE")
+    name, _ = only(usage, instance(kernel, "Tile", dtype, DTYPES[dtype], 19))
     return cuobjdump("-sass", "-fun", name)
 
 
-@pytest.mark.parametrize("kernel", ["gradient", "fused"])
+@pytest.mark.parametrize("kernel", ["reduce_backward", "cooperative"])
 @pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
 def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
     code = machine_code(kernel, dtype)
@@ -130,29 +132,29 @@ def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
     loads = re.findall(r"\bLDG?\.\S*\b128\b", code)
     stores = re.findall(r"\bSTG\.\S*\b128\b", code)
     assert len(loads) >= 19 * architectures and len(stores) >= 19 * architectures
-    if kernel == "gradient":  # the other writes sums too
+    if kernel == "reduce_backward":  # the other kernel writes sums too
         assert len(stores) == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
 
 
 @pytest.mark.parametrize("dtype", ["d", *DTYPES])
 def test_a_pixel_is_stored_to_shared_memory_too(dtype):
-    """Where its channels lie side by side: STG, a store to global memory, must not be the only one."""
+    """If its channels are adjacent. STG, a store to global memory, must not be the only store."""
     usage = next(iter(resources().values()))
-    name, _ = only(usage, f"_ZN3ial3gpu{KERNELS['gradient']}INS0_4TileI{dtype}Li1ELi32EE")
+    name, _ = only(usage, instance("reduce_backward", "Tile", dtype, 1, 32))
     code = cuobjdump("-sass", "-fun", name)
     assert len(re.findall(r"\bST\.", code)) >= 32 * code.count("Function :")
 
 
-@pytest.mark.parametrize("kernel", ["23reduce_upsampled_kernel", "25gradient_upsampled_kernel"])
+@pytest.mark.parametrize("kernel", ["reduce_upsampled", "reduce_backward_upsampled"])
 @pytest.mark.parametrize(("dtype", "side"), [(dtype, side) for dtype in DTYPES for side in (2, 4)], ids=str)
 def test_octaves_are_rounded_before_they_are_used(kernel, dtype, side):
-    """log2(e) x, merged with an addition in one place and not in another, is no longer one number."""
+    """log2(e) x, contracted with an addition in one place and not in another, would be two numbers."""
     usage = next(iter(resources().values()))
-    name, _ = only(usage, f"_ZN3ial3gpu{kernel}INS0_5ChunkI{dtype}Li{side}EE")
+    name, _ = only(usage, instance(kernel, "Chunk", dtype, side))
     uses = re.findall(r"\b(F\w+)[^;]*\b1\.4426950", cuobjdump("-sass", "-fun", name))
     assert len(uses) >= 4 and set(uses) == {"FMUL"}
 
 
 def test_sums_of_other_blocks_are_read_past_l1():
-    """L1 may hold what was there before the grid's barrier."""
-    assert "LDG.E.64.STRONG.GPU" in machine_code("fused", "13__nv_bfloat16")
+    """L1 may hold values from before the grid barrier."""
+    assert "LDG.E.64.STRONG.GPU" in machine_code("cooperative", "13__nv_bfloat16")

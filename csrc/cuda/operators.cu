@@ -1,17 +1,14 @@
-// The operators on CUDA tensors. The kernels are compiled type by type, next door.
+// Registers the operators for CUDA tensors. The kernels of each dtype are compiled in a file of their own.
 #include "operators.h"
 #include "stream.h"
 
-namespace ial {
-namespace gpu {
+namespace ial::gpu {
 
 extern template struct Kernels<double, Cuda>;
 extern template struct Kernels<float, Cuda>;
 extern template struct Kernels<__half, Cuda>;
 extern template struct Kernels<__nv_bfloat16, Cuda>;
 
-}  // namespace gpu
+}  // namespace ial::gpu
 
-TORCH_LIBRARY_IMPL(ial_cuda, CUDA, m) { gpu::Operators<gpu::Cuda>::implement(m); }
-
-}  // namespace ial
+TORCH_LIBRARY_IMPL(ial_cuda, CUDA, m) { ial::gpu::Operators<ial::gpu::Cuda>::implement(m); }

@@ -1,14 +1,14 @@
-// A CUDA stream as the Launcher of cuda/launch.h: kernels go to the current one of the tensors' device.
+// The current CUDA stream of a tensor's device as a Launcher (cuda/launch.h).
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "launch.h"
+#include "tile.cuh"
 
-namespace ial {
-namespace gpu {
+namespace ial::gpu {
 
 class Cuda {
  public:
@@ -36,14 +36,14 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    const Arguments&... arguments) const {
-        // The limit belongs to the kernel, not to the launch: other threads may launch it with other sizes.
+        // The limit is the kernel's, not the launch's: other threads may launch it with other sizes.
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         launch(kernel, grid, threads, shared, true, arguments...);
     }
 
  private:
     static void check(cudaError_t error) {
-        // What a kernel gives that was not compiled for this GPU.
+        // The errors of a kernel that was not compiled for this GPU.
         if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
             cudaGetLastError();
             TORCH_CHECK(false,
@@ -62,15 +62,15 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool cooperative,
                 const Arguments&... arguments) const {
-        cudaLaunchAttribute together;
-        together.id = cudaLaunchAttributeCooperative;
-        together.val.cooperative = cooperative;
+        cudaLaunchAttribute kind;
+        kind.id = cudaLaunchAttributeCooperative;
+        kind.val.cooperative = cooperative;
         cudaLaunchConfig_t config{};
         config.gridDim = grid;
         config.blockDim = dim3(threads);
         config.dynamicSmemBytes = shared;
         config.stream = stream_;
-        config.attrs = &together;
+        config.attrs = &kind;
         config.numAttrs = 1;
         check(cudaLaunchKernelEx(&config, kernel, arguments...));
     }
@@ -79,5 +79,4 @@ class Cuda {
     c10::cuda::CUDAStream stream_;
 };
 
-}  // namespace gpu
-}  // namespace ial
+}  // namespace ial::gpu

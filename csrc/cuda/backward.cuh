@@ -1,0 +1,97 @@
+// reduce_backward: the gradient of the logits from grad_stats = dL/dstats, in one read of the logits and one
+// write of the gradient.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace ial::gpu {
+
+template <typename A>
+struct alignas(16) BackwardClass {
+    A ds, dp2, dq2;  // grad_stats of its level
+    A weight;
+};
+
+// Fills by_class[C] from the grad_stats of an image, [levels, kStats], times `scale`; a barrier must follow.
+template <int Threads, typename T, typename A>
+IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, double scale,
+                        BackwardClass<A>* by_class) {
+    for (int c = threadIdx.x; c < problem.classes; c += Threads) {
+        const double* const row = grad_stats + problem.class_levels[c] * kStats;
+        by_class[c] = {A(scale * row[kS]), A(scale * row[kP2]), A(scale * row[kQ2]), problem.weight_of(c)};
+    }
+}
+
+// The gradient of pixel j of a tile, whose `scale` is that of e^(x_c - max); 0 if it has no class.
+template <typename Tile>
+IAL_D PixelGradient<typename Tile::A> differentiate(const Tile& tile, int j,
+                                                    const BackwardClass<typename Tile::A>* by_class,
+                                                    bool exact) {
+    using A = typename Tile::A;
+    const BackwardClass<A> target = by_class[tile.labels.class_or_any(j)];
+    const A inverse = reciprocal(tile.sum[j]);
+    const A w = target.weight * tile.labels.pixel_weight(j);
+    PixelGradient<A> pixel(w * target.ds, target.dp2, target.dq2, tile.target_exp(j) * inverse,
+                           exact ? A(1) : A(0));
+    pixel.scale = tile.labels.has(j) ? pixel.scale * inverse : A(0);
+    return pixel;
+}
+
+// Writes the gradient of a tile: class 0 to `to`, the other classes `channel` apart.
+template <typename Tile>
+IAL_D void differentiate(Tile& tile, const BackwardClass<typename Tile::A>* by_class, bool exact,
+                         typename Tile::T* to, int64_t channel) {
+    using A = typename Tile::A;
+    A scale[Tile::V], target_grad[Tile::V];
+#pragma unroll
+    for (int j = 0; j < Tile::V; ++j) {
+        const PixelGradient<A> pixel = differentiate(tile, j, by_class, exact);
+        scale[j] = pixel.scale;
+        target_grad[j] = tile.target_exp(j) * pixel.scale + pixel.extra;
+    }
+    tile.store_gradient(to, channel, scale, target_grad);
+}
+
+// Grid (images x blocks). Images, and the tiles of a block, are taken in reverse: L2 still holds what reduce
+// read last. grad may be the logits: a thread reads its tile, or the classes of a pass, before it writes
+// them. grad_stats: [images, levels, kStats]. With grad_loss, grad_stats and grad are those of an incoming
+// gradient of 1; if grad_loss is 1, grad stays as it is.
+template <typename Tile>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_backward_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
+                           const double* grad_stats, const typename Tile::A* grad_loss, bool exact,
+                           typename Tile::T* grad) {
+    using T = typename Tile::T;
+    using A = typename Tile::A;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const unsigned index = gridDim.x - 1 - blockIdx.x;
+    const int64_t image = index / problem.blocks;
+    const A incoming = grad_loss ? *grad_loss : A(1);
+    if (grad_loss && incoming == 1) return;
+
+    const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
+    const Staging<T> staging(ial_shared, problem.classes);
+    auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared + staged_bytes);
+    load_classes<kThreads>(problem, grad_stats + image * problem.levels * kStats, incoming, by_class);
+    __syncthreads();
+
+    Tile tile(problem);
+    const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, index % problem.blocks);
+    const View &logits = problem.layout.logits, &view = problem.layout.grad;
+    for (int64_t i = loop.count - 1; i >= 0; --i) {
+        const int64_t pixel = loop.pixel(i);
+        const bool staged = Tile::V == 1 && problem.staged;
+        if (staged) staging.load(problem.logits + image * logits.batch, pixel, problem.layout.pixels);
+        if (pixel < problem.layout.pixels) {
+            tile.read(image, pixel,
+                      staged ? staging.row() : problem.logits + problem.layout.offset(logits, image, pixel),
+                      logits.channel);
+            differentiate(tile, by_class, exact,
+                          staged ? staging.row() : grad + problem.layout.offset(view, image, pixel),
+                          view.channel);
+        }
+        if (staged) staging.store(grad + image * view.batch, pixel, problem.layout.pixels);
+    }
+}
+
+}  // namespace ial::gpu

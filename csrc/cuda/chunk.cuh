@@ -1,0 +1,303 @@
+// What a CUDA thread works on where coarse logits are upsampled: a chunk, up to S x S pixels of a cell, the
+// square between four logits. The upsampled logits exist in registers only.
+#pragma once
+
+#include "../bilinear.h"
+#include "backward.cuh"
+
+namespace ial::gpu {
+
+// Backward: a block has so many rows of cells, a warp for each.
+constexpr int kCellRows = 8, kCellThreads = kCellRows * kWarp;
+
+template <typename T>
+struct UpsampledProblem : Operands<T> {
+    Upsampling upsampling;
+    int parts_y, parts_x;  // chunks that a cell is cut into
+};
+
+// The most pixels of a cell along an axis. A line of w coarse logits has w + 1 cells (bilinear.h), each of
+// about as many pixels. The last one, beyond the last logit, is half a cell. The pixels before the first
+// logit, which Axis counts as cell 0, are the other half, cell -1: only the logit to the right has a weight.
+IAL_HD int64_t most_pixels(const Axis& axis) {
+    return axis.step > 0 ? divide_up(axis.unit, axis.step) : axis.fine;
+}
+
+// A chunk's extent along one axis. Pixel d is at (step d + origin) / unit, those of cell i in [i, i + 1).
+template <typename A, int S>
+struct Span {
+    int64_t first;      // pixel
+    int count;          // of pixels, 0 to S
+    int64_t low, high;  // the coarse logits around them
+    A fraction[S];      // the weight of `high` in each pixel
+
+    IAL_D void read(const Axis& axis, int64_t cell, int part) {
+        const int64_t before = cell * axis.unit - axis.origin;
+        const bool from_start = cell < 0 || before <= 0 || axis.step == 0;
+        first = (from_start ? 0 : divide_up(before, axis.step)) + int64_t(part) * S;
+        low = cell < 0 ? 0 : cell;
+        high = cell + 1 < axis.coarse ? cell + 1 : cell;
+        const int64_t beyond = axis.step * first - before;
+        const A unit = A(1) / static_cast<A>(axis.unit), step = static_cast<A>(axis.step) * unit;
+        count = 0;
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+            count += first + i < axis.fine && beyond + i * axis.step < axis.unit;
+            fraction[i] = cell < 0 ? A(1) : high == low ? A(0) : static_cast<A>(beyond) * unit + step * i;
+            if (fraction[i] > 1) fraction[i] = 1;  // a pixel outside the cell stays between its logits
+        }
+    }
+};
+
+// A value of each of the four logits around a cell.
+template <typename A>
+struct Corners {
+    A top_left, top_right, bottom_left, bottom_right;
+
+    // The value at fractions y and x, in the fewest instructions: a logit of weight 0 still counts, and a
+    // difference of two may overflow. Each use must round alike, so that a pixel's target logit equals
+    // itself: no product is left for the compiler to contract with an addition.
+    IAL_D A interpolate(A y, A x) const {
+        const A left = multiply_add(y, bottom_left - top_left, top_left);
+        const A right = multiply_add(y, bottom_right - top_right, top_right);
+        return multiply_add(x, right - left, left);
+    }
+
+    // `sum`, made non-finite if a difference in interpolate() is not finite for a y between these two.
+    IAL_D A add_differences(A sum, A first_y, A last_y) const {
+        const auto across = [this](A y) {
+            return multiply_add(y, bottom_right - top_right, top_right) -
+                   multiply_add(y, bottom_left - top_left, top_left);
+        };
+        sum = multiply_add(bottom_left - top_left, bottom_right - top_right, sum);
+        return multiply_add(across(first_y), across(last_y), sum);
+    }
+
+    // interpolate() for logits of any size, without those whose weight is 0.
+    IAL_D A interpolate_carefully(A y, A x) const {
+        return between(between(top_left, bottom_left, y), between(top_right, bottom_right, y), x);
+    }
+    IAL_D static A between(A a, A b, A f) {
+        return f == 0 ? a : f == 1 ? b : multiply_add(f, b, (1 - f) * a);
+    }
+    IAL_D static A share(A f, A g) { return f == 0 ? A(0) : f * g; }
+};
+
+// The labels and weights of the pixels of a chunk. Those outside the cell have no class.
+template <typename T, int S, typename A = typename Arithmetic<T>::A>
+struct ChunkLabels : LabelsBase<A, S * S> {
+    Image weights;
+
+    IAL_D void read(const UpsampledProblem<T>& problem, int64_t image, const Span<A, S>& y,
+                    const Span<A, S>& x) {
+        const Image& target = problem.upsampling.target;
+        const int64_t first = target.offset(image, y.first, x.first);
+        const auto load = [&](auto* row) {
+            row += first;
+#pragma unroll
+            for (int i = 0; i < S; ++i, row += target.row) {
+                auto* at = row;
+#pragma unroll
+                for (int j = 0; j < S; ++j, at += target.pixel)
+                    this->label[i * S + j] =
+                        i < y.count && j < x.count
+                            ? class_of(*at, problem.classes, problem.ignore_index, &this->bad)
+                            : -1;
+            }
+        };
+        this->bad = false;
+        problem.with_target(load);
+        weights = problem.upsampling.pixel_weight;
+        this->weight =
+            problem.pixel_weight ? problem.pixel_weight + weights.offset(image, y.first, x.first) : nullptr;
+    }
+
+    IAL_D bool any() const {
+        bool found = false;
+        for (int j = 0; j < S * S; ++j) found |= this->has(j);
+        return found;
+    }
+
+    IAL_D A pixel_weight(int j) const {
+        return this->weight && this->has(j) ? this->weight[j / S * weights.row + j % S * weights.pixel]
+                                            : A(1);
+    }
+};
+
+// The thread takes one class after another: it interpolates the four logits around the cell to the pixels.
+// So the number of classes costs no registers, and the gradient of the four logits is a sum over the chunk.
+// Where a logit is infinite, NaN or huge, interpolate() may be wrong. Then the chunk starts again with
+// interpolate_carefully(): it is `careful`.
+// Logits are in the unit of `power`; in a careful chunk, where they may be too large for that, natural.
+template <typename T_, int S_>
+struct Chunk {
+    using T = T_;
+    using A = typename Arithmetic<T>::A;
+    static constexpr int S = S_, V = S * S;
+    // How far a pixel's target logit may be below the largest.
+    static constexpr float kFar = 44, kFarSum = 0x1p64f;  // e^44
+
+    const UpsampledProblem<T>& problem;
+    Span<A, S> y, x;
+    const T *top, *bottom;  // logits of class 0 to the left of the cell
+    int64_t channel, right;
+    ChunkLabels<T, S> labels;
+    A shift[V];    // a logit near the largest; infinite for pixels without a class
+    A sum[V];      // sum_c e^(x_c - shift)
+    A target[V];   // x_y - shift, natural
+    unsigned far;  // bit j is set where target[j] is not 0
+    bool careful;  // shift is natural
+
+    IAL_D explicit Chunk(const UpsampledProblem<T>& problem) : problem(problem) {}
+
+    // Sets the place of the chunk, these parts of a cell, and reads its labels.
+    IAL_D void read(int64_t image, int64_t cell_y, int part_y, int64_t cell_x, int part_x) {
+        y.read(problem.upsampling.y, cell_y, part_y);
+        x.read(problem.upsampling.x, cell_x, part_x);
+        const Image& logits = problem.upsampling.logits;
+        top = problem.logits + logits.offset(image, y.low, x.low);
+        bottom = problem.logits + logits.offset(image, y.high, x.low);
+        channel = logits.channel;
+        right = (x.high - x.low) * logits.pixel;
+        labels.read(problem, image, y, x);
+    }
+
+    IAL_D Corners<A> natural_corners(int c) const {
+        const T *const above = top + c * channel, *const below = bottom + c * channel;
+        return {widen(above[0]), widen(above[right]), widen(below[0]), widen(below[right])};
+    }
+    IAL_D Corners<A> corners(int c) const {
+        const Corners<A> x = natural_corners(c);
+        return {to_unit(x.top_left), to_unit(x.top_right), to_unit(x.bottom_left), to_unit(x.bottom_right)};
+    }
+
+    IAL_D A interpolate(const Corners<A>& around, int j) const {
+        return around.interpolate(y.fraction[j / S], x.fraction[j % S]);
+    }
+    IAL_D A interpolate_carefully(const Corners<A>& around, int j) const {
+        return around.interpolate_carefully(y.fraction[j / S], x.fraction[j % S]);
+    }
+
+    // Subtracts a pixel's target logit from the others. It is needed anyway, and mostly it is the largest, so
+    // a pass that finds the largest is saved.
+    IAL_D void softmax() {
+        Corners<A> around{};
+        int last = -1;  // neighbouring pixels tend to have the same class
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const int label = labels.label[j];
+            if (label >= 0 && label != last) around = corners(last = label);
+            shift[j] = label < 0 ? A(HUGE_VALF) : interpolate(around, j);
+            sum[j] = target[j] = 0;
+        }
+        A differences = 0;
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) {
+            around = corners(c);
+            differences = around.add_differences(differences, y.fraction[0], y.fraction[S - 1]);
+            for (int j = 0; j < V; ++j) sum[j] += power(interpolate(around, j) - shift[j]);
+        }
+        far = 0;
+        careful = !(differences - differences == 0);
+#pragma unroll
+        for (int j = 0; j < V; ++j) careful |= sum[j] > kFarSum;
+        if (!careful) return;
+#pragma unroll
+        for (int i = 0; i < S; ++i) careful_softmax(i);
+    }
+
+    // The softmax of row i of a careful chunk: a logit is not finite, or huge, or far larger than a pixel's
+    // target logit. All rows at a time would not fit the registers.
+    IAL_D void careful_softmax(int i) {
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) sum[j] = -HUGE_VALF;
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) {
+            const Corners<A> around = natural_corners(c);
+#pragma unroll
+            for (int j = i * S; j < (i + 1) * S; ++j)
+                sum[j] = larger(sum[j], interpolate_carefully(around, j));
+        }
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) {
+            const A x_y = interpolate_carefully(natural_corners(labels.class_or_any(j)), j);
+            const bool near = sum[j] - x_y < kFar;
+            if (!near) far |= 1u << j;
+            shift[j] = near ? x_y : sum[j];
+            target[j] = x_y - shift[j];
+            sum[j] = 0;
+        }
+#pragma unroll 1
+        for (int c = 0; c < problem.classes; ++c) {
+            const Corners<A> around = natural_corners(c);
+#pragma unroll
+            for (int j = i * S; j < (i + 1) * S; ++j)
+                sum[j] += exponential(interpolate_carefully(around, j) - shift[j]);
+        }
+    }
+
+    // e^target, which is 1 or less than e^-44: 0 then.
+    IAL_D A target_exp(int j) const { return far >> j & 1 ? A(0) : A(1); }
+
+    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra. Few classes need `extra`, so it stays in shared
+    // memory: in the thread's column of [V, kCellThreads].
+    A scale[V];
+    A* extra;
+    unsigned present;  // bit c % 32 is set where pixels have class c
+
+    IAL_D void start_backward(const BackwardClass<A>* by_class, bool exact, A* column) {
+        extra = column;
+        present = 0;
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+            const PixelGradient<A> pixel = differentiate(*this, j, by_class, exact);
+            scale[j] = pixel.scale;
+            extra[j * kCellThreads] = pixel.extra;
+            if (labels.has(j)) present |= 1u << labels.label[j] % 32;
+        }
+    }
+
+    // What row i of a careful chunk adds to the gradient of the logits of class c around the cell.
+    IAL_D Corners<A> careful_gradient(int i, int c) const {
+        const Corners<A> around = natural_corners(c);
+        A left = 0, right = 0;
+#pragma unroll
+        for (int j = i * S; j < (i + 1) * S; ++j) {
+            A g = exponential(interpolate_carefully(around, j) - shift[j]) * scale[j];
+            if (labels.label[j] == c) g += extra[j * kCellThreads];
+            if (!labels.has(j)) continue;
+            left += Corners<A>::share(1 - x.fraction[j % S], g);
+            right += Corners<A>::share(x.fraction[j % S], g);
+        }
+        const A above = 1 - y.fraction[i], below = y.fraction[i];
+        return {Corners<A>::share(above, left), Corners<A>::share(above, right),
+                Corners<A>::share(below, left), Corners<A>::share(below, right)};
+    }
+
+    // What a chunk that is not careful adds to it.
+    IAL_D Corners<A> gradient(int c) const {
+        const Corners<A> around = corners(c);
+        A g[V];
+        for (int j = 0; j < V; ++j) g[j] = power(interpolate(around, j) - shift[j]) * scale[j];
+        if (present >> c % 32 & 1)
+            for (int j = 0; j < V; ++j)
+                if (labels.label[j] == c) g[j] += extra[j * kCellThreads];
+        A all = 0, right = 0, lower = 0, lower_right = 0;
+#pragma unroll
+        for (int i = 0; i < S; ++i) {
+            A row = 0, row_right = 0;
+            for (int j = 0; j < S; ++j) {
+                row += g[i * S + j];
+                row_right = multiply_add(x.fraction[j], g[i * S + j], row_right);
+            }
+            all += row;
+            right += row_right;
+            lower = multiply_add(y.fraction[i], row, lower);
+            lower_right = multiply_add(y.fraction[i], row_right, lower_right);
+        }
+        const A lower_left = lower - lower_right;
+        return {all - right - lower_left, right - lower_right, lower_left, lower_right};
+    }
+};
+
+}  // namespace ial::gpu

@@ -1,0 +1,91 @@
+// The cooperative launch of the whole loss and its gradient: images of a wave, blocks of an image, and tiles
+// in shared memory are chosen.
+#pragma once
+
+#include "cooperative.cuh"
+#include "launch.h"
+
+namespace ial::gpu {
+
+// Levels up to which the cooperative kernel has room for logits beside its sums.
+constexpr int kMaxCooperativeLevels = 8;
+
+// The memory that logits may occupy from their first to their second use. Registers are not counted: they
+// make up for what else is in shared memory.
+template <typename Launcher>
+int64_t on_chip_bytes(const Launcher& launcher) {
+    return int64_t(launcher.multiprocessors()) * launcher.shared_bytes() + launcher.l2_bytes();
+}
+
+// The least shared memory with which the cooperative kernel starts, for the tile with the most threads.
+inline size_t min_cooperative_bytes(int64_t classes, int levels, int64_t pooled_images) {
+    return CooperativeShared<Tile<float, 4, 11>>(classes, levels, pooled_images, 0).end;
+}
+
+template <typename T, typename Launcher>
+struct CooperativeLaunch {
+    using A = typename Arithmetic<T>::A;
+
+    const Launcher& launcher;
+    Call<T>& call;
+    const CombineArguments& combine_arguments;
+    bool exact;
+    const Tensor &stats, &grad_stats, &grad;
+    const CombineResults& results;
+
+    template <typename Tile>
+    void run() const {
+        constexpr int threads = kCooperativeThreads<Tile>;
+        Problem<T>& problem = call.problem;
+        const Layout& layout = problem.layout;
+        const int64_t span = int64_t(threads) * Tile::V, useful = divide_up(layout.pixels, span);
+        const int64_t wave = images_of_a_wave(threads);
+        problem.blocks = static_cast<int>(std::clamp<int64_t>(launcher.multiprocessors() / wave, 1, useful));
+        const CooperativeShared<Tile> least(layout.classes, problem.levels, wave, 0);
+        const CooperativeShared<Tile> with_one(layout.classes, problem.levels, wave, 1);
+        const size_t room = launcher.shared_bytes(), slot = with_one.end - least.end;
+        const int64_t iterations = divide_up(layout.pixels, problem.blocks * span);
+
+        Cooperative<T> cooperative{};
+        cooperative.saved = std::min<int64_t>((room - least.end) / slot, iterations - 1);
+        cooperative.combine = combine_arguments.combine;
+        cooperative.stats = stats.template mutable_data_ptr<double>();
+        cooperative.grad_stats = grad_stats.template mutable_data_ptr<double>();
+        cooperative.results = results.template pointers<A>();
+        cooperative.wave = wave;
+        cooperative.exact = exact;
+        cooperative.grad = static_cast<T*>(grad.mutable_data_ptr());
+        const int64_t grid = wave * problem.blocks;
+        const Tensor partial = at::empty({2 * grid * problem.levels * kStats}, stats.options());
+        cooperative.partial = partial.template mutable_data_ptr<double>();
+        Tensor weight;
+        if (wave < layout.batch && combine_arguments.combine.reduction == Reduction::kMean) {
+            constexpr int kBlocks = 8;  // on a multiprocessor: enough threads to keep its memory busy
+            cooperative.weights = static_cast<int>(
+                std::min<int64_t>(launcher.multiprocessors() * kBlocks,
+                                  divide_up(layout.batch * (layout.pixels / Tile::V), kThreads)));
+            weight = at::empty({cooperative.weights}, stats.options());
+            double* const weights = weight.template mutable_data_ptr<double>();
+            cooperative.weight = weights;
+            launcher(weight_kernel<T, Tile::V>, dim3(cooperative.weights), kThreads,
+                     kThreads / kWarp * sizeof(double), problem, weights);
+        }
+        const CooperativeShared<Tile> shared(layout.classes, problem.levels, wave, cooperative.saved);
+        launcher.cooperate(cooperative_kernel<Tile>, dim3(grid), threads, shared.end, problem, cooperative,
+                           combine_arguments.lambdas);
+    }
+
+    // All images that are pooled. Otherwise, as many as keep the waves equal and the logits on the chip (in
+    // shared memory, registers and L2) from their first to their second use.
+    int64_t images_of_a_wave(int threads) const {
+        const int64_t batch = call.problem.layout.batch;
+        if (combine_arguments.combine.pool_batch) return batch;
+        const int64_t bytes = grad.numel() * static_cast<int64_t>(sizeof(T));
+        const int64_t waves = std::clamp<int64_t>(divide_up(bytes, on_chip_bytes(launcher)), 1, batch);
+        // The rows of stats and grad_stats take the place of a level's sums.
+        const int64_t most = std::min<int64_t>(launcher.multiprocessors(), threads * sizeof(A) / 16);
+        return std::min(divide_up(batch, waves), most);
+    }
+};
+
+}  // namespace ial::gpu

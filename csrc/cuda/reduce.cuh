@@ -1,0 +1,176 @@
+// reduce: the five sums of each image and level, in one read of the logits.
+// Each block writes partial sums; sum_kernel adds those of an image's blocks.
+//
+// For all kernels: which thread adds what depends on the grid alone, and sums are added in a fixed order
+// without atomics, so results are bitwise the same from run to run. Kernels see plain structs, never tensors;
+// cuda/launch.h launches them.
+#pragma once
+
+#include "tile.cuh"
+
+namespace ial::gpu {
+
+// Blocks of reduce and of its backward that a multiprocessor must hold: this leaves a thread all 255
+// registers. Without a number the compiler aims at more blocks and causes a few spills.
+constexpr int kMinBlocks = 2;
+
+template <typename A>
+struct ReduceClass {
+    A weight;
+    int level;  // counted from the first level that the block sums
+};
+
+// Fills by_class[C]; a barrier must follow.
+template <int Threads, typename T, typename A>
+IAL_D void load_classes(const Operands<T>& problem, int first_level, ReduceClass<A>* by_class) {
+    for (int c = threadIdx.x; c < problem.classes; c += Threads)
+        by_class[c] = {problem.weight_of(c), problem.class_levels[c] - first_level};
+}
+
+IAL_D double warp_sum(double value) {
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    return value;
+}
+
+// sums[levels, kStats, Threads] in shared memory: each thread adds to its own column.
+template <typename A, int Threads>
+struct ThreadSums {
+    A* const sums;
+    const int levels;
+
+    IAL_D void clear() const {
+        for (int slot = 0; slot < levels * kStats; ++slot) sums[slot * Threads + threadIdx.x] = 0;
+    }
+
+    // Writes the sum of row i to to[i * step], a warp for each row. Barriers before and after.
+    IAL_D void total(double* to, int64_t step) const {
+        const int lane = threadIdx.x % kWarp;
+        for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += Threads / kWarp) {
+            double total = 0;
+            for (int i = lane; i < Threads; i += kWarp) total += sums[slot * Threads + i];
+            total = warp_sum(total);
+            if (lane == 0) to[slot * step] = total;
+        }
+    }
+
+    static constexpr size_t bytes(int levels) { return size_t(levels) * kStats * Threads * sizeof(A); }
+};
+
+// A thread's sums of one level, in registers until a pixel of another level follows: neighbouring pixels tend
+// to have the same. Then they are added to the thread's column.
+template <typename A, int Threads>
+struct LevelSums {
+    A* const column;
+    const int levels;
+    int level = -1;
+    A sums[kStats] = {};
+
+    IAL_D explicit LevelSums(const ThreadSums<A, Threads>& block)
+        : column(block.sums + threadIdx.x), levels(block.levels) {}
+
+    template <typename Tile>
+    IAL_D void add(const Tile& tile, const ReduceClass<A>* by_class) {
+#pragma unroll
+        for (int j = 0; j < Tile::V; ++j) {
+            const ReduceClass<A> target = by_class[tile.labels.class_or_any(j)];
+            const A w = target.weight * tile.labels.pixel_weight(j);
+            const A s = w * (logarithm(tile.sum[j]) - tile.target[j]);
+            const A pi = tile.target_exp(j) * reciprocal(tile.sum[j]);
+            if (!tile.labels.has(j) || target.level < 0 || target.level >= levels) continue;
+            if (target.level != level) {
+                flush();
+                level = target.level;
+            }
+            sums[kS] += s;
+            sums[kP2] += pi * pi;
+            sums[kQ2] += (1 - pi) * (1 - pi);
+            sums[kCount] += 1;
+            sums[kWeight] += w;
+        }
+    }
+
+    IAL_D void flush() {
+        for (int s = 0; s < kStats; ++s) {
+            if (level >= 0) column[(level * kStats + s) * Threads] += sums[s];
+            sums[s] = 0;
+        }
+    }
+
+    // A label that is neither a class nor ignore_index sets S_0 to NaN: no gradient depends on S_0.
+    IAL_D void set_nan() const { column[kS * Threads] = NAN; }
+};
+
+// The common part of the reduce kernels. Grid (images x blocks, groups of levels): a block has shared memory
+// for `block_levels` levels, and each further group reads the logits again. body(image, block, add) calls
+// add(tile) for each tile of the thread. partial: [images, levels, kStats, blocks].
+template <typename T, typename Body>
+IAL_D void sum_levels(const Operands<T>& problem, unsigned char* shared, int block_levels, double* partial,
+                      const Body& body) {
+    using A = typename Arithmetic<T>::A;
+    const int first_level = blockIdx.y * block_levels;
+    const int levels =
+        block_levels < problem.levels - first_level ? block_levels : problem.levels - first_level;
+    const int64_t image = blockIdx.x / problem.blocks;
+    const int block = blockIdx.x % problem.blocks;
+
+    auto* const by_class = reinterpret_cast<ReduceClass<A>*>(shared);
+    load_classes<kThreads>(problem, first_level, by_class);
+    const ThreadSums<A, kThreads> thread_sums{reinterpret_cast<A*>(by_class + problem.classes), levels};
+    thread_sums.clear();
+    __syncthreads();
+
+    LevelSums<A, kThreads> level_sums(thread_sums);
+    bool bad_label = false;
+    body(image, block, [&](const auto& tile) {
+        bad_label |= tile.labels.bad;
+        level_sums.add(tile, by_class);
+    });
+    level_sums.flush();
+    if (bad_label && first_level == 0) level_sums.set_nan();
+    __syncthreads();
+    thread_sums.total(partial + (image * problem.levels + first_level) * kStats * problem.blocks + block,
+                      problem.blocks);
+}
+
+template <typename Tile>
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
+                  double* partial) {
+    using T = typename Tile::T;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
+    const Staging<T> staging(ial_shared, problem.classes);
+    sum_levels(
+        problem, ial_shared + staged_bytes, block_levels, partial,
+        [&](int64_t image, int block, const auto& add) {
+            Tile tile(problem);
+            const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
+            const View& view = problem.layout.logits;
+            for (int64_t i = 0; i < loop.count; ++i) {
+                const int64_t pixel = loop.pixel(i);
+                const bool staged = Tile::V == 1 && problem.staged;
+                if (staged) staging.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
+                if (pixel >= problem.layout.pixels) continue;
+                tile.read(image, pixel,
+                          staged ? staging.row() : problem.logits + problem.layout.offset(view, image, pixel),
+                          view.channel);
+                add(tile);
+            }
+        });
+}
+
+// The sum of `blocks` partial sums, added by the lanes of a warp. The loads bypass L1, which may hold what
+// was in memory before.
+IAL_D double sum_blocks(const double* partial, int blocks) {
+    double total = 0;
+    for (int b = threadIdx.x % kWarp; b < blocks; b += kWarp) total += __ldcg(partial + b);
+    return warp_sum(total);
+}
+
+// stats[i] = sum over b of partial[i, b]. A block of one warp for each i.
+static __global__ void __launch_bounds__(kWarp) sum_kernel(const double* partial, int blocks, double* stats) {
+    const double total = sum_blocks(partial + int64_t(blockIdx.x) * blocks, blocks);
+    if (threadIdx.x == 0) stats[blockIdx.x] = total;
+}
+
+}  // namespace ial::gpu

@@ -1,0 +1,92 @@
+// The launches of reduce and its backward for coarse logits: a chunk and a grid are chosen.
+#pragma once
+
+#include "launch.h"
+#include "upsample.cuh"
+
+namespace ial::gpu {
+
+// A call for coarse logits.
+template <typename T>
+struct UpsampledCall {
+    using A = typename Arithmetic<T>::A;
+
+    Arguments<T> arguments;
+    UpsampledProblem<T> problem;
+
+    UpsampledCall(const Inputs& inputs, const Tensor& grad)
+        : arguments(inputs), problem{{}, arguments.inputs.upsampling(grad)} {
+        arguments.fill(problem);
+    }
+
+    // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels of double would not fit the
+    // registers.
+    template <typename Launch>
+    void with_chunk(const Launch& launch) {
+        if constexpr (!std::is_same_v<A, double>)
+            if (std::max(most_pixels(problem.upsampling.y), most_pixels(problem.upsampling.x)) > 2)
+                return run<Chunk<T, 4>>(launch);
+        run<Chunk<T, 2>>(launch);
+    }
+
+ private:
+    template <typename Chunk, typename Launch>
+    void run(const Launch& launch) {
+        const Upsampling& up = problem.upsampling;
+        const int64_t y = most_pixels(up.y), x = most_pixels(up.x);
+        const int64_t parts_y = divide_up(y, Chunk::S), parts_x = divide_up(x, Chunk::S);
+        TORCH_CHECK_VALUE(parts_y <= kMaxCount / parts_x, "target has ", y, " x ", x,
+                          " pixels between four logits, expected at most ", kMaxCount * Chunk::V, " on CUDA");
+        problem.parts_y = parts_y;
+        problem.parts_x = parts_x;
+        launch.template run<Chunk>();
+    }
+};
+
+template <typename T, typename Launcher>
+struct ReduceUpsampled {
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const Tensor& stats;
+
+    template <typename Chunk>
+    void run() const {
+        UpsampledProblem<T>& problem = call.problem;
+        const int64_t chunks = (problem.upsampling.y.coarse + 1) * problem.parts_y *
+                               (problem.upsampling.x.coarse + 1) * problem.parts_x;
+        launch_reduce(launcher, reduce_upsampled_kernel<Chunk>, problem, 0, chunks, stats);
+    }
+};
+
+template <typename T, typename Launcher>
+struct ReduceBackwardUpsampled {
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const Tensor& grad_stats;
+    bool exact;
+    const Tensor& grad;
+
+    template <typename Chunk>
+    void run() const {
+        using A = typename Chunk::A;
+        constexpr int64_t kMaxLanes = 8;  // leaves four cells in a warp
+        const UpsampledProblem<T>& problem = call.problem;
+        const size_t besides =
+            problem.classes * sizeof(BackwardClass<A>) + Chunk::V * kCellThreads * sizeof(A);
+        const int most = (kSharedBytes - besides) / CornerSums<A>::bytes(1);
+        CellGrid grid{};
+        grid.pass_classes = divide_up(problem.classes, divide_up(problem.classes, most));
+        grid.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMaxLanes));
+        grid.rows = divide_up(problem.upsampling.y.coarse, kCellRows - 1);
+        grid.columns = divide_up(problem.upsampling.x.coarse, grid.cells() - 1);
+        const int64_t blocks = problem.upsampling.batch * grid.rows * grid.columns;
+        TORCH_CHECK_VALUE(blocks <= kMaxCount, "logits has ", problem.upsampling.batch, " images of ",
+                          problem.upsampling.y.coarse, " x ", problem.upsampling.x.coarse,
+                          " pixels, too many for one launch on CUDA, expected fewer at a time");
+        launcher(reduce_backward_upsampled_kernel<Chunk>, dim3(blocks), kCellThreads,
+                 besides + CornerSums<A>::bytes(grid.pass_classes), problem, grid,
+                 grad_stats.const_data_ptr<double>(), exact, static_cast<T*>(grad.mutable_data_ptr()));
+    }
+};
+
+}  // namespace ial::gpu
