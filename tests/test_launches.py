@@ -1,4 +1,4 @@
-"""The CUDA kernels as they are launched, on a GPU and on the CPU: every tile, grid and limit, bad labels."""
+"""The launches of the CUDA kernels, on a GPU and emulated: every tile, grid and limit, bad labels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cases import DTYPES, HIERARCHY, KERNELS, LAUNCHED, check, device_of, make_l
 
 from ial_cuda import Hierarchy, backends, importance_aware_loss
 
-#: Of each tile some, and the ends of its range; under sanitizers, which take their time, one.
+#: Some for each tile, and the ends of its range; under the slow sanitizers, one for each.
 CLASSES = (
     [1, 12, 20, 25, 33, 59]
     if simt.SANITIZED
@@ -23,7 +23,7 @@ ONE_LAUNCH = [backend for backend in LAUNCHED if backends.get(backend.values[0])
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("layout", ["contiguous", "cropped", "channels_last"])
 def test_every_tile(backend, dtype, classes, layout):
-    """Rows that can be cut into vectors, for every number of classes, in one piece and in a larger image."""
+    """Rows that can be cut into vectors, for every number of classes, contiguous and in a larger image."""
     hierarchy = Hierarchy([list(range(k, classes, 4)) for k in range(min(4, classes))])
     logits, target = (
         make_logits((2, classes, 4, 64), dtype),
@@ -44,8 +44,8 @@ def test_every_tile(backend, dtype, classes, layout):
     "shape", [(1, 19, 64, 256), (3, 5, 64, 256), (5, 5, 64, 256), (7, 3, 64, 64), (4, 5, 63, 61)], ids=str
 )
 def test_one_launch(backend, dtype, scope, reduction, shape):
-    """Images in shared memory, in registers, read again, and all of them; one wave, and several; and what has
-    no kernel of its own: odd rows, more images pooled than there are multiprocessors, float64."""
+    """Tiles in shared memory, in registers, read again, and all three; one wave and several. Also what the
+    cooperative kernel cannot do: odd rows, more pooled images than multiprocessors, float64."""
     hierarchy = Hierarchy([list(range(k, shape[1], 3)) for k in range(3)])
     target = make_target((shape[0], *shape[2:]), shape[1])
     generator = torch.Generator().manual_seed(1)
@@ -62,7 +62,7 @@ def test_one_launch(backend, dtype, scope, reduction, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("incoming", [1.0, -0.3, 65536.0])
 def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
-    """The first takes the gradient that is there, the second has to compute one."""
+    """The first takes the gradient of the launch, the second computes another."""
     device = device_of(backend)
     leaf = make_logits((2, 5, 16, 32), dtype).to(device).requires_grad_()
     target = make_target((2, 16, 32), 5).to(device)
@@ -127,7 +127,7 @@ def test_limits_are_errors(backend):
 @pytest.mark.parametrize("backend", LAUNCHED)
 @pytest.mark.parametrize("levels", [1, 2])
 def test_more_images_than_a_grid_has_blocks(backend, levels):
-    """Each sum of an image and level has one, of five. No memory for them is asked for before."""
+    """Each of the five sums of an image and level has a block. The check comes before any allocation."""
     device, images = device_of(backend), 2**31 // (5 * levels)
     logits = torch.zeros(1, 2, device=device).expand(images, 2)
     target = torch.zeros(1, dtype=torch.uint8, device=device).expand(images)
@@ -165,7 +165,7 @@ def test_a_gradient_that_cannot_be_overwritten(backend):
             )
 
 
-#: Those that cannot stop for an error.
+#: The backends whose kernels cannot raise an error.
 @pytest.mark.parametrize("backend", [backend for backend in KERNELS if backend.values[0] != "cpu"])
 @pytest.mark.parametrize("label", [5, 200, -1, 2**31, -(2**40)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: what happens without a barrier, and their memory under sanitizers."""
+"""The CUDA kernels on the CPU: without one of their barriers, under sanitizers, with contracted products."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def _simt():
 
 
 def results():
-    """Everything that the kernels write, where blocks have several rounds, images several blocks and batches
-    several waves."""
+    """All that the kernels write, with several iterations a block, blocks an image and waves a batch."""
     weight = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
     out = []
     for backend, shape, scope in (
@@ -50,7 +49,7 @@ def results():
             logits = logits.to(memory_format=torch.channels_last)
         loss, grad, components = run(backend, logits, target, weight=weight, factor_scope=scope)
         out += [loss, grad, *components]
-    # several tiles, and in float64 no room for the gradient of five classes at a time
+    # several rectangles of cells, and in float64 several passes for the gradient of five classes
     logits, target = make_logits((2, 5, 9, 13)), make_target((2, 36, 52), 5)
     loss, grad, components = run("simt", logits, target, weight=weight.double(), upsample="bilinear")
     out += [loss, grad, *components]
@@ -70,7 +69,7 @@ def undisturbed():
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_missing_barrier_shows(barrier, undisturbed):
-    """A block's threads start in ascending or in descending order: one of the two must be wrong."""
+    """A block's threads run in ascending or in descending order: one of the two must give wrong results."""
     wrong = []
     for descending in (False, True):
         torch.ops.ial_simt.disturb(barrier, descending)
@@ -81,7 +80,7 @@ def test_a_missing_barrier_shows(barrier, undisturbed):
 
 
 def test_one_launch_leaves_its_gradient_to_autograd():
-    """Nothing is copied on the way to a leaf's .grad, which would take as long as the launch."""
+    """Nothing is copied on the way to a leaf's .grad: a copy would take as long as the launch."""
     leaf, target = make_logits((2, 5, 16, 32)).requires_grad_(), make_target((2, 16, 32), 5)
     with poisoned(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         importance_aware_loss(leaf, target, HIERARCHY, backend="simt_one_launch").backward()
@@ -138,7 +137,7 @@ def test_one_launch_is_chosen_where_it_wins(change, one_launch):
 
 
 def test_more_sums_than_a_block_has_room_for():
-    """A GeForce RTX 5090: 99 KiB for a block, fewer than the sums of 158 images need, which are pooled."""
+    """A GeForce RTX 5090 has 99 KiB for a block: too few for the sums of 158 pooled images."""
     hierarchy = Hierarchy([[level] for level in range(7)] + [[7, 8, 9, 10]])
     logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
@@ -164,7 +163,7 @@ def test_an_instruction_reaches_its_address_space_only(instruction, expected, sp
 
 
 def test_no_instruction_for_memory_is_hidden_from_the_emulator():
-    """What inline PTX does, the emulator does not see: its address space would not be looked at."""
+    """The emulator does not see what inline PTX does, so its address spaces would go unchecked."""
     for source in sorted((ROOT / "csrc").rglob("*.*")):
         for statement in re.findall(r"\basm\b.*?\)\s*;", source.read_text(), re.S):
             memory = re.search(r"\b(ld|st|red|atom|cp|prefetch|mbarrier)\b", statement)
@@ -172,7 +171,7 @@ def test_no_instruction_for_memory_is_hidden_from_the_emulator():
 
 
 def passed_with(build, files, selected, **environment):
-    """Runs tests in a process that has another build of the library; returns how many passed."""
+    """Runs tests in a process with another build of the library. Returns how many passed."""
     if simt.BUILD != "plain":
         pytest.skip(f"this is the process of the {simt.BUILD} build")
     command = [sys.executable, "-m", "pytest", "-qs", "-x", "-p", "no:cacheprovider", "-k", selected]
@@ -188,7 +187,7 @@ def passed_with(build, files, selected, **environment):
 
 
 def test_under_sanitizers():
-    """Every kernel once more where an access out of bounds, or undefined behaviour, ends the process."""
+    """Every kernel again, where an access out of bounds or undefined behaviour ends the process."""
     libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
     selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
     # one of the two backends: they upsample with the same kernels
@@ -207,7 +206,7 @@ def test_under_sanitizers():
 
 
 def test_with_contracted_products():
-    """Every kernel once more where a product is merged with an addition and not rounded, as nvcc does it."""
+    """Every kernel again, with products that are contracted with additions, as nvcc does."""
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
         pytest.skip("simt: a processor without FMA")
     selected = "every_tile or dtype_and_rank or huge or itself or every_dtype or not_finite or ignored_pixels"

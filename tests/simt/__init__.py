@@ -1,4 +1,4 @@
-"""Backends "simt" and "simt_one_launch": the CUDA kernels and their launches, compiled for the CPU by g++."""
+"""Backends "simt" and "simt_one_launch": the CUDA kernels and their launches, compiled by g++ for the CPU."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ial_cuda import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-#: Which build of the library this process has, a key of `_FLAGS`.
+#: The build of the library in this process, a key of `_FLAGS`.
 BUILD = os.environ.get("IAL_SIMT_BUILD", "plain")
 SANITIZED = BUILD == "sanitized"
-_FMA = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []  # elsewhere it is there
+_FMA = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []  # other processors always have it
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-#: The compiler's and the linker's.
+#: Of the compiler and of the linker.
 _FLAGS = {
     "plain": (["-O1"], []),
-    # what address finds anyway takes undefined long to compile
+    # these checks of undefined are slow to compile, and address finds the same errors
     "sanitized": (["-O1", *_SANITIZERS, "-fno-sanitize=null,object-size,vptr"], _SANITIZERS),
-    # a product is merged with an addition wherever that can be, as nvcc does: g++ does so from -O2 on
+    # products are contracted with additions, as nvcc does: g++ does so from -O2 on
     "contracted": (["-O2", *_FMA, "-ffp-contract=fast"], []),
 }
 
 
 @functools.cache
 def load() -> None:
-    """Compiles the library where its sources have changed, and loads it."""
+    """Compiles the library if its sources have changed, and loads it."""
     if sys.platform != "linux" or shutil.which(cpp_extension.get_cxx_compiler()) is None:
         pytest.skip("simt: no C++ compiler")
     ninja = pytest.importorskip("ninja")
@@ -63,7 +63,7 @@ def load() -> None:
 
 
 def sanitizer_library(name: str) -> str:
-    """The runtime of a sanitizer, which must be loaded before Python; skips where the compiler has none."""
+    """The runtime of a sanitizer, which must be loaded before Python. Skips if the compiler has none."""
     command = [cpp_extension.get_cxx_compiler(), f"-print-file-name=lib{name}.so"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(path):
@@ -73,7 +73,7 @@ def sanitizer_library(name: str) -> str:
 
 @contextlib.contextmanager
 def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[None]:
-    """Another device than the small one, for what is launched meanwhile."""
+    """Replaces the small device inside the context."""
     before = torch.ops.ial_simt.set_device(multiprocessors, l2_bytes, shared_bytes)
     try:
         yield
@@ -82,6 +82,6 @@ def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[N
 
 
 def register() -> None:
-    """Makes them backends of the loss, for tensors on the CPU; `load` must come before their first use."""
+    """Registers both as backends of the loss for CPU tensors. Call `load` before their first use."""
     for name, one_launch in (("simt", False), ("simt_one_launch", True)):
         backends.register(backends.Backend(name, ("cpu",), "ial_simt", one_launch=one_launch))

@@ -1,4 +1,4 @@
-// The CUDA operators on CPU tensors: the kernels and what launches them, unchanged, in the library ial_simt.
+// The CUDA operators on CPU tensors, in the library ial_simt: the kernels and their launches, unchanged.
 #include "simt.h"
 
 #include "../../csrc/cuda/operators.h"
@@ -6,15 +6,15 @@
 namespace ial {
 namespace gpu {
 
-alignas(16) unsigned char ial_shared[simt::kMostSharedBytes];
+alignas(16) unsigned char ial_shared[simt::kMaxSharedBytes];
 
 }  // namespace gpu
 
 namespace {
 
-// So small that blocks take several rounds, images several blocks and batches several waves.
+// So small that blocks take several iterations, images several blocks and batches several waves.
 struct Device {
-    int64_t multiprocessors = 3, l2_bytes = 16 << 10, shared_bytes = simt::kMostSharedBytes;
+    int64_t multiprocessors = 3, l2_bytes = 16 << 10, shared_bytes = simt::kMaxSharedBytes;
 };
 Device device;
 
@@ -47,16 +47,16 @@ class Simt {
     }
 };
 
-// Replaces the device by another; returns what it was.
+// Sets the device; returns the one before.
 std::tuple<int64_t, int64_t, int64_t> set_device(int64_t multiprocessors, int64_t l2_bytes,
                                                  int64_t shared_bytes) {
-    TORCH_CHECK_VALUE(shared_bytes <= static_cast<int64_t>(simt::kMostSharedBytes), "shared_bytes is ",
-                      shared_bytes, ", expected at most ", simt::kMostSharedBytes);
-    const Device was = std::exchange(device, {multiprocessors, l2_bytes, shared_bytes});
-    return {was.multiprocessors, was.l2_bytes, was.shared_bytes};
+    TORCH_CHECK_VALUE(shared_bytes <= static_cast<int64_t>(simt::kMaxSharedBytes), "shared_bytes is ",
+                      shared_bytes, ", expected at most ", simt::kMaxSharedBytes);
+    const Device before = std::exchange(device, {multiprocessors, l2_bytes, shared_bytes});
+    return {before.multiprocessors, before.l2_bytes, before.shared_bytes};
 }
 
-// One instruction for one address space, on an address in `space`.
+// An instruction for one address space, on an address in `space`.
 void touch_kernel(std::string_view instruction, simt::Space space, double* global) {
     double local = 0;
     double* const places[] = {global, reinterpret_cast<double*>(gpu::ial_shared), &local};
@@ -77,7 +77,7 @@ void touch(std::string_view instruction, int64_t space) {
 
 void disturb(std::string_view skipped, bool descending) {
     simt::skipped = skipped;
-    simt::turn = descending;
+    simt::started = descending;
 }
 
 }  // namespace

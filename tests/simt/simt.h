@@ -1,8 +1,9 @@
-// CUDA's words on a CPU, enough to run this project's kernels: blocks one after another, their threads as
-// fibres that change over at barriers and shuffles only; those of a cooperative launch in turns, from one
-// grid barrier to the next. A barrier that is missing shows: what it waits for has not happened. Memory
-// ordering does not: there is one real thread. Instructions for one address space refuse addresses of
-// another.
+// An emulator of CUDA on a CPU, with what this project's kernels use.
+// Blocks run one after another. Their threads are fibres, which switch at barriers and shuffles only.
+//
+// The blocks of a cooperative launch take turns, from one grid barrier to the next. A missing barrier shows:
+// what it waits for has not happened. Wrong memory ordering does not show: there is one real thread.
+// Instructions for one address space refuse addresses of another.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -68,7 +69,7 @@ Pair __hmax2(Pair a, Pair b) {
 inline unsigned __heq2_mask(__half2 a, __half2 b) {
     return (a.x == b.x ? 0xffffu : 0) | (a.y == b.y ? 0xffff0000u : 0);
 }
-// y as wrong as PTX allows it to be for this x, one way or the other.
+// y with the largest error that PTX allows, up or down depending on x.
 inline float approximate(float y, float x, float error) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(x));
@@ -77,7 +78,7 @@ inline float approximate(float y, float x, float error) {
 }
 inline float ex2_approx_ftz(float x) { return x == 0 ? 1 : approximate(std::exp2(x), x, 0x1p-22f); }
 inline float rcp_approx_ftz(float x) { return approximate(1 / x, x, 0x1p-23f); }
-// Through memory, so that g++ cannot merge the product with an addition either.
+// The product goes through memory, so that g++ cannot contract it with an addition.
 inline float __fmul_rn(float a, float b) {
     volatile float product = a * b;
     return product;
@@ -93,8 +94,8 @@ extern unsigned char ial_shared[];
 namespace simt {
 
 constexpr int kWarp = 32;
-// Of a fibre's stack; of the shared memory that a block has, and of what it has to ask for.
-constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10, kMostSharedBytes = 128 << 10;
+// Bytes of a fibre's stack, of the shared memory of a block, and of the most that a block can ask for.
+constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10, kMaxSharedBytes = 128 << 10;
 
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -111,22 +112,22 @@ struct Block {
     std::vector<Fibre> fibres;
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> lanes;        // what each thread offers to a shuffle
-    std::vector<unsigned char> shared;  // while another block runs
+    std::vector<uint64_t> lanes;        // each thread's value in a shuffle
+    std::vector<unsigned char> shared;  // saved while another block runs
     bool descending, done;
 };
 inline std::function<void()> kernel;
-inline std::vector<Block> blocks;  // of a cooperative launch, else one
-inline Block* block;               // the one that runs
+inline std::vector<Block> blocks;  // all of a cooperative launch, else one
+inline Block* block;               // the running one
 inline Barrier grid;
 inline ucontext_t scheduler;
 inline bool progress;
 inline std::exception_ptr failure;  // of a thread
 
-inline std::string skipped;  // "file:line" of a barrier that is left out, to see whether a test fails
-inline unsigned turn = 0;    // blocks start their threads in ascending and in descending order in turn
+inline std::string skipped;   // "file:line" of a barrier to leave out: a test must fail then
+inline unsigned started = 0;  // blocks: every other one runs its threads in descending order
 
-// The last to arrive yields too, so that the threads go on in the block's order.
+// The last thread to arrive yields too, so that the threads continue in the block's order.
 inline void wait(Barrier& barrier, int threads) {
     const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
@@ -167,21 +168,21 @@ T shuffle_xor(T value, int mask) {
     return value;
 }
 
-// A thread's stack is its local memory; a kernel's parameters are there too. (Where AddressSanitizer is told
-// to detect uses after return, it keeps variables elsewhere, and they pass for global memory.)
+// A thread's stack is its local memory, also for the kernel's parameters. (If AddressSanitizer detects uses
+// after return, it keeps variables elsewhere, and they count as global memory.)
 enum Space { kGlobal, kShared, kLocal };
 
 inline Space space_of(const void* address) {
     const auto is_in = [&](const void* from, size_t bytes) {
         return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(from) < bytes;
     };
-    if (is_in(ial::gpu::ial_shared, kMostSharedBytes)) return kShared;
+    if (is_in(ial::gpu::ial_shared, kMaxSharedBytes)) return kShared;
     for (const Fibre& fibre : block->fibres)
         if (is_in(fibre.stack.get(), kStack)) return kLocal;
     return kGlobal;
 }
 
-// For an instruction that reaches one address space only.
+// For instructions that work in one address space only.
 inline void expect(Space expected, const void* address, const std::string& instruction) {
     constexpr const char* kNames[] = {"global", "shared", "local"};
     const Space space = space_of(address);
@@ -204,8 +205,8 @@ inline void start(Block& block, dim3 index, size_t shared) {
     const unsigned threads = blockDim.x;
     block.index = index;
     block.done = false;
-    block.descending = turn++ % 2;
-    block.shared.assign(shared, 0xff);  // NaN, until something is written
+    block.descending = started++ % 2;
+    block.shared.assign(shared, 0xff);  // NaN until written
     block.all = {};
     block.warps.assign(threads / kWarp, {});
     block.lanes.assign(threads, 0);
@@ -222,31 +223,31 @@ inline void start(Block& block, dim3 index, size_t shared) {
     }
 }
 
-// Runs a block until it is done, or all of its threads wait for other blocks. Returns whether it came
-// further.
-inline bool run(Block& its) {
+// Runs a block until it is done or all of its threads wait for other blocks. Returns whether it made
+// progress.
+inline bool run(Block& next) {
     using ial::gpu::ial_shared;
     const unsigned threads = blockDim.x;
-    block = &its;
-    blockIdx = its.index;
-    ASAN_UNPOISON_MEMORY_REGION(ial_shared, kMostSharedBytes);
-    std::copy(its.shared.begin(), its.shared.end(), ial_shared);
-    ASAN_POISON_MEMORY_REGION(ial_shared + its.shared.size(), kMostSharedBytes - its.shared.size());
-    bool further = false;
+    block = &next;
+    blockIdx = next.index;
+    ASAN_UNPOISON_MEMORY_REGION(ial_shared, kMaxSharedBytes);
+    std::copy(next.shared.begin(), next.shared.end(), ial_shared);
+    ASAN_POISON_MEMORY_REGION(ial_shared + next.shared.size(), kMaxSharedBytes - next.shared.size());
+    bool advanced = false;
     do {
         progress = false;
-        its.done = true;
+        next.done = true;
         for (unsigned i = 0; i < threads; ++i) {
-            threadIdx.x = its.descending ? threads - 1 - i : i;
-            if (its.fibres[threadIdx.x].done) continue;
-            its.done = false;
-            swapcontext(&scheduler, &its.fibres[threadIdx.x].context);
+            threadIdx.x = next.descending ? threads - 1 - i : i;
+            if (next.fibres[threadIdx.x].done) continue;
+            next.done = false;
+            swapcontext(&scheduler, &next.fibres[threadIdx.x].context);
             if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
         }
-        further |= progress;
+        advanced |= progress;
     } while (progress);
-    std::copy_n(ial_shared, its.shared.size(), its.shared.begin());
-    return further;
+    std::copy_n(ial_shared, next.shared.size(), next.shared.begin());
+    return advanced;
 }
 
 constexpr const char* kRefused = "simt: a launch that CUDA refuses";
@@ -255,33 +256,33 @@ template <typename... Parameters, typename... Arguments>
 void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int threads, size_t shared,
             const Arguments&... arguments) {
     if (size.x == 0 || size.y == 0 || threads % kWarp != 0 ||
-        shared > (cooperative ? kMostSharedBytes : kSharedBytes) || (cooperative && size.y > 1))
+        shared > (cooperative ? kMaxSharedBytes : kSharedBytes) || (cooperative && size.y > 1))
         throw std::logic_error(kRefused);
     kernel = [&] { function(arguments...); };
     gridDim = size;
     blockDim = dim3(threads);
     grid = {};
     blocks.resize(cooperative ? size.x : 1);
-    const char* const stuck = "simt: a barrier that not all threads reach";
+    constexpr const char* kStuck = "simt: a barrier that not all threads reach";
     if (!cooperative) {
         for (unsigned y = 0; y < size.y; ++y)
             for (unsigned x = 0; x < size.x; ++x) {
                 start(blocks[0], dim3(x, y), shared);
                 run(blocks[0]);
-                if (!blocks[0].done) throw std::logic_error(stuck);
+                if (!blocks[0].done) throw std::logic_error(kStuck);
             }
         return;
     }
     for (unsigned x = 0; x < size.x; ++x) start(blocks[x], dim3(x), shared);
     for (bool alive = true; alive;) {
-        bool further = false;
+        bool advanced = false;
         alive = false;
         for (Block& each : blocks) {
             if (each.done) continue;
-            further |= run(each);
+            advanced |= run(each);
             alive |= !each.done;
         }
-        if (alive && !further) throw std::logic_error(stuck);
+        if (alive && !advanced) throw std::logic_error(kStuck);
     }
 }
 
@@ -297,7 +298,7 @@ T __ldcg(const T* from) {
     simt::expect(simt::kGlobal, from, "__ldcg");
     return *from;
 }
-// The way to every instruction of PTX for shared memory; no kernel has one yet.
+// Every PTX instruction for shared memory needs it; no kernel has one yet.
 inline size_t __cvta_generic_to_shared(const void* address) {
     simt::expect(simt::kShared, address, "__cvta_generic_to_shared");
     return reinterpret_cast<size_t>(address);
