@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import mangle_type
 
-from ial_cuda import triton_ops
+from ial_cuda.triton import operators
 
 NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -45,13 +45,13 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
     rest = (target, *weights, levels, 255, "exact")
     options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
     seen: list[Launch] = []
-    triton_ops._launch = lambda kernel, like, grid, *arguments, **constants: seen.append(
+    operators._launch = lambda kernel, like, grid, *arguments, **constants: seen.append(
         (kernel, arguments, constants)
     )
-    stats = triton_ops.reduce(logits, *rest, False, align_corners)
-    loss, _ = triton_ops.combine(stats, *options, torch.float32)
-    table = triton_ops.combine_backward(stats, loss, *options)
-    triton_ops.reduce_backward(logits, table, *rest, align_corners)
+    stats = operators.reduce(logits, *rest, False, align_corners)
+    loss, _ = operators.combine(stats, *options, torch.float32)
+    grad_stats = operators.combine_backward(stats, loss, *options)
+    operators.reduce_backward(logits, grad_stats, *rest, align_corners)
     return seen
 
 
@@ -130,7 +130,7 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
         for launch in seen:
             for target, gpu in targets.items():
                 for name, source, options in sources(launch, gpu):
-                    if "reduce" in name or "gradient" in name:
+                    if "reduce" in name:
                         tuned = name.endswith((" 64", " 256"))
                         if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):
                             continue

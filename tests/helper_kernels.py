@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ial_cuda.triton_kernels import _tiles
+from ial_cuda.triton.kernels import num_tiles
 
 
 @triton.jit
 def tiles_kernel(tiles_ptr, P, SIZE: tl.constexpr):
-    tl.store(tiles_ptr, _tiles(P, SIZE))
+    tl.store(tiles_ptr, num_tiles(P, SIZE))

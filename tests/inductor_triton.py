@@ -73,8 +73,8 @@ def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynami
         rest = (target, None, None, CITYSCAPES.class_levels, ignore_index, "exact")
         stats = operators.reduce(logits, *rest, False, align_corners)
         loss, _ = operators.combine(stats, *options, torch.float32)
-        table = operators.combine_backward(stats, loss, *options)
-        return loss, operators.reduce_backward(logits, table, *rest, align_corners)
+        grad_stats = operators.combine_backward(stats, loss, *options)
+        return loss, operators.reduce_backward(logits, grad_stats, *rest, align_corners)
 
     torch._dynamo.reset()
     with (

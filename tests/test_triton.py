@@ -52,10 +52,10 @@ def test_every_kernel_compiles_without_spills(compiled, target):
         "reduce_kernel",
         "sum_kernel",
         "combine_kernel",
-        "table_kernel",
-        "gradient_kernel",
+        "combine_backward_kernel",
+        "reduce_backward_kernel",
         "upsampled_reduce_kernel",
-        "upsampled_gradient_kernel",
+        "upsampled_reduce_backward_kernel",
     }
     if target == "gfx942":  # compiled only: nobody has looked at what AMD's registers would want
         return
@@ -66,10 +66,10 @@ def test_every_kernel_compiles_without_spills(compiled, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
-    """19 classes: four in the loop and the three left over, in gradient twice."""
+    """19 classes: four in the loop and the three left over, in reduce_backward twice."""
     code = compiled[f"{target}: reduce_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 4 + 3
-    code = compiled[f"{target}: gradient_kernel 128: {dtype} C=19"]
+    code = compiled[f"{target}: reduce_backward_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 2 * (4 + 3)
     assert code["wide stores"] == code["stores"] == 4 + 3
 
@@ -77,8 +77,8 @@ def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
 def kernels_of(upsampled: bool) -> list[str]:
     """What a step launches, in order."""
     prefix = "upsampled_" * upsampled
-    tiny = ["sum_kernel", "combine_kernel", "table_kernel"]
-    return [f"{prefix}reduce_kernel", *tiny, f"{prefix}gradient_kernel"]
+    tiny = ["sum_kernel", "combine_kernel", "combine_backward_kernel"]
+    return [f"{prefix}reduce_kernel", *tiny, f"{prefix}reduce_backward_kernel"]
 
 
 # Tensors without memory, which torch.compile traces with, are no call of a kernel.
@@ -177,9 +177,9 @@ def test_more_levels_than_a_program_has_registers_for(backend, levels):
 @RUNS
 def test_several_programs_of_an_image(backend, monkeypatch):
     """As on a device with more than one multiprocessor, and more tiles than programs."""
-    from ial_cuda import triton_ops
+    from ial_cuda.triton import operators
 
-    monkeypatch.setattr(triton_ops, "_multiprocessors", lambda logits: 1)
+    monkeypatch.setattr(operators, "_multiprocessors", lambda logits: 1)
     check(backend, make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
 
 
@@ -187,9 +187,9 @@ def test_several_programs_of_an_image(backend, monkeypatch):
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 def test_cells_that_take_several_rounds_and_several_programs(backend, monkeypatch, align_corners):
     """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
-    from ial_cuda import triton_ops
+    from ial_cuda.triton import operators
 
-    monkeypatch.setattr(triton_ops.upsample, "MOST_PIXELS", ((4, 2), (2, 1)))
+    monkeypatch.setattr(operators.upsample, "MAX_PATCH", ((4, 2), (2, 1)))
     target = make_target((1, 33, 140), 5)
     logits = make_logits((1, 5, 7, 30), torch.float32)
     check_upsampled(backend, logits, target, align_corners=align_corners)
@@ -242,14 +242,14 @@ def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
     logits.copy_(make_logits((2, 2, 2, 2), torch.float16))
     dense = logits.contiguous()
     target = make_target((2, 2, 2), 2).to(device)
-    table = make_logits((2, 1, 5)).to(device)
+    grad_stats = make_logits((2, 1, 5)).to(device)
     corners = False if upsampled else None
 
     rest = (target, None, None, FLAT.class_levels, 255, "exact")
     stats = operators.reduce(logits, *rest, False, corners)
     assert torch.equal(stats, operators.reduce(dense, *rest, False, corners))
-    expected = operators.reduce_backward(dense, table, *rest, corners)
-    assert torch.equal(operators.reduce_backward(logits, table, *rest, corners), expected)
+    expected = operators.reduce_backward(dense, grad_stats, *rest, corners)
+    assert torch.equal(operators.reduce_backward(logits, grad_stats, *rest, corners), expected)
     if not upsampled:
-        operators.reduce_backward_(logits, table, *rest)
+        operators.reduce_backward_(logits, grad_stats, *rest)
         assert torch.equal(logits, expected)

@@ -1,6 +1,6 @@
 """The operators of the Triton kernels: those of csrc/library.cpp once more, as torch.ops.ial_triton.
 
-Importing this module registers them and imports Triton; `Backend.operators` does so when they are first used.
+Importing this module registers them and imports Triton; `_ops.operators` does so when they are first wanted.
 `torch.library.triton_op` lets torch.compile see the kernels. Nothing waits for the device but the tuning of
 gradient at its first call.
 """
@@ -20,10 +20,10 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.library import triton_op, wrap_triton
 
-from . import triton_kernels as kernels
-from . import triton_upsample as upsample
-from .fakes import register_fakes
-from .validation import MAX_SIDE
+from .. import _ops
+from ..validation import MAX_SIDE
+from . import combine as combine_kernels
+from . import kernels, pixels, upsample
 
 _LOGITS_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TARGET_DTYPES = (torch.int64, torch.int32, torch.uint8)
@@ -211,7 +211,7 @@ def _walk(*tensors: Tensor) -> _Walk:
             merged[-1][0] *= size
         else:
             merged.append([size, *steps])
-    most = kernels.MOST_DIMS
+    most = kernels.MAX_DIMS
     if len(merged) > most:
         raise ValueError(
             f"logits has {len(merged)} spatial dimensions that cannot be merged, expected at most {most}; "
@@ -232,7 +232,7 @@ def _walk(*tensors: Tensor) -> _Walk:
         ],
         dims=len(merged),
         vector=vector,
-        lanes=16 // tensors[0].element_size() if vector else kernels.LOOSE_LANES,
+        lanes=16 // tensors[0].element_size() if vector else kernels.STRIDED_LANES,
     )
 
 
@@ -279,7 +279,7 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
     cells = (y.coarse + 1) * (x.coarse + 1)
     rows, columns = (
         min(triton.next_power_of_2(int(axis.span)), most)
-        for axis, most in zip((y, x), upsample.MOST_PIXELS[logits.dtype == torch.float64], strict=True)
+        for axis, most in zip((y, x), upsample.MAX_PATCH[logits.dtype == torch.float64], strict=True)
     )
     x_rounds = triton.cdiv(x.span, columns)
     rounds = triton.cdiv(y.span, rows) * x_rounds
@@ -289,7 +289,7 @@ def _upsampling(inputs: _Inputs) -> _Upsampling:
             f"{_MAX_COUNT * rows * columns}"
         )
     reach = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
-    low, high = kernels.split(inputs.ignore_index, *logits.stride())
+    low, high = pixels.split(inputs.ignore_index, *logits.stride())
     return _Upsampling(
         arguments=(*low, *y, *x, rounds, x_rounds),
         constants={"HIGH": high, "ROWS": rows, "COLUMNS": columns, "WIDE": max(reach, 2 * cells) >= 2**31},
@@ -303,8 +303,8 @@ def _hierarchy(inputs: _Inputs) -> dict[str, Any]:
     return {
         "C": len(inputs.class_levels),
         "G": inputs.levels,
-        "LEVELS": kernels.pack_levels(inputs.class_levels),
-        "BITS": kernels.level_bits(inputs.levels),
+        "LEVELS": pixels.pack_levels(inputs.class_levels),
+        "BITS": pixels.level_bits(inputs.levels),
     }
 
 
@@ -348,7 +348,7 @@ def reduce(
         return logits.new_zeros((images, levels, _STATS), dtype=torch.float64)
     partial = _partial_sums(inputs) if align_corners is None else _upsampled_partial_sums(inputs)
     stats = partial.new_empty((images, levels, _STATS))
-    (rows,), high = kernels.split(stats.numel())
+    (rows,), high = pixels.split(stats.numel())
     grid = (triton.cdiv(stats.numel(), kernels.SUM_ROWS),)
     _launch(
         kernels.sum_kernel,
@@ -366,12 +366,12 @@ def reduce(
 
 
 def _partial_sums(inputs: _Inputs) -> Tensor:
-    logits, pixels = inputs.logits, _pixels(inputs.logits)
+    logits, size = inputs.logits, _pixels(inputs.logits)
     walk = _walk(logits)
-    low, high = kernels.split(pixels, inputs.ignore_index, *walk.sizes, *walk.strides[0])
-    partial = _partial(inputs, triton.cdiv(pixels, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes))
+    low, high = pixels.split(size, inputs.ignore_index, *walk.sizes, *walk.strides[0])
+    partial = _partial(inputs, triton.cdiv(size, kernels.REDUCE_CONFIG.kwargs["THREADS"] * walk.lanes))
     images, *_, blocks = partial.shape
-    groups = triton.cdiv(inputs.levels, kernels.MOST_LEVELS)
+    groups = triton.cdiv(inputs.levels, pixels.REGISTER_LEVELS)
     _launch(
         kernels.reduce_kernel,
         logits,
@@ -398,7 +398,7 @@ def _upsampled_partial_sums(inputs: _Inputs) -> Tensor:
     threads = upsample.REDUCE_CONFIG.kwargs["THREADS"]
     partial = _partial(inputs, triton.cdiv(walk.cells, threads) * walk.rounds)
     images, *_, blocks = partial.shape
-    groups = triton.cdiv(inputs.levels, kernels.MOST_LEVELS)
+    groups = triton.cdiv(inputs.levels, pixels.REGISTER_LEVELS)
     _launch(
         upsample.upsampled_reduce_kernel,
         logits,
@@ -438,15 +438,15 @@ def _gradient_into(inputs: _Inputs, grad_stats: Tensor, gradient: str, grad: Ten
         return _upsampled_gradient_into(inputs, grad_stats, gradient, grad)
     logits = inputs.logits
     walk = _walk(logits, grad)
-    images, pixels = logits.shape[0], _pixels(logits)
-    low, high = kernels.split(pixels, inputs.ignore_index, *walk.sizes, *walk.strides[0])
-    grad_low, grad_high = kernels.split(*walk.strides[1])
+    images, size = logits.shape[0], _pixels(logits)
+    low, high = pixels.split(size, inputs.ignore_index, *walk.sizes, *walk.strides[0])
+    grad_low, grad_high = pixels.split(*walk.strides[1])
 
     def grid(constants: dict[str, Any]) -> tuple[int]:
-        return (images * triton.cdiv(pixels, constants["THREADS"] * constants["LANES"]),)
+        return (images * triton.cdiv(size, constants["THREADS"] * constants["LANES"]),)
 
     _launch(
-        kernels.gradient_kernel,
+        kernels.reduce_backward_kernel,
         logits,
         grid,
         logits,
@@ -477,7 +477,7 @@ def _upsampled_gradient_into(inputs: _Inputs, grad_stats: Tensor, gradient: str,
         return (images * triton.cdiv(walk.cells - 1, constants["THREADS"] - 1),)
 
     _launch(
-        upsample.upsampled_gradient_kernel,
+        upsample.upsampled_reduce_backward_kernel,
         logits,
         grid,
         logits,
@@ -555,7 +555,7 @@ def combine(
     loss = stats.new_empty((images,) if reduction == "none" else (), dtype=dtype)
     each, one = _lambdas(stats, lambdas)
     _launch(
-        kernels.combine_kernel,
+        combine_kernels.combine_kernel,
         stats,
         (1,),
         stats,
@@ -596,7 +596,7 @@ def combine_backward(
     result = torch.empty_like(stats)
     each, one = _lambdas(stats, lambdas)
     _launch(
-        kernels.table_kernel,
+        combine_kernels.combine_backward_kernel,
         stats,
         (1,),
         stats,
@@ -703,4 +703,4 @@ _register_autograd(reduce_backward_, _save_written, _no_double_backward)
 _register_autograd(combine_backward, _save_nothing, _no_double_backward)
 
 # Traced, kernels would run: on meta tensors, and in the interpreter.
-register_fakes("ial_triton")
+_ops.register_fakes("ial_triton")

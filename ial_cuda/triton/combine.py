@@ -1,0 +1,220 @@
+"""The Triton kernels of combine and combine_backward: the loss and its derivative, from the five sums.
+
+The mathematics is that of csrc/loss.h. Each kernel is one program, since the sums are few.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .pixels import P2, PIXELS, Q2, STATS, WEIGHT, S, to_int64
+
+# Images in registers at a time.
+_IMAGES = tl.constexpr(128)
+# Not specialised: Triton would compile once more for bits that are 1 or divisible by 16.
+_BITS = ["lambda_low", "lambda_high", "alpha_low", "alpha_high"]
+
+
+@triton.jit
+def _float64(low, high):
+    """A float64 passed as its bits: Triton passes a float as float32."""
+    return ((to_int64(high) << 32) | (to_int64(low) & 0xFFFFFFFF)).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _stat(stats_ptr, n, N, k, i, G: tl.constexpr, POOL: tl.constexpr):
+    """stats[n, k, i] of each image, or the sum over all images."""
+    if POOL:
+        total = tl.zeros(n.shape, tl.float64)
+        for first in range(0, N, _IMAGES):
+            m = first + tl.arange(0, _IMAGES)
+            total += tl.load(stats_ptr + (m.to(tl.int64) * G + k) * STATS + i, mask=m < N, other=0)
+        return tl.zeros(n.shape, tl.float64) + tl.sum(total, axis=0)
+    else:
+        return tl.load(stats_ptr + (n.to(tl.int64) * G + k) * STATS + i, mask=n < N, other=0)
+
+
+@triton.jit
+def _or_one(divisor):
+    return tl.where(divisor != 0, divisor, 1)
+
+
+@triton.jit
+def _lambda(lambda_ptr, lambda_low, lambda_high, t, G: tl.constexpr):
+    """lambda_t: the bits of the one value, or one of the values in memory."""
+    if lambda_ptr is None:
+        return _float64(lambda_low, lambda_high)
+    else:
+        return tl.load(lambda_ptr + t, mask=t < G - 1, other=0)
+
+
+@triton.jit
+def _factor(
+    stats_ptr, n, N, t, count, above, lam, G: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr
+):
+    """f_t and Z_t of Eq. 3, with the pixels of the levels above t and their Q2 before and after t."""
+    count += _stat(stats_ptr, n, N, t, PIXELS, G, POOL)
+    z = _or_one(count) if NORMALIZE else tl.full(n.shape, 1, tl.float64)
+    f = 0.5 * (lam * _stat(stats_ptr, n, N, t, P2, G, POOL) + (1 + lam) * above) / z
+    return tl.where(t < G - 1, f, 0), z, count, above + _stat(stats_ptr, n, N, t, Q2, G, POOL)
+
+
+@triton.jit
+def _total_weight(stats_ptr, N, G: tl.constexpr):
+    total = tl.zeros([_IMAGES], tl.float64)
+    for k in range(G):
+        total += _stat(stats_ptr, tl.arange(0, _IMAGES), N, k, WEIGHT, G, True)
+    return tl.max(total, axis=0)
+
+
+@triton.jit
+def _below(n, t, bound):
+    """t < bound, in the shape of n. Interpreted, t is an int, and Triton 3.9 takes no bool as a mask."""
+    return tl.zeros_like(n) + t < bound
+
+
+@triton.jit(do_not_specialize=_BITS)
+def combine_kernel(
+    stats_ptr,  # [N, G, STATS]
+    lambda_ptr,  # [G - 1] or None
+    f_ptr,  # [N or 1, G - 1]
+    loss_ptr,  # [N] or []
+    N,
+    lambda_low,
+    lambda_high,
+    alpha_low,
+    alpha_high,
+    G: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    POOL: tl.constexpr,
+):
+    """T_k = S_k + (f_k + alpha) T_{k+1}, IAL = T_0 (Eqs. 5 to 8). Pooled images share one row of f."""
+    alpha = _float64(alpha_low, alpha_high)
+    rows = 1 if POOL else N
+    for first in range(0, rows, _IMAGES):
+        n = first + tl.arange(0, _IMAGES)
+        count = tl.zeros([_IMAGES], tl.float64)
+        above = tl.zeros([_IMAGES], tl.float64)
+        for i in range(G):
+            t = G - 1 - i
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, t, G)
+            f, _, count, above = _factor(stats_ptr, n, N, t, count, above, lam, G, NORMALIZE, POOL)
+            tl.store(f_ptr + n.to(tl.int64) * (G - 1) + t, f, mask=(n < rows) & _below(n, t, G - 1))
+    tl.debug_barrier()
+
+    total = tl.zeros([_IMAGES], tl.float64)
+    for first in range(0, N, _IMAGES):
+        n = first + tl.arange(0, _IMAGES)
+        row = tl.zeros_like(n) if POOL else n
+        chain = tl.zeros([_IMAGES], tl.float64)
+        for i in range(G):
+            t = G - 1 - i
+            f = tl.load(f_ptr + row.to(tl.int64) * (G - 1) + t, mask=(n < N) & _below(n, t, G - 1), other=0)
+            chain = _stat(stats_ptr, n, N, t, S, G, False) + (f + alpha) * chain
+        if REDUCTION == "none":
+            tl.store(loss_ptr + n, chain, mask=n < N)
+        total += tl.where(n < N, chain, 0)
+    if REDUCTION == "sum":
+        tl.store(loss_ptr, tl.sum(total, axis=0))
+    if REDUCTION == "mean":
+        weight = _total_weight(stats_ptr, N, G)
+        tl.store(loss_ptr, tl.where(weight != 0, tl.sum(total, axis=0) / _or_one(weight), 0))
+
+
+@triton.jit
+def _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION: tl.constexpr):
+    """dL/dIAL_n."""
+    if REDUCTION == "none":
+        return tl.load(grad_loss_ptr + n, mask=n < N, other=0).to(tl.float64)
+    else:
+        value = tl.load(grad_loss_ptr).to(tl.float64)
+        if REDUCTION == "mean":
+            value = tl.where(weight != 0, value / _or_one(weight), 0)
+        return tl.zeros(n.shape, tl.float64) + value
+
+
+@triton.jit
+def _incoming_s(
+    stats_ptr, grad_loss_ptr, n, N, t, weight, G: tl.constexpr, REDUCTION: tl.constexpr, POOL: tl.constexpr
+):
+    """G_n S_nt with G_n = dL/dIAL_n, of each image or summed over all images."""
+    if POOL:
+        total = tl.zeros(n.shape, tl.float64)
+        for first in range(0, N, _IMAGES):
+            m = first + tl.arange(0, _IMAGES)
+            total += _image_gradient(grad_loss_ptr, m, N, weight, REDUCTION) * _stat(
+                stats_ptr, m, N, t, S, G, False
+            )
+        return tl.zeros(n.shape, tl.float64) + tl.sum(total, axis=0)
+    else:
+        return _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION) * _stat(
+            stats_ptr, n, N, t, S, G, False
+        )
+
+
+@triton.jit(do_not_specialize=_BITS)
+def combine_backward_kernel(
+    stats_ptr,  # [N, G, STATS]
+    grad_loss_ptr,  # [N] or []
+    lambda_ptr,  # [G - 1] or None
+    grad_stats_ptr,  # [N, G, STATS]
+    N,
+    lambda_low,
+    lambda_high,
+    alpha_low,
+    alpha_high,
+    G: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    POOL: tl.constexpr,
+):
+    """dL/dstats. csrc/loss.h has the formulas. The first loop goes down the levels and leaves F_t and
+    T_{t+1} / Z_t in the last two columns of an image's rows, or of the first image's where images are pooled.
+    The second loop goes up the levels and reads them. The third writes the zeros of these columns."""
+    alpha = _float64(alpha_low, alpha_high)
+    weight = _total_weight(stats_ptr, N, G)
+    rows = 1 if POOL else N
+    for first in range(0, rows, _IMAGES):
+        n = first + tl.arange(0, _IMAGES)
+        count = tl.zeros([_IMAGES], tl.float64)
+        above = tl.zeros([_IMAGES], tl.float64)
+        chain = tl.zeros([_IMAGES], tl.float64)
+        for i in range(G):
+            t = G - 1 - i
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, t, G)
+            f, z, count, above = _factor(stats_ptr, n, N, t, count, above, lam, G, NORMALIZE, POOL)
+            to = grad_stats_ptr + (n.to(tl.int64) * G + t) * STATS
+            tl.store(to + PIXELS, f + alpha, mask=n < rows)
+            tl.store(to + WEIGHT, chain / z, mask=n < rows)
+            chain = (
+                _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, weight, G, REDUCTION, POOL)
+                + (f + alpha) * chain
+            )
+    tl.debug_barrier()
+
+    for first in range(0, N, _IMAGES):
+        n = first + tl.arange(0, _IMAGES)
+        row = tl.zeros_like(n) if POOL else n
+        incoming = _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION)
+        lead = tl.full([_IMAGES], 1, tl.float64)
+        dq2 = tl.zeros([_IMAGES], tl.float64)
+        for k in range(G):
+            kept = grad_stats_ptr + (row.to(tl.int64) * G + k) * STATS
+            lam = _lambda(lambda_ptr, lambda_low, lambda_high, k, G)
+            half_b_over_z = 0.5 * lead * tl.load(kept + WEIGHT, mask=n < N, other=0)
+            to = grad_stats_ptr + (n.to(tl.int64) * G + k) * STATS
+            tl.store(to + S, lead * incoming, mask=n < N)
+            tl.store(to + P2, half_b_over_z * lam, mask=n < N)
+            tl.store(to + Q2, dq2, mask=n < N)
+            dq2 += half_b_over_z * (1 + lam)
+            lead *= tl.load(kept + PIXELS, mask=n < N, other=0)
+    tl.debug_barrier()
+
+    for first in range(0, N, _IMAGES):
+        n = first + tl.arange(0, _IMAGES)
+        for k in range(G):
+            to = grad_stats_ptr + (n.to(tl.int64) * G + k) * STATS
+            tl.store(to + PIXELS, 0.0, mask=n < N)
+            tl.store(to + WEIGHT, 0.0, mask=n < N)

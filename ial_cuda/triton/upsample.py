@@ -1,0 +1,367 @@
+"""The Triton kernels for coarse logits: reduce and reduce_backward, interpolated inside the kernel.
+
+csrc/bilinear.h says where a pixel lies between coarse logits. Cells are numbered differently here: cell i of
+a line is what is between logits i - 1 and i. So cell 0 holds the pixels before the first logit, to which
+F.interpolate gives that logit's value, and no cell has more pixels than the ratio, rounded up. An image
+is one line of (h + 1) (w + 1) cells.
+
+A thread owns a cell. It holds a patch of ROWS x COLUMNS of the cell's pixels in registers, so that a class
+costs four loads for the whole patch. A cell with more pixels has several patches. A tile is (ROWS, COLUMNS,
+THREADS), a tensor of corners is (THREADS,), and sums over rows and columns stay in the thread. A class is
+interpolated along x once for all rows. Its gradient is summed over the rows before it is split between left
+and right.
+
+The fastest interpolation makes a pixel NaN where a logit of weight 0 is infinite. Then the program
+interpolates its pixels again, and leaves out logits of weight 0.
+
+reduce_backward sums over a cell the gradient of its four corners. It adds the right corners of a cell to the
+left corners of the next cell. What a logit gets from the cells below it and from the cells above it goes to
+memory as two halves, in the precision of the arithmetic, and the operator adds the halves. A program's first
+cell is the last cell of the program before, read for its right corners only. The right corners of a row's
+last cell are 0, so nothing passes from one row to the next.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch.torch_version import TorchVersion
+
+from .pixels import (
+    INTERPRETED,
+    STATS,
+    add_pixels,
+    class_gradient,
+    classify,
+    config,
+    join,
+    level_of,
+    load_weights,
+    pixel_gradient,
+    reciprocal,
+    softmax,
+    store_sums,
+    to_int64,
+    zero_sums,
+)
+
+REDUCE_CONFIG = config(128)
+REDUCE_BACKWARD_CONFIGS = [REDUCE_CONFIG] if INTERPRETED else [config(threads) for threads in (64, 128)]
+#: The most rows and columns of a patch: of float32, and of float64. An interpreted patch is large.
+MAX_PATCH = ((16, 16), (16, 16)) if INTERPRETED else ((4, 2), (2, 1))
+# Classes in registers at a time in the softmax, with their corners and their pixels.
+_REDUCE_CHUNK = _BACKWARD_CHUNK = tl.constexpr(2)
+if not INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
+    # Triton 3.6 gives the pixels of a cell to several threads. Larger patches would spill.
+    MAX_PATCH = ((4, 1), (1, 1))
+    _REDUCE_CHUNK = tl.constexpr(1)
+
+
+# ---- a tile ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cells(first, cells, columns, THREADS: tl.constexpr, WIDE: tl.constexpr):
+    """The row and column of THREADS cells from `first`, and whether they exist. The last cell stands in for
+    those that do not, so that every load is inside the tensor."""
+    INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
+    q = first.to(INDEX) + tl.arange(0, THREADS)
+    at = tl.minimum(q, (to_int64(cells) - 1).to(INDEX))
+    columns = to_int64(columns).to(INDEX)
+    return at // columns, at % columns, q < cells
+
+
+@triton.jit
+def _axis_pixels(axis, cell, k, A: tl.constexpr):
+    """Pixel k of each cell along an axis; whether it is in the cell; the weight of the cell's second logit
+    there. Cells at the ends of the line have one logit only."""
+    coarse, fine, step, origin, unit = axis
+    unit = to_int64(unit).to(cell.dtype)
+    start = (cell - 1) * unit - origin  # in steps from pixel 0
+    pixel = tl.maximum((start + step - 1) // step, 0) + k
+    beyond = pixel * step - start
+    inside = (pixel < fine) & ((beyond < unit) | (cell == coarse))
+    fraction = beyond.to(A) * reciprocal(unit.to(A))
+    return pixel, inside, tl.where(cell == 0, 1, tl.where(cell == coarse, 0, fraction))
+
+
+@triton.jit
+def _pixels(
+    y_axis,
+    x_axis,
+    row,
+    column,
+    exists,
+    patch,
+    x_patches,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    A: tl.constexpr,
+):
+    """The pixels of a patch of each cell, as positions in the image; whether they are in the cell; the
+    weights of the logits below them and of those on their right."""
+    ky = tl.arange(0, ROWS)[:, None] + patch // x_patches * ROWS
+    kx = tl.arange(0, COLUMNS)[:, None] + patch % x_patches * COLUMNS
+    y, inside_y, fy = _axis_pixels(y_axis, row[None, :], ky, A)
+    x, inside_x, fx = _axis_pixels(x_axis, column[None, :], kx, A)
+    p = (y.to(tl.int64) * x_axis[1])[:, None, :] + x[None, :, :]
+    # Hides that the pixels of a row are adjacent. Otherwise Triton gives them to different threads.
+    p = tl.max_contiguous(p, (1, 1, 1))
+    return p, inside_y[:, None, :] & (inside_x & exists[None, :])[None, :, :], fy, fx
+
+
+@triton.jit
+def _corners(ptr, row, column, h, w, row_stride, stride):
+    """Pointers to the four logits around each cell: above left, above right, below left, below right."""
+    above = tl.maximum(row - 1, 0).to(tl.int64) * row_stride
+    below = tl.minimum(row, h - 1).to(tl.int64) * row_stride
+    left = tl.maximum(column - 1, 0).to(tl.int64) * stride
+    right = tl.minimum(column, w - 1).to(tl.int64) * stride
+    return ptr + above + left, ptr + above + right, ptr + below + left, ptr + below + right
+
+
+@triton.jit
+def _load_corners(logits, c, A: tl.constexpr, EVICT: tl.constexpr):
+    x = ()
+    for i in tl.static_range(4):
+        x += (tl.load(logits[0][i] + logits[1] * c, eviction_policy=EVICT).to(A)[None, :],)
+    return x
+
+
+@triton.jit
+def _lerp(a, b, f):
+    """a + f (b - a). The difference is halved, since b - a may overflow."""
+    return tl.fma(*_broadcast(2 * f, 0.5 * b - 0.5 * a, a))
+
+
+@triton.jit
+def _safe_lerp(a, b, f):
+    """`_lerp` that leaves out a or b where its weight is 0. Every use rounds the same: a pixel's own logit
+    must equal that logit among all classes."""
+    f, b, a = _broadcast(f, b, a)
+    return tl.where(f == 0, a, tl.where(f == 1, b, tl.fma(f, b, (1 - f) * a)))
+
+
+@triton.jit
+def _broadcast(x, y, z):
+    """Brings three tensors to one shape, which tl.fma does not do."""
+    x, y = tl.broadcast(x, y)
+    x, z = tl.broadcast(x, z)
+    y, z = tl.broadcast(y, z)
+    return x, y, z
+
+
+@triton.jit
+def _interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
+    """`load_chunk` for interpolated pixels. Where a corner of weight 0 is not finite, a pixel is NaN."""
+    _, _, fy, fx = logits
+    x = ()
+    for i in tl.static_range(COUNT):
+        corners = _load_corners(logits, first + i, A, EVICT)
+        above, below = _lerp(corners[0], corners[1], fx), _lerp(corners[2], corners[3], fx)
+        x += (_lerp(above[None, :, :], below[None, :, :], fy[:, None, :]),)
+    return x
+
+
+@triton.jit
+def _safe_interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
+    """`_interpolate` that leaves out logits of weight 0, in more instructions."""
+    _, _, fy, fx = logits
+    x = ()
+    for i in tl.static_range(COUNT):
+        corners = _load_corners(logits, first + i, A, EVICT)
+        above = _safe_lerp(corners[0], corners[1], fx)
+        below = _safe_lerp(corners[2], corners[3], fx)
+        x += (_safe_lerp(above[None, :, :], below[None, :, :], fy[:, None, :]),)
+    return x
+
+
+@triton.jit
+def _upsampled_softmax(CHUNK: tl.constexpr, logits, label, valid, C: tl.constexpr, A: tl.constexpr):
+    """`softmax`, and whether it needed `_safe_interpolate`."""
+    max, sum, own = softmax(_interpolate, CHUNK, logits, label, C, A)
+    safe = tl.max(tl.ravel((valid & (sum != sum)).to(tl.int32)), axis=0) > 0
+    if safe:
+        max, sum, own = softmax(_safe_interpolate, 1, logits, label, C, A)
+    return max, sum, own, safe
+
+
+# ---- reduce ---------------------------------------------------------------------------------------------
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def upsampled_reduce_kernel(
+    logits_ptr,
+    target_ptr,  # [N, H, W]
+    weight_ptr,  # [C] or None
+    pixel_weight_ptr,  # [N, H, W] or None
+    partial_ptr,  # [N, G, STATS, blocks] of float64
+    blocks,  # programs of an image
+    ignore_index,
+    batch,
+    channel,
+    row_stride,
+    stride,
+    h,
+    H,
+    step_y,
+    origin_y,
+    unit_y,
+    w,
+    W,
+    step_x,
+    origin_x,
+    unit_x,
+    patches,  # of a cell
+    x_patches,  # side by side in a cell
+    C: tl.constexpr,
+    G: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDE: tl.constexpr,  # whether positions need 64 bits
+):
+    """Grid (N blocks, groups of levels)."""
+    ignore_index, batch, channel, row_stride, stride = join(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
+    A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    first_level = tl.program_id(1) * GROUP
+    cells = (to_int64(h) + 1) * (w + 1)
+    sums = zero_sums(GROUP, THREADS, A)
+    for tile in range(block, tl.cdiv(cells, THREADS) * patches, blocks):
+        row, column, exists = _cells(to_int64(tile) // patches * THREADS, cells, w + 1, THREADS, WIDE)
+        p, inside, fy, fx = _pixels(
+            (h, H, step_y, origin_y, unit_y),
+            (w, W, step_x, origin_x, unit_x),
+            row,
+            column,
+            exists,
+            tile % patches,
+            x_patches,
+            ROWS,
+            COLUMNS,
+            A,
+        )
+        p += n * H * W
+        label, valid, bad = classify(target_ptr, p, inside, ignore_index, C)
+        weight = load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
+        corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
+        logits = (corners, to_int64(channel), fy, fx)
+        max, sum, own, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, C, A)
+        level = level_of(label, LEVELS, BITS)
+        sums = add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP)
+    store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
+
+
+# ---- reduce_backward ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _to_logits(value, fx):
+    """What columns (COLUMNS, THREADS) add to the logit on the left of each cell: the columns of this cell,
+    and those of the cell before, which have this logit on their right."""
+    right = tl.sum(value * fx, axis=0)
+    left = tl.sum(value, axis=0) - right
+    before = tl.maximum(tl.arange(0, right.shape[0]) - 1, 0)
+    return left + tl.gather(right, before, 0)
+
+
+@triton.jit
+def _accumulate(ptrs, value, mask, again):
+    tl.store(ptrs, tl.load(ptrs, mask=mask & again, other=0) + value, mask=mask)
+
+
+@triton.autotune(REDUCE_BACKWARD_CONFIGS, key=["C", "ROWS", "COLUMNS"])
+@triton.jit
+def upsampled_reduce_backward_kernel(
+    logits_ptr,
+    grad_stats_ptr,  # [N, G, STATS] of float64
+    target_ptr,  # [N, H, W]
+    weight_ptr,  # [C] or None
+    pixel_weight_ptr,  # [N, H, W] or None
+    halves_ptr,  # [2, N, C, h, w]: from the cells below each logit, and from those above
+    N,
+    ignore_index,
+    batch,
+    channel,
+    row_stride,
+    stride,
+    h,
+    H,
+    step_y,
+    origin_y,
+    unit_y,
+    w,
+    W,
+    step_x,
+    origin_x,
+    unit_x,
+    patches,
+    x_patches,
+    C: tl.constexpr,
+    G: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BITS: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
+    EXACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid (N tiles)."""
+    ignore_index, batch, channel, row_stride, stride = join(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
+    A: tl.constexpr = halves_ptr.dtype.element_ty
+    cells = (to_int64(h) + 1) * (w + 1)
+    tiles = tl.cdiv(cells - 1, THREADS - 1)
+    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row, column, exists = _cells(tile * (THREADS - 1), cells, w + 1, THREADS, WIDE)
+    corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
+
+    size = to_int64(h) * w
+    logit = (row - 1).to(tl.int64) * w + (column - 1)
+    owned = exists & (column > 0) & (tl.arange(0, THREADS) > 0)
+    from_below = halves_ptr + n * C * size + logit
+    from_above = halves_ptr + (N + n) * C * size + logit + w
+    for patch in range(patches):
+        p, inside, fy, fx = _pixels(
+            (h, H, step_y, origin_y, unit_y),
+            (w, W, step_x, origin_x, unit_x),
+            row,
+            column,
+            exists,
+            patch,
+            x_patches,
+            ROWS,
+            COLUMNS,
+            A,
+        )
+        p += n * H * W
+        label, valid, _ = classify(target_ptr, p, inside, ignore_index, C)
+        weight = load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
+        logits = (corners, to_int64(channel), fy, fx)
+        max, sum, own, safe = _upsampled_softmax(_BACKWARD_CHUNK, logits, label, valid, C, A)
+        row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
+        scale, extra = pixel_gradient(row_ptr, max, sum, own, weight, EXACT)
+
+        again = tl.zeros_like(row) + patch > 0
+        for c in range(C):
+            if safe:
+                x = _safe_interpolate(logits, c, 1, A, "evict_first")
+            else:
+                x = _interpolate(logits, c, 1, A, "evict_first")
+            value = class_gradient(x[0], c, label, valid, max, scale, extra)
+            below = tl.sum(value * fy[:, None, :], axis=0)
+            above = tl.sum(value, axis=0) - below
+            _accumulate(from_below + c * size, _to_logits(above, fx), owned & (row > 0), again)
+            _accumulate(from_above + c * size, _to_logits(below, fx), owned & (row < h), again)
+        tl.debug_barrier()
