@@ -152,7 +152,7 @@ register(
         "triton",
         ("cuda",),
         "ial_triton",
-        module=f"{__package__}.triton_ops",
+        module=f"{__package__}.triton",
         missing=None if find_spec("triton") else f"Triton is not installed; `{extension.PIP} triton`",
         fallback="Triton kernels",
     )
