@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import mangle_type
 
-from ial_cuda.triton import operators
+from ial_cuda.triton import launch, operators
 
 NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
@@ -45,7 +45,7 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
     rest = (target, *weights, levels, 255, "exact")
     options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
     seen: list[Launch] = []
-    operators._launch = lambda kernel, like, grid, *arguments, **constants: seen.append(
+    launch.launch_kernel = lambda kernel, like, grid, *arguments, **constants: seen.append(
         (kernel, arguments, constants)
     )
     stats = operators.reduce(logits, *rest, False, align_corners)
@@ -55,9 +55,9 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
     return seen
 
 
-def sources(launch: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
+def sources(launched: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
     """The kernel of a launch with each of its configurations: what Triton would make of these arguments."""
-    kernel, arguments, constants = launch
+    kernel, arguments, constants = launched
     configs = [triton.Config({})]
     if isinstance(kernel, Autotuner):
         kernel, configs = kernel.fn, kernel.configs
@@ -127,9 +127,9 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
     """What differs in nothing that matters to the registers is compiled once."""
     small = set()
     for case, seen, targets in cases():
-        for launch in seen:
+        for launched in seen:
             for target, gpu in targets.items():
-                for name, source, options in sources(launch, gpu):
+                for name, source, options in sources(launched, gpu):
                     if "reduce" in name:
                         tuned = name.endswith((" 64", " 256"))
                         if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):

@@ -141,6 +141,7 @@ BAD_FOR_OPERATOR = {
     "dtype": (dict(logits=LOGITS.long()), TypeError, "logits has dtype Long, expected float64, float32, float16 or bfloat16"),
     "classes": (dict(class_levels=[0, 0]), ValueError, "expected (N, C, *spatial) with C = 2 classes"),
     "no classes": (dict(class_levels=[]), ValueError, "expected (N, C, *spatial) with C = 0 classes"),
+    "nothing": (dict(logits=LOGITS[:, :0], class_levels=[]), ValueError, "expected (N, C, *spatial) with C = 0 classes"),
     "levels": (dict(class_levels=[0, 1, 2, 3, -1]), ValueError, "class_levels has level -1, expected 0 to 4"),
     "many levels": (dict(class_levels=[0, 1, 2, 3, 5]), ValueError, "class_levels has level 5, expected 0 to 4"),
     "target": (dict(target=TARGET[0]), ValueError, "target has shape [6, 7], expected (N, *spatial) of logits [2, 5, 6, 7]"),
@@ -151,6 +152,24 @@ BAD_FOR_OPERATOR = {
     "pixel_weight dtype": (dict(pixel_weight=TARGET), TypeError, "pixel_weight has dtype Long, expected a floating type"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected 'exact' or 'paper'"),
 }  # fmt: skip
+
+
+# The checks of Triton's operators are those of the loss, which say the same in other words.
+DTYPES = "one of torch.float64, torch.float32, torch.float16, torch.bfloat16"
+OF_TRITON = {
+    "rank": "logits has shape (2,), expected (N, C, *spatial) with the C = 5 classes of hierarchy",
+    "dtype": f"logits has dtype torch.int64, expected {DTYPES}",
+    "classes": "logits has shape (2, 5, 6, 7), expected (N, C, *spatial) with the C = 2 classes of hierarchy",
+    "no classes": "logits has shape (2, 5, 6, 7), expected (N, C, *spatial) with the C = 0 classes of hierarchy",
+    "nothing": "class_levels is [], expected a level for each class",
+    "target": "target has shape (6, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7)",
+    "target dtype": "target has dtype torch.int16, expected one of torch.int64, torch.int32, torch.uint8",
+    "weight": "weight has shape (4,), expected (5,), one per class",
+    "weight dtype": f"weight has dtype torch.int64, expected {DTYPES}",
+    "pixel_weight": "pixel_weight has shape (6, 7), expected (N, *spatial) = (2, 6, 7)",
+    "pixel_weight dtype": f"pixel_weight has dtype torch.int64, expected {DTYPES}",
+    "gradient": "gradient is 'true', expected one of 'exact', 'paper'",
+}
 
 
 # The two libraries of operators check before they come to a device.
@@ -164,23 +183,29 @@ LIBRARIES = [
 @pytest.mark.parametrize("name", BAD_FOR_OPERATOR)
 def test_bad_arguments_of_the_operator(name, backend):
     bad, exception, message = BAD_FOR_OPERATOR[name]
+    if backend == "triton":
+        message = OF_TRITON.get(name, message)
     with pytest.raises(exception, match=re.escape(message)):
         backends.get(backend).operators().reduce(**(OPERATOR | bad))
 
 
 @pytest.mark.parametrize("backend", LIBRARIES)
-def test_bad_tables_and_stats(backend):
+def test_bad_sums(backend):
     ops = backends.get(backend).operators()
     rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact")
-    for table in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
-        with pytest.raises(ValueError, match=r"grad_stats has shape .*, expected \(2, 4, 5\) of Double"):
-            ops.reduce_backward(LOGITS, table, *rest)
+    double, single = ("torch.float64", "torch.float32") if backend == "triton" else ("Double", "Float")
+    expected = rf"grad_stats has shape .*, expected \(2, 4, 5\) of {double}, contiguous, on cpu"
+    for sums in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
+        with pytest.raises(ValueError, match=expected):
+            ops.reduce_backward(LOGITS, sums, *rest)
     stats = torch.zeros(2, 4, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="lambdas has 2 values, expected 3 for 4 levels"):
         ops.combine(stats, [0.5, 0.5], 1.0, "mean", "mean", "image", torch.float32)
-    with pytest.raises(ValueError, match=r"stats has shape .* of Float, expected"):
+    with pytest.raises(ValueError, match=rf"stats has shape .* of {single}.*, expected \(.*5\) of {double}"):
         ops.combine(stats.float(), [0.5] * 3, 1.0, "mean", "mean", "image", torch.float32)
-    with pytest.raises(ValueError, match=r"grad_loss has shape \[3\], expected 2 value"):
+    with pytest.raises(ValueError, match=r"stats has shape .2, 0, 5. of .*, expected \(.*5\) of"):
+        ops.combine(stats[:, :0], [], 1.0, "mean", "mean", "image", torch.float32)
+    with pytest.raises(ValueError, match=r"grad_loss has shape .3,?., expected 2 value\(s\)"):
         ops.combine_backward(stats, torch.zeros(3), [0.5] * 3, 1.0, "none", "mean", "image")
 
 

@@ -177,9 +177,9 @@ def test_more_levels_than_a_program_has_registers_for(backend, levels):
 @RUNS
 def test_several_programs_of_an_image(backend, monkeypatch):
     """As on a device with more than one multiprocessor, and more tiles than programs."""
-    from ial_cuda.triton import operators
+    from ial_cuda.triton import launch
 
-    monkeypatch.setattr(operators, "_multiprocessors", lambda logits: 1)
+    monkeypatch.setattr(launch, "_multiprocessors", lambda logits: 1)
     check(backend, make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
 
 
@@ -187,9 +187,9 @@ def test_several_programs_of_an_image(backend, monkeypatch):
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 def test_cells_that_take_several_rounds_and_several_programs(backend, monkeypatch, align_corners):
     """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
-    from ial_cuda.triton import operators
+    from ial_cuda.triton import upsample
 
-    monkeypatch.setattr(operators.upsample, "MAX_PATCH", ((4, 2), (2, 1)))
+    monkeypatch.setattr(upsample, "MAX_PATCH", ((4, 2), (2, 1)))
     target = make_target((1, 33, 140), 5)
     logits = make_logits((1, 5, 7, 30), torch.float32)
     check_upsampled(backend, logits, target, align_corners=align_corners)

@@ -343,11 +343,11 @@ def test_a_line_too_long_for_32_bits(backend, size, dim):
             )
         operators = backends.get(backend).operators()
         pixels = (target, None, None, [0], 255, "exact")
-        table = torch.zeros(1, 1, 5, dtype=torch.float64, device=device)
+        grad_stats = torch.zeros(1, 1, 5, dtype=torch.float64, device=device)
         with pytest.raises(ValueError, match=message):
             operators.reduce(logits, *pixels, False, align_corners)
         with pytest.raises(ValueError, match=message):
-            operators.reduce_backward(logits, table, *pixels, align_corners)
+            operators.reduce_backward(logits, grad_stats, *pixels, align_corners)
     wide = torch.zeros(1, 1, 1, 1, device=device).expand(1, 1, *shape[1:])
     with pytest.raises(ValueError, match="expected none of h, w, H and W above"):
         importance_aware_loss(wide, target[:, :1, :1], flat, upsample="bilinear", backend=backend)

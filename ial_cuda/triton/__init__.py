@@ -1,3 +1,3 @@
 """The Triton backend. Importing it imports Triton and registers the operators under torch.ops.ial_triton."""
 
-from . import operators  # noqa: F401
+from . import autograd, operators  # noqa: F401

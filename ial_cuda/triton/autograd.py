@@ -1,0 +1,110 @@
+"""The derivatives of the operators. Those of reduce and combine are operators, too, which have none
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import Function, _SingleLevelFunction
+
+from ..validation import _check_constant
+from .operators import combine, combine_backward, reduce, reduce_backward, reduce_backward_
+
+# The messages are those of csrc/inputs.h and csrc/library.cpp.
+_DOUBLE_BACKWARD = (
+    'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
+    "are needed"
+)
+_JVP = "ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='reference' has them"
+
+
+def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace = inputs[:8]
+    ctx.align_corners = inputs[8] if len(inputs) > 8 else None  # torch omits an argument that is the default
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *rest = ctx.saved_tensors
+    arguments = (logits, grad_stats.contiguous(), *rest, ctx.class_levels, ctx.ignore_index, ctx.gradient)
+    # With create_graph the gradient has a history, which needs the logits.
+    if ctx.inplace and not torch.is_grad_enabled():
+        reduce_backward_(*arguments)
+        grad = logits.detach()
+    else:
+        grad = reduce_backward(*arguments, ctx.align_corners)
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    stats, *ctx.options, _ = inputs
+    ctx.save_for_backward(stats)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return combine_backward(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pass
+
+
+def _save_written(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_dirty(output)
+
+
+def _no_double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(_DOUBLE_BACKWARD)
+
+
+def _no_jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
+    raise NotImplementedError(_JVP)
+
+
+_library = torch.library.Library("ial_triton", "FRAGMENT")
+
+
+def _register(
+    op: Any, save: Callable[..., None] = _save_nothing, backward: Callable[..., Any] = _no_double_backward
+) -> None:
+    """`op.register_autograd` that supports torch.func. torch calls an Autograd kernel at each level of its
+    transforms. The autograd.Function that register_autograd makes raises there, or ignores the tangent.
+    """
+
+    def forward(*args: Any) -> Any:
+        # Autograd disables gradients here, but the levels below need them.
+        with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            result = op(*args)
+        return args[0] if result is None else result
+
+    members = {"forward": forward, "setup_context": save, "backward": backward, "jvp": _no_jvp}
+    members["_compiled_autograd_key"] = Function._compiled_autograd_key
+    function: Any = type(
+        f"{op._name}_autograd", (_SingleLevelFunction,), {k: staticmethod(v) for k, v in members.items()}
+    )
+    schema = op._opoverload._schema
+    weights = [(i, a.name) for i, a in enumerate(schema.arguments) if a.name in ("weight", "pixel_weight")]
+
+    def apply(*args: Any) -> Any:
+        for i, name in weights:
+            if args[i] is not None:
+                _check_constant(name, args[i])
+        with enable_single_level_autograd_function():
+            result = function.apply(*args)
+        return None if schema.is_mutable else result
+
+    _library.impl(op._name, apply, "Autograd", allow_override=True)
+
+
+_register(reduce, _save_reduce, _differentiate_reduce)
+_register(combine, _save_combine, _differentiate_combine)
+_register(reduce_backward)
+_register(reduce_backward_, _save_written)
+_register(combine_backward)

@@ -1,0 +1,325 @@
+"""Launches of the Triton kernels: grids, and how sizes and strides become their arguments.
+
+Nothing waits for the device, except the tuning of reduce_backward at its first call.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+
+from . import combine as combine_kernels
+from . import kernels, pixels, upsample
+
+STATS: int = pixels.STATS.value
+#: What a kernel counts in 32 bits: programs, and patches of a cell.
+_MAX_COUNT = 2**31 - 1
+# Programs of reduce for each multiprocessor, which holds 1, 2 or 4 at a time: each wave is full.
+_PROGRAMS = 4
+
+
+class Inputs(NamedTuple):
+    """The arguments that reduce and reduce_backward share."""
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor | None
+    pixel_weight: Tensor | None
+    class_levels: list[int]
+    ignore_index: int
+    align_corners: bool | None = None
+
+    @property
+    def levels(self) -> int:
+        return max(self.class_levels) + 1
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Those beside the logits, which kernels take contiguous."""
+        others = (self.target, self.weight, self.pixel_weight)
+        return tuple(None if tensor is None else tensor.contiguous() for tensor in others)
+
+    @property
+    def hierarchy(self) -> dict[str, Any]:
+        """The classes and levels, as constants of a kernel."""
+        return {
+            "C": len(self.class_levels),
+            "G": self.levels,
+            "LEVELS": pixels.pack_levels(self.class_levels),
+            "BITS": pixels.level_bits(self.levels),
+        }
+
+
+def launch_kernel(kernel: Any, like: Tensor, grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel on the device of ``like``. Interpreted kernels cannot be traced."""
+    if not triton.knobs.runtime.interpret:
+        kernel = wrap_triton(kernel)
+    with torch.cuda.device_of(like):
+        kernel[grid](*arguments, **constants)
+
+
+# ---- pixels of an image, or cells of coarse logits ------------------------------------------------------
+
+
+class _Pixels(NamedTuple):
+    """How the kernels find the pixels of an image."""
+
+    arguments: tuple[int, ...]
+    constants: dict[str, Any]
+    size: int  # in pixels, or in cells
+    patches: int = 1  # of a cell
+
+
+def _full_size(inputs: Inputs, grad: Tensor | None = None) -> _Pixels:
+    tensors = [inputs.logits] if grad is None else [inputs.logits, grad]
+    size = math.prod(inputs.logits.shape[2:])
+    sizes, strides, vector = _merge(tensors)
+    dims, missing = len(sizes), kernels.MAX_DIMS - len(sizes)
+    sizes = (sizes + (1,) * missing)[:-1]  # the outermost one is not needed
+    padded = [
+        tensor.stride()[:2] + stride + (0,) * missing for tensor, stride in zip(tensors, strides, strict=True)
+    ]
+    arguments, high = pixels.split(size, inputs.ignore_index, *sizes, *padded[0])
+    constants = {
+        "HIGH": high,
+        "DIMS": dims,
+        "LANES": 16 // inputs.logits.element_size() if vector else kernels.STRIDED_LANES,
+        "VECTOR": vector,
+    }
+    if grad is not None:
+        low, constants["GRAD_HIGH"] = pixels.split(*padded[1])
+        arguments += low
+    return _Pixels(tuple(arguments), constants, size)
+
+
+def _merge(tensors: list[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]], bool]:
+    """The spatial dimensions of tensors (N, C, *spatial), innermost first: sizes, the strides of each tensor,
+    and whether Triton can know that runs of 16 bytes are adjacent. Dimensions that every tensor traverses as
+    one are merged: usually one is left."""
+    merged: list[list[int]] = []  # size, and the stride in each tensor
+    for d in reversed(range(2, tensors[0].dim())):
+        size, steps = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
+        if size == 1:
+            continue
+        if merged and steps == [merged[-1][0] * inner for inner in merged[-1][1:]]:
+            merged[-1][0] *= size
+        else:
+            merged.append([size, *steps])
+    if len(merged) > kernels.MAX_DIMS:
+        raise ValueError(
+            f"logits has {len(merged)} spatial dimensions that cannot be merged, expected at most "
+            f"{kernels.MAX_DIMS}; pass logits.contiguous()"
+        )
+    merged = merged or [[1] * (1 + len(tensors))]
+    sizes, *strides = (tuple(values) for values in zip(*merged, strict=True))
+    steps = [sizes[0], *(step for stride in strides for step in stride[1:])]
+    steps += [tensor.stride(d) for tensor in tensors for d in (0, 1)]
+    vector = all(stride[0] == 1 for stride in strides) and all(step % 16 == 0 for step in steps)
+    return sizes, strides, vector and len(merged) <= 2  # more dimensions would spill
+
+
+class _Axis(NamedTuple):
+    """Axis of csrc/bilinear.h: pixel d is at (step d + origin) / unit on a line of coarse logits."""
+
+    coarse: int
+    fine: int
+    step: int
+    origin: int
+    unit: int
+
+    @property
+    def span(self) -> int:
+        """The most pixels of a cell."""
+        return int(triton.cdiv(self.unit, self.step))
+
+
+def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
+    if align_corners and coarse > 1:  # one logit has no neighbour: any step is right but 0
+        return _Axis(coarse, fine, coarse - 1, 0, max(fine - 1, 1))
+    return _Axis(coarse, fine, 2 * coarse, coarse - fine, 2 * fine)
+
+
+def _upsampled(inputs: Inputs) -> _Pixels:
+    logits = inputs.logits
+    y, x = (
+        _axis(*lengths, bool(inputs.align_corners))
+        for lengths in zip(logits.shape[2:], inputs.target.shape[1:], strict=True)
+    )
+    cells = (y.coarse + 1) * (x.coarse + 1)
+    rows, columns = (
+        min(triton.next_power_of_2(int(axis.span)), most)
+        for axis, most in zip((y, x), upsample.MAX_PATCH[logits.dtype == torch.float64], strict=True)
+    )
+    x_patches = triton.cdiv(x.span, columns)
+    patches = triton.cdiv(y.span, rows) * x_patches
+    if patches > _MAX_COUNT:
+        raise ValueError(
+            f"target has {y.span} x {x.span} pixels between four logits, expected at most "
+            f"{_MAX_COUNT * rows * columns}"
+        )
+    largest = max(2 * (axis.coarse + 1) * (axis.fine + 2 * axis.span) for axis in (y, x))
+    low, high = pixels.split(inputs.ignore_index, *logits.stride())
+    wide = max(largest, 2 * cells) >= 2**31
+    constants = {"HIGH": high, "ROWS": rows, "COLUMNS": columns, "WIDE": wide}
+    return _Pixels((*low, *y, *x, patches, x_patches), constants, cells, patches)
+
+
+# ---- reduce and its backward ----------------------------------------------------------------------------
+
+
+def reduce(inputs: Inputs) -> Tensor:
+    """The sums of each program, then stats, their sum."""
+    logits, images, levels = inputs.logits, inputs.logits.shape[0], inputs.levels
+    if logits.numel() == 0:
+        return logits.new_zeros((images, levels, STATS), dtype=torch.float64)
+    if inputs.align_corners is None:
+        kernel, config, image = kernels.reduce_kernel, kernels.REDUCE_CONFIG, _full_size(inputs)
+    else:
+        kernel, config, image = upsample.upsampled_reduce_kernel, upsample.REDUCE_CONFIG, _upsampled(inputs)
+    tiles = image.patches * triton.cdiv(
+        image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1)
+    )
+    blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(logits), images))
+    groups = triton.cdiv(levels, pixels.REGISTER_LEVELS)
+    partial = logits.new_empty((images, levels, STATS, blocks), dtype=torch.float64)
+    launch_kernel(
+        kernel,
+        logits,
+        (images * blocks, groups),
+        logits,
+        *inputs.tensors,
+        partial,
+        blocks,
+        *image.arguments,
+        **inputs.hierarchy,
+        GROUP=triton.cdiv(levels, groups),
+        **image.constants,
+    )
+    stats = partial.new_empty((images, levels, STATS))
+    (rows,), high = pixels.split(stats.numel())
+    launch_kernel(
+        kernels.sum_kernel,
+        logits,
+        (triton.cdiv(stats.numel(), kernels.SUM_ROWS),),
+        partial,
+        stats,
+        rows,
+        blocks,
+        HIGH=high,
+        ROWS=kernels.SUM_ROWS,
+        WIDTH=kernels.SUM_WIDTH,
+    )
+    return stats
+
+
+def _multiprocessors(logits: Tensor) -> int:
+    return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 1
+
+
+def reduce_backward(inputs: Inputs, grad_stats: Tensor, gradient: str, grad: Tensor) -> None:
+    """Writes dL/dlogits to ``grad``, which may be the logits where they are not upsampled."""
+    logits, images = inputs.logits, inputs.logits.shape[0]
+    if logits.numel() == 0:
+        return
+    if inputs.align_corners is None:
+        image = _full_size(inputs, grad)
+        launch_kernel(
+            kernels.reduce_backward_kernel,
+            logits,
+            lambda constants: (images * triton.cdiv(image.size, constants["THREADS"] * constants["LANES"]),),
+            logits,
+            grad_stats,
+            *inputs.tensors,
+            grad,
+            *image.arguments,
+            **inputs.hierarchy,
+            EXACT=gradient == "exact",
+            **image.constants,
+        )
+        return
+    image = _upsampled(inputs)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    halves = logits.new_empty((2, *logits.shape), dtype=dtype)
+    launch_kernel(
+        upsample.upsampled_reduce_backward_kernel,
+        logits,
+        lambda constants: (images * triton.cdiv(image.size - 1, constants["THREADS"] - 1),),
+        logits,
+        grad_stats,
+        *inputs.tensors,
+        halves,
+        images,
+        *image.arguments,
+        **inputs.hierarchy,
+        EXACT=gradient == "exact",
+        **image.constants,
+    )
+    torch.add(halves[0], halves[1], out=grad)
+
+
+# ---- combine and its backward ---------------------------------------------------------------------------
+
+
+class Combine(NamedTuple):
+    """The arguments that combine and combine_backward share."""
+
+    stats: Tensor
+    lambdas: list[float]
+    alpha: float
+    reduction: str
+    factor_normalization: str
+    factor_scope: str
+
+    @property
+    def pooled(self) -> bool:
+        return self.factor_scope == "batch"
+
+    def launch(self, kernel: Any, read: list[Tensor], written: list[Tensor]) -> None:
+        """Runs a kernel on the sums and on what else it reads."""
+        stats, values = self.stats, self.lambdas
+        each, one = None, values[0] if values else 0.0
+        if len(set(values)) > 1:
+            # Filled on the device: a copy from the host would wait, and no CUDA graph could replay it.
+            each, one = torch.cat([stats.new_full((1,), value) for value in values]), 0.0
+        launch_kernel(
+            kernel,
+            stats,
+            (1,),
+            stats,
+            *read,
+            each,
+            *written,
+            stats.shape[0],
+            *_bits(one),
+            *_bits(self.alpha),
+            G=stats.shape[1],
+            REDUCTION=self.reduction,
+            NORMALIZE=self.factor_normalization == "mean",
+            POOL=self.pooled,
+        )
+
+
+def _bits(value: float) -> tuple[int, int]:
+    """A double as two int32: a kernel takes a float as float32."""
+    return struct.unpack("<ii", struct.pack("<d", value))
+
+
+def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss, and the factors."""
+    images, levels, _ = problem.stats.shape
+    factors = problem.stats.new_empty((1 if problem.pooled else images, levels - 1))
+    loss = problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)
+    problem.launch(combine_kernels.combine_kernel, [], [factors, loss])
+    return loss, factors
+
+
+def combine_backward(problem: Combine, grad_loss: Tensor) -> Tensor:
+    grad_stats = torch.empty_like(problem.stats)
+    problem.launch(combine_kernels.combine_backward_kernel, [grad_loss.contiguous()], [grad_stats])
+    return grad_stats
