@@ -5,6 +5,7 @@ Nothing waits for the device, except the tuning of reduce_backward at its first 
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from typing import Any, NamedTuple
@@ -45,15 +46,17 @@ class Inputs(NamedTuple):
         others = (self.target, self.weight, self.pixel_weight)
         return tuple(None if tensor is None else tensor.contiguous() for tensor in others)
 
-    @property
-    def hierarchy(self) -> dict[str, Any]:
-        """The classes and levels, as constants of a kernel."""
-        return {
-            "C": len(self.class_levels),
-            "G": self.levels,
-            "LEVELS": pixels.pack_levels(self.class_levels),
-            "BITS": pixels.level_bits(self.levels),
-        }
+
+@functools.lru_cache
+def _hierarchy(class_levels: tuple[int, ...]) -> dict[str, Any]:
+    """The classes and levels, as constants of a kernel."""
+    levels = max(class_levels) + 1
+    return {
+        "C": len(class_levels),
+        "G": levels,
+        "LEVELS": pixels.pack_levels(class_levels),
+        "BITS": pixels.level_bits(levels),
+    }
 
 
 def launch_kernel(kernel: Any, like: Tensor, grid: Any, *arguments: Any, **constants: Any) -> None:
@@ -197,7 +200,7 @@ def reduce(inputs: Inputs) -> Tensor:
         partial,
         blocks,
         *image.arguments,
-        **inputs.hierarchy,
+        **_hierarchy(tuple(inputs.class_levels)),
         GROUP=triton.cdiv(levels, groups),
         **image.constants,
     )
@@ -238,7 +241,7 @@ def reduce_backward(inputs: Inputs, grad_stats: Tensor, gradient: str, grad: Ten
             *inputs.tensors,
             grad,
             *image.arguments,
-            **inputs.hierarchy,
+            **_hierarchy(tuple(inputs.class_levels)),
             EXACT=gradient == "exact",
             **image.constants,
         )
@@ -256,7 +259,7 @@ def reduce_backward(inputs: Inputs, grad_stats: Tensor, gradient: str, grad: Ten
         halves,
         images,
         *image.arguments,
-        **inputs.hierarchy,
+        **_hierarchy(tuple(inputs.class_levels)),
         EXACT=gradient == "exact",
         **image.constants,
     )

@@ -36,7 +36,7 @@ def level_bits(levels: int) -> int:
     return max(1, (levels - 1).bit_length())
 
 
-def pack_levels(class_levels: list[int]) -> tuple[int, ...]:
+def pack_levels(class_levels: tuple[int, ...]) -> tuple[int, ...]:
     """The level of each class, packed into words: a constant of the kernels, which needs no copy."""
     bits = level_bits(max(class_levels) + 1)
     count = _WORD.value // bits
