@@ -1,7 +1,7 @@
-"""Compiles what the operators of the Triton kernels launch, for GPUs that need not be here.
+"""Compiles the Triton kernels that the operators launch, for GPUs that need not be present.
 
-python -m tests.compile_triton: registers, spills and wide accesses as JSON, by "target: kernel: case". A
-process of its own, since kernels that are to be compiled cannot be interpreted.
+python -m tests.compile_triton prints registers, spills and wide accesses as JSON, by "target: kernel: case".
+It is a process of its own because interpreted kernels cannot be compiled.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
-    """What a step of the loss launches, with four levels, class weights and pixel weights; with a ratio, that
-    of coarse logits."""
+    """The launches of a step of the loss, with four levels, class weights and pixel weights. With a ratio the
+    logits are coarse."""
     classes = logits.shape[1]
     spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
     align_corners = None if ratio is None else False
@@ -56,7 +56,7 @@ def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
 
 
 def sources(launched: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
-    """The kernel of a launch with each of its configurations: what Triton would make of these arguments."""
+    """The kernel of a launch with each of its configurations, specialised for the arguments as by Triton."""
     kernel, arguments, constants = launched
     configs = [triton.Config({})]
     if isinstance(kernel, Autotuner):
@@ -124,7 +124,7 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
 
 
 def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
-    """What differs in nothing that matters to the registers is compiled once."""
+    """The kernels to compile. Those whose registers do not depend on the case are compiled once."""
     small = set()
     for case, seen, targets in cases():
         for launched in seen:

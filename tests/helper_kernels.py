@@ -1,4 +1,4 @@
-"""Kernels around helpers of the Triton kernels. Triton looks for a kernel's names in its module."""
+"""Kernels that call helpers of the Triton kernels. Triton looks up a kernel's names in its module."""
 
 from __future__ import annotations
 

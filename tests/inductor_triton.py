@@ -1,6 +1,7 @@
-"""The code that Inductor generates for the operators of the Triton kernels, for a GPU that need not be here.
+"""The code that Inductor generates for the operators of the Triton kernels, for a GPU that need not be
+present.
 
-python -m tests.inductor_triton: the types and values of the arguments of each kernel, as JSON, by case.
+python -m tests.inductor_triton prints the types and values of each kernel's arguments as JSON, by case.
 Tensors are fake, the properties of the GPU are written below, and the code is not run.
 """
 
@@ -45,7 +46,9 @@ H100 = SimpleNamespace(
 for module in (torch.cuda, device_interface.CudaInterface):
     module.get_device_properties = lambda *_: H100
 for name in ("current_device", "_exchange_device", "_maybe_exchange_device"):
-    setattr(torch.cuda, name, lambda *_: 0)  # a function each, for Dynamo has handlers by function
+    setattr(
+        torch.cuda, name, lambda *_: 0
+    )  # a function for each name: Dynamo has a handler for each function
 device_interface.caching_worker_device_properties["cuda"] = [H100]
 torch._inductor.scheduler.has_triton = lambda: True
 triton_helpers.set_driver_to_gpu = lambda: None
@@ -64,7 +67,7 @@ GraphLowering.compile_to_module = stop
 
 
 def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynamic: bool) -> str:
-    """What Inductor makes of the operators of a step; with a ratio, of coarse logits."""
+    """Inductor's code for the operators of a step. With a ratio the logits are coarse."""
     operators = backends.get("triton").operators()
     align_corners = None if ratio is None else False
     options = ((0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
@@ -95,19 +98,19 @@ def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynami
 
 
 def kernels(code: str) -> dict[str, str]:
-    """The source of each kernel of ours in the code."""
+    """The source of each of our kernels in the code."""
     return dict(
         re.findall(r"^(\w+_kernel_\d+) = async_compile.triton\('\w+', '''(.*?)^'''", code, re.M | re.S)
     )
 
 
 def plain(name: str) -> str:
-    """Inductor numbers kernels."""
+    """The name without Inductor's number."""
     return re.sub(r"_\d+$", "", name)
 
 
 def arguments(code: str) -> dict[str, dict[str, Any]]:
-    """Of each kernel that the code launches: the types in its signature, and what is passed."""
+    """The types in the signature of each kernel that the code launches, and the values passed."""
     sources, launched = kernels(code), {}
     for name, values in re.findall(r"(\w+_kernel_\d+)\.run\((.*), stream=", code):
         types = ast.literal_eval(re.search(r"'signature': (\{.*?\})", sources[name])[1])
@@ -116,7 +119,7 @@ def arguments(code: str) -> dict[str, dict[str, Any]]:
 
 
 def compile_kernels(code: str) -> None:
-    """Down to machine code: Inductor copies our sources, and must not leave out what they need."""
+    """Compiles to machine code: Inductor copies our sources, and must not omit what they use."""
     for name, source in kernels(code).items():
         getattr(PyCodeCache.load(source), plain(name)).precompile(warm_cache_only=True)
 

@@ -1,6 +1,6 @@
-"""Backend "triton" where there is no GPU: Triton runs its kernels in numpy, on tensors of the CPU.
+"""Backend "triton" without a GPU: Triton's interpreter runs the kernels in NumPy, on CPU tensors.
 
-Imported before Triton, which reads the variable when a kernel is decorated.
+Import this before Triton, which reads the variable when a kernel is decorated.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backends.get("triton").missing is None
 
-
-#: Why the interpreter cannot run here: it makes an int of an array of one element.
+#: Why the interpreter cannot run here. That of Triton 3.6 converts an array of one element to an int.
 problem = None
 if INTERPRETED:
     import triton
@@ -30,16 +29,17 @@ if INTERPRETED:
 
 
 def register() -> None:
-    """Makes "triton" a backend of the loss for tensors on the CPU, where it is interpreted."""
+    """Makes "triton" a backend for CPU tensors, where it is interpreted."""
     if INTERPRETED:
         backends.register(replace(backends.get("triton"), devices=("cpu",)))
-        _hasten()
-        _fuse()
+        _patch_once()
+        _round_fma_once()
 
 
-def _hasten() -> None:
-    """Each call of a helper searches triton.language for functions to replace, though its kernel's launch has
-    replaced them all, and that is half of the time. Whether one of them is replaced tells as much."""
+def _patch_once() -> None:
+    """Makes the interpreter faster. Each call of a helper searches triton.language for functions to replace,
+    which takes half of the time, though the launch of the kernel has replaced them all. Looking at one of
+    them is enough."""
     from triton import language
     from triton.runtime import interpreter
 
@@ -56,8 +56,9 @@ def _hasten() -> None:
     interpreter._patch_builtin = replace_once
 
 
-def _fuse() -> None:
-    """A fused multiply-add rounds once, and its product does not overflow. Interpreted it is two steps."""
+def _round_fma_once() -> None:
+    """A fused multiply-add rounds once, and its product does not overflow. The interpreter's has two
+    steps."""
     from triton.runtime import interpreter
 
     def create_fma(self, x, y, z):

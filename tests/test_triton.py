@@ -1,4 +1,4 @@
-"""What only the Triton kernels have: machine code made without a GPU, and how torch.compile sees them."""
+"""Tests of the Triton backend alone: machine code compiled without a GPU, and torch.compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = Hierarchy.flat(2)
-#: Of a test that runs the kernels: skipped where neither a GPU nor the interpreter can.
+#: For a test that runs the kernels: skipped where neither a GPU nor the interpreter can run them.
 RUNS = pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "triton"])
 
 if backends.get("triton").missing is not None:
@@ -27,7 +27,7 @@ if backends.get("triton").missing is not None:
 
 
 def python(*arguments: str, **env: str) -> str:
-    """What a Python prints in which kernels are compiled, not interpreted."""
+    """The output of a Python process in which kernels are compiled, not interpreted."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
@@ -57,7 +57,7 @@ def test_every_kernel_compiles_without_spills(compiled, target):
         "upsampled_reduce_kernel",
         "upsampled_reduce_backward_kernel",
     }
-    if target == "gfx942":  # compiled only: nobody has looked at what AMD's registers would want
+    if target == "gfx942":  # compiled only: the tile sizes are not chosen for AMD's registers
         return
     spilled = {name: code["spills"] for name, code in mine.items() if code["spills"]}
     assert spilled == {}
@@ -66,7 +66,7 @@ def test_every_kernel_compiles_without_spills(compiled, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
-    """19 classes: four in the loop and the three left over, in reduce_backward twice."""
+    """19 classes: four in the loop and the remaining three, twice in reduce_backward."""
     code = compiled[f"{target}: reduce_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 4 + 3
     code = compiled[f"{target}: reduce_backward_kernel 128: {dtype} C=19"]
@@ -75,13 +75,13 @@ def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
 
 
 def kernels_of(upsampled: bool) -> list[str]:
-    """What a step launches, in order."""
+    """The kernels of a step, in order."""
     prefix = "upsampled_" * upsampled
-    tiny = ["sum_kernel", "combine_kernel", "combine_backward_kernel"]
-    return [f"{prefix}reduce_kernel", *tiny, f"{prefix}reduce_backward_kernel"]
+    small = ["sum_kernel", "combine_kernel", "combine_backward_kernel"]
+    return [f"{prefix}reduce_kernel", *small, f"{prefix}reduce_backward_kernel"]
 
 
-# Tensors without memory, which torch.compile traces with, are no call of a kernel.
+# torch.compile traces with tensors without memory, which run no kernel.
 TRACE = """
 import dataclasses
 import torch
@@ -135,7 +135,7 @@ def written(tmp_path_factory) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
 @pytest.mark.parametrize("size", ["small", "huge"])
 def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dynamic):
-    """Sizes, strides and the ignored index may be huge. The code of the small ones is compiled, too."""
+    """Sizes, strides and the ignored index may be huge. The small cases are compiled, too."""
     launched = written[" ".join([size, *["upsampled"] * upsampled, *["dynamic"] * dynamic])]
     assert list(launched) == kernels_of(upsampled)
     for name, launch in launched.items():
@@ -145,7 +145,7 @@ def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dyna
         assert all(abs(number) <= 2**31 for number in numbers), f"{name}: {launch['values']}"
 
 
-def test_it_is_imported_when_it_is_wanted():
+def test_triton_is_imported_on_first_use():
     code = (
         "import sys, torch, ial_cuda; before = 'triton' in sys.modules; "
         "ial_cuda.backends.get('triton').operators(); print(before, 'triton' in sys.modules)"
@@ -155,7 +155,7 @@ def test_it_is_imported_when_it_is_wanted():
 
 @RUNS
 @pytest.mark.parametrize("scope", ["image", "batch"])
-def test_more_images_than_a_program_takes_at_a_time(backend, scope):
+def test_more_images_than_a_program_reads_at_a_time(backend, scope):
     for reduction in ("mean", "none"):
         check(
             backend,
@@ -176,7 +176,7 @@ def test_more_levels_than_a_program_has_registers_for(backend, levels):
 
 @RUNS
 def test_several_programs_of_an_image(backend, monkeypatch):
-    """As on a device with more than one multiprocessor, and more tiles than programs."""
+    """As on a GPU with several multiprocessors, with more tiles than programs."""
     from ial_cuda.triton import launch
 
     monkeypatch.setattr(launch, "_multiprocessors", lambda logits: 1)
@@ -185,8 +185,8 @@ def test_several_programs_of_an_image(backend, monkeypatch):
 
 @RUNS
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
-def test_cells_that_take_several_rounds_and_several_programs(backend, monkeypatch, align_corners):
-    """With as few pixels in registers as on a GPU, and one program of reduce to four tiles or more."""
+def test_cells_with_several_patches_and_several_programs(backend, monkeypatch, align_corners):
+    """With patches as small as on a GPU, and four tiles or more for a program of reduce."""
     from ial_cuda.triton import upsample
 
     monkeypatch.setattr(upsample, "MAX_PATCH", ((4, 2), (2, 1)))
@@ -197,7 +197,7 @@ def test_cells_that_take_several_rounds_and_several_programs(backend, monkeypatc
 
 @RUNS
 def test_positions_beyond_32_bits(backend):
-    """Of the loss alone, against integers: F.interpolate itself is off by 0.01 in so long a line."""
+    """The loss alone, against positions in integers: F.interpolate is off by 0.01 in so long a line."""
     coarse, fine = 40_001, 33_000
     logits, target = make_logits((1, 2, 1, coarse)), make_target((1, 1, fine), 2)
     at = (2 * torch.arange(fine) + 1) * coarse - fine
@@ -213,7 +213,7 @@ def test_positions_beyond_32_bits(backend):
         upsample="bilinear",
         backend=backend,
     )
-    # in float64, whose eps is 2.2e-16; a sum of 33 000 terms takes two digits
+    # In float64 eps is 2.2e-16. A sum of 33 000 terms loses two digits.
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
 
 
@@ -231,7 +231,7 @@ def test_tiles_of_nearly_2_to_the_31_pixels(backend):
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
 @pytest.mark.parametrize("dim", range(4))
 def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
-    """4 GiB, of which hardly anything is touched: other strides are small."""
+    """4 GiB are reserved and few pages are used: the other strides are small."""
     strides = [8, 4, 2, 1]
     strides[dim] = 2**31 + 8
     device, operators = device_of(backend), backends.get(backend).operators()

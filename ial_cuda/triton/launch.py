@@ -21,7 +21,7 @@ from . import kernels, pixels, upsample
 STATS: int = pixels.STATS.value
 #: What a kernel counts in 32 bits: programs, and patches of a cell.
 _MAX_COUNT = 2**31 - 1
-# Programs of reduce for each multiprocessor, which holds 1, 2 or 4 at a time: each wave is full.
+# Programs of reduce for each multiprocessor. Waves are full, whether it holds 1, 2 or 4 at a time.
 _PROGRAMS = 4
 
 
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Those beside the logits, which kernels take contiguous."""
+        """The other tensors, contiguous as the kernels need them."""
         others = (self.target, self.weight, self.pixel_weight)
         return tuple(None if tensor is None else tensor.contiguous() for tensor in others)
 
