@@ -160,7 +160,7 @@ def test_a_gradient_that_cannot_be_overwritten(backend):
         (logits[:, :1].clone().expand_as(logits), RuntimeError, "more than one element of the written-to"),
     ):
         with pytest.raises(exception, match=message):
-            _ops.operators(backend).rescale_(
+            backends.get(backend).operators().rescale_(
                 grad, grad_loss, logits, grad_stats, target, None, None, [1, 2, 3, 0, 1], 255, "exact"
             )
 

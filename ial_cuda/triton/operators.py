@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.library import triton_op
 
-from .. import _ops
-from ..options import _FACTOR_NORMALIZATIONS, _FACTOR_SCOPES, _GRADIENTS, _REDUCTIONS, _check_choice
+from ..arguments import check_choice
+from ..fakes import register_fakes
+from ..options import FACTOR_NORMALIZATIONS, FACTOR_SCOPES, GRADIENTS, REDUCTIONS
 from ..validation import check_inputs, class_weight
 from . import launch
 from .launch import STATS, Combine, Inputs
@@ -28,7 +29,7 @@ def _check(inputs: Inputs, gradient: str) -> None:
     for level in inputs.class_levels:
         if not 0 <= level < classes:
             raise ValueError(f"class_levels has level {level}, expected 0 to {classes - 1}")
-    _check_choice("gradient", gradient, _GRADIENTS)
+    check_choice(gradient, "gradient", GRADIENTS)
 
 
 def _check_stats(name: str, stats: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -51,9 +52,9 @@ def _check_combine(problem: Combine) -> None:
             f"lambdas has {levels - 1} values, expected {stats.shape[1] - 1} for {stats.shape[1]} levels"
         )
     _check_stats("stats", stats, (*stats.shape[:1], levels, STATS), stats.device)
-    _check_choice("reduction", problem.reduction, _REDUCTIONS)
-    _check_choice("factor_normalization", problem.factor_normalization, _FACTOR_NORMALIZATIONS)
-    _check_choice("factor_scope", problem.factor_scope, _FACTOR_SCOPES)
+    check_choice(problem.reduction, "reduction", REDUCTIONS)
+    check_choice(problem.factor_normalization, "factor_normalization", FACTOR_NORMALIZATIONS)
+    check_choice(problem.factor_scope, "factor_scope", FACTOR_SCOPES)
 
 
 # ---- operators ------------------------------------------------------------------------------------------
@@ -160,4 +161,4 @@ def combine_backward(
 
 
 # Traced, a kernel would run: on meta tensors, and in the interpreter.
-_ops.register_fakes("ial_triton")
+register_fakes("ial_triton")
