@@ -220,16 +220,21 @@ def test_nothing_valid_is_zero_and_connected(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 5, 4, 4), (2, 5, 0, 4), (0, 5)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_empty(backend, shape, reduction):
+@pytest.mark.parametrize("factor_scope", ["image", "batch"])
+def test_empty(backend, shape, reduction, factor_scope):
     loss, grad, (f, _, S, count) = run(
         backend,
         torch.zeros(shape),
         torch.zeros((shape[0], *shape[2:]), dtype=torch.int64),
         reduction=reduction,
+        factor_scope=factor_scope,
     )
     assert loss.shape == ((shape[0],) if reduction == "none" else ()) and (loss == 0).all()
     assert grad.shape == shape
-    assert f.shape == (shape[0], 3) and S.shape == count.shape == (shape[0], 4)
+    assert f.shape == (1 if factor_scope == "batch" else shape[0], 3) and S.shape == count.shape == (
+        shape[0],
+        4,
+    )
     assert (f == 0).all() and (S == 0).all() and (count == 0).all()
 
 

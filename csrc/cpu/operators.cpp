@@ -70,8 +70,9 @@ std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, IAL_COMBINE_PARAMETE
 Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_COMBINE_PARAMETERS) {
     const Combine c = make_combine(stats, IAL_COMBINE_ARGUMENTS);
     check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
-    const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     Tensor result = at::empty_like(stats);
+    if (c.batch == 0) return result;  // combine_backward writes to the row of its first image
+    const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     const double* g = grad.const_data_ptr<double>();
     double* to = result.mutable_data_ptr<double>();
     const double weight = c.weight();

@@ -80,8 +80,9 @@ struct Operators {
         const Combine& c = arguments.combine;
         check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
         const Launcher launcher(stats);
-        const Tensor incoming = grad_loss.contiguous();
         Tensor grad_stats = at::empty_like(stats);
+        if (c.batch == 0) return grad_stats;  // the kernel writes to the row of its first image
+        const Tensor incoming = grad_loss.contiguous();
         AT_DISPATCH_FLOATING_TYPES(incoming.scalar_type(), "ial_cuda::combine_backward", [&] {
             launcher(combine_backward_kernel<scalar_t>, dim3(1), kThreads, arguments.shared, c,
                      arguments.lambdas, arguments.fits, incoming.const_data_ptr<scalar_t>(),

@@ -324,5 +324,6 @@ def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def combine_backward(problem: Combine, grad_loss: Tensor) -> Tensor:
     grad_stats = torch.empty_like(problem.stats)
-    problem.launch(combine_kernels.combine_backward_kernel, [grad_loss.contiguous()], [grad_stats])
+    if grad_stats.numel() > 0:  # the kernel writes to the row of its first image
+        problem.launch(combine_kernels.combine_backward_kernel, [grad_loss.contiguous()], [grad_stats])
     return grad_stats
