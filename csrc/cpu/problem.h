@@ -9,30 +9,16 @@
 
 namespace ial {
 
-// Pixels of a block, and of a block at the end of a row, where fewer are left.
-constexpr int kWide = 64, kNarrow = 16;
+constexpr int kWide = 64, kNarrow = 16;  // pixels of a block, and of a block where fewer are left of a row
+constexpr int kRowsAhead = 14;           // rows of a block that are prefetched ahead of the one being read
+constexpr int kLanes = 16;               // lanes in which sums are kept
+constexpr int kStreamBytes = 32;         // written by a streaming store
+constexpr int kMaxListed = 4;            // classes of a block that are handled one by one, without look-ups
+constexpr int kTile = 8;                 // pixels and classes that are transposed at once
+constexpr int kCells = 32;               // cells of a block of coarse logits
+constexpr int kCellPad = 16;             // padding of its rows, for the logit to the right of the last cell
 
-// Rows of a block that are prefetched ahead of the one being read.
-constexpr int kRowsAhead = 14;
-
-// Lanes in which sums are kept.
-constexpr int kLanes = 16;
-
-// Bytes of a streaming store.
-constexpr int kStreamBytes = 32;
-
-// Up to so many classes in a block are handled one by one, without a look-up for each pixel.
-constexpr int kMaxListed = 4;
-
-// Pixels and classes that are transposed at once.
-constexpr int kTile = 8;
-
-// Cells of a block of coarse logits. A row of a block has padding for the logit to the right of the last
-// cell.
-constexpr int kCells = 32, kCellPad = 16;
-
-// Sweeps whose pixels are stored for all rows. A cell rarely has more pixels on a line, and the arrays stay
-// small however wide the image is.
+// Sweeps whose pixels are stored for all rows: more than usual, and small however wide the image is.
 constexpr int kSweeps = 64;
 
 // Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
