@@ -41,7 +41,7 @@ def median_frequency_weights(
     Args:
         label_maps: label maps of any integer dtype or bool, tensors or NumPy arrays. They are read once and
             one at a time, so a generator over a whole data set will do. One tensor or array is one map.
-        hierarchy: C, or whatever `Hierarchy.of` takes; only its classes and its void label matter here.
+        hierarchy: C, or anything else that `Hierarchy.of` takes. Only its classes and void label are used.
         batched: what the first dimension of a map means. True: it counts images, (N, *spatial). False: a map
             is one image, (*spatial), such as a volume (D, H, W). None: every map is one image (H, W).
         ignore_index: the label of void pixels, which are no class; by default the hierarchy's, else 255.
@@ -54,7 +54,7 @@ def median_frequency_weights(
     Raises:
         TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer one; an
             argument has the wrong type.
-        LabelError: a label lies outside [0, C) and is not ``ignore_index`` (a ValueError).
+        LabelError: a label is outside [0, C) and is not ``ignore_index`` (a ValueError).
         ValueError: the shape of a label map does not fit ``batched``; no pixel has a class; or what
             `Hierarchy.of` and `resolve_ignore_index` raise.
     """

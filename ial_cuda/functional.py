@@ -96,50 +96,50 @@ def importance_aware_loss(
 ) -> Tensor | tuple[Tensor, Components]:
     """Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), differentiable by ``logits``.
 
-    With the sums S_k of the weighted cross-entropy over level k, and f_t = 1/2 sum (M_t + lambda_t)
-    (pi - M_t)^2 / Z_t over the pixels of level t and above (pi the probability of a pixel's own class, M_t 0
-    at level t and 1 above it), the loss of an image is
+    S_k is the sum of the weighted cross-entropy over the pixels of level k. f_t is the sum of
+    1/2 (M_t + lambda_t) (pi - M_t)^2 / Z_t over the pixels of level t and above, where pi is the probability
+    of a pixel's own class and M_t is 0 at level t and 1 above. The loss of an image is
 
         IAL = S_0 + (f_0 + alpha) (S_1 + (f_1 + alpha) (S_2 + ...))                             (Eqs. 1 to 8).
 
     A hierarchy of one level gives `torch.nn.functional.cross_entropy` with ``weight`` and ``ignore_index``.
 
     Args:
-        logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Contiguous and
-            channels_last tensors are read as they lie; so is every other stride, more slowly. Half precision
-            is computed in float32.
-            Logits (M, C) are M images of one pixel each, slower than (1, C, M): see ``factor_scope``.
+        logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Any strides
+            are read without a copy; contiguous and channels_last tensors are the fastest. Half precision is
+            computed in float32. Logits (M, C) are M images of one pixel each, and slower than (1, C, M): see
+            ``factor_scope``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
-        hierarchy: the levels of the C classes, least important first. Anything that `Hierarchy.of` takes:
-            the name of a preset, nested lists, a number of classes for one level.
+        hierarchy: the levels of the C classes, least important first: anything that `Hierarchy.of` takes,
+            such as the name of a preset, nested lists, or a number of classes for one level.
         weight: (C,) class weights w of Eq. 2, a tensor of a floating dtype, a list or a NumPy array; ones if
-            None. `median_frequency_weights` counts them.
-        pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it is
-            in S_k and in the divisor of the mean, not in f_t.
+            None. `median_frequency_weights` computes them.
+        pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it
+            enters S_k and the divisor of the mean, not f_t.
         alpha: added to every f_t. Numbers may be Python's, NumPy's or 0-d tensors.
         lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors, not negative.
-        ignore_index: pixels with this label are left out of everything, and their gradient is 0. It may be a
-            class: then that class is left out. None means the hierarchy's own ``ignore_index``, else 255, and
-            is an error where 255 is a class.
-        reduction: "mean": the images' losses, added, over the summed weight of the valid pixels (0 where
-            that is 0); "sum"; "none": one loss for each image.
-        factor_normalization: "mean": Z_t is the number of pixels that f_t compares; "sum": Z_t = 1, Eq. 3 to
-            the letter, which grows with the image.
-        factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch. Logits (M, C)
-            of the M pixels of one image want "batch", or the shape (1, C, M).
-        gradient: "exact": the derivative; "paper": Eqs. 9 to 19 to the letter, where the derivative of pi by
-            the logits of other classes is left out (Eq. 15).
-        upsample: None, or "bilinear": ``logits`` (N, C, h, w) are coarse, ``target`` and ``pixel_weight``
-            (N, H, W), and the loss is that of `torch.nn.functional.interpolate(logits, (H, W),
-            mode="bilinear")`, whose result is never written to memory: each pixel's logits are interpolated
-            when it is their turn, and the gradient is added up at coarse size, in a fixed order. Any ratio. A
-            coarse logit whose weight is 0 is left out; `interpolate` makes NaN of it where it is infinite.
+        ignore_index: pixels with this label take no part, and their gradient is 0. It may be a class, which
+            then takes no part. None means the hierarchy's own ``ignore_index``, else 255; it is an error
+            where 255 is a class.
+        reduction: "mean": the sum of the images' losses, divided by the summed weight of the valid pixels (0
+            where that is 0); "sum"; "none": one loss for each image.
+        factor_normalization: "mean": Z_t is the number of pixels that f_t compares; "sum": Z_t = 1, Eq. 3
+            literally, which grows with the image.
+        factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch. For logits
+            (M, C) of the M pixels of one image use "batch", or the shape (1, C, M).
+        gradient: "exact": the derivative; "paper": Eqs. 9 to 19 literally, which leave out the derivative of
+            pi by the logits of other classes (Eq. 15).
+        upsample: None, or "bilinear" for coarse ``logits`` (N, C, h, w) with ``target`` and ``pixel_weight``
+            (N, H, W) of any size. The loss is that of `torch.nn.functional.interpolate(logits, (H, W),
+            mode="bilinear")`, but the kernels interpolate each pixel when they read it, so that no logits of
+            full size are stored. The gradient is summed at coarse size in a fixed order. A coarse logit of
+            weight 0 takes no part; `interpolate` turns an infinite one into NaN.
         align_corners: how ``upsample`` places the pixels, as in `interpolate`.
         backend: "auto" (the best for the device of ``logits``), "cuda", "triton", "cpu" or "reference".
             ``python -m ial_cuda info`` lists which there are.
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
-            size. Then they are gone, and a backward pass that still needs them raises. "reference",
-            torch.compile, torch.func and backward passes with ``create_graph`` leave them.
+            size. A later backward pass that needs the old logits raises. "reference", torch.compile,
+            torch.func and backward passes with ``create_graph`` leave the logits as they are.
         return_components: return ``(loss, Components)``.
         process_group: None; sums over processes are not in this version.
 
@@ -148,13 +148,13 @@ def importance_aware_loss(
 
     Raises:
         ValueError: a shape, a device or an option is not one of the above; on the CPU, a label outside [0, C)
-            that is not ``ignore_index``. On CUDA such a pixel is left out and the loss is NaN, unless the
-            environment has IAL_CUDA_DEBUG=1: then it is the same error, at the price of a synchronisation.
-            Under torch.compile too.
+            that is not ``ignore_index``. On CUDA such a pixel takes no part and makes the loss NaN; with
+            IAL_CUDA_DEBUG=1 in the environment it is the same error, and the call synchronises. So it does
+            under torch.compile.
         TypeError: an argument of a wrong type or dtype.
-        RuntimeError: the backend asked for is not there; the message says why, and the remedy.
-        NotImplementedError: ``process_group``; or, later, when the gradient of the gradient
-            is asked for ("reference" has it, but not within torch.compile, which knows none).
+        RuntimeError: ``backend`` is missing; the message has the reason and the remedy.
+        NotImplementedError: ``process_group`` is given. In the backward pass: a gradient of the gradient is
+            needed, which only "reference" has, and not under torch.compile.
     """
     options = Options(
         hierarchy,
@@ -266,7 +266,7 @@ def upsampled_cross_entropy(
     align_corners: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
-    """Cross-entropy of coarse logits at the size of the target, without logits of that size:
+    """Cross-entropy of coarse logits at the size of the target, without storing logits of that size:
 
         F.cross_entropy(F.interpolate(logits, target.shape[1:], mode="bilinear"), target, weight, ...)
 

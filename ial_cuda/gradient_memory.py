@@ -7,23 +7,24 @@ from .arguments import as_bool
 
 
 def release_gradient_memory() -> int:
-    """Gives the memory that the "cpu" backend keeps back to the system; the next backward pass asks anew.
+    """Returns the memory that the "cpu" backend keeps to the system. The next backward pass allocates anew.
 
-    A gradient of 2 MiB or more leaves its memory to the next one, as torch does on a GPU. What is kept is one
-    gradient, the largest, whose pages Linux may take whenever it needs memory; its addresses stay taken.
+    The memory of a gradient of 2 MiB or more is reused by the next one, as torch's allocator does on a GPU.
+    The largest gradient so far is kept. Linux may reclaim its pages when it needs memory; its addresses stay
+    reserved.
 
     Returns:
-        The number of bytes released: 0 where nothing was kept.
+        The number of bytes released, 0 if nothing was kept.
     """
     return 0 if extension.module is None else int(extension.module.release_gradient_memory())
 
 
 def keep_gradient_memory(enabled: bool) -> bool:
-    """Whether the "cpu" backend keeps the memory of a gradient for the next one. If not, it is released.
+    """Sets whether the "cpu" backend keeps the memory of a gradient for the next one; False releases it, too.
 
-    The environment variable IAL_CUDA_KEEP_GRADIENT=0 switches it off from the start. Nothing is kept in any
-    case where the addresses of a process are limited (``ulimit -v``, ``ulimit -d``), where Linux never
-    overcommits memory, and on other systems than Linux.
+    IAL_CUDA_KEEP_GRADIENT=0 in the environment disables it from the start. Nothing is kept where the
+    addresses of a process are limited (``ulimit -v``, ``ulimit -d``), where Linux never overcommits memory,
+    and on systems other than Linux.
 
     Returns:
         Whether memory was kept before.

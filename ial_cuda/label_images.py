@@ -1,4 +1,4 @@
-"""Label images on disk: PNG files, read as the numbers that they store."""
+"""Reads label images: PNG files, as the numbers that they store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LabelFolder:
     Args:
         folder: where the images are.
         pattern: which files are label images, such as ``*_labelTrainIds.png`` or ``train/*.png``. It is
-            compared with the end of the path, whether letters are capital or not.
+            compared with the end of the path, ignoring case.
         ids: optional, the label that stands for each class in the files: label ``ids[c]`` is read as class c,
             the others up to the highest of ``ids`` as 255.
 

@@ -1,4 +1,4 @@
-"""The loss as a module, whose options are attributes."""
+"""The loss as an nn.Module. Its options are attributes."""
 
 from __future__ import annotations
 

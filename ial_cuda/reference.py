@@ -1,8 +1,8 @@
 """The Importance-Aware Loss in plain PyTorch, to be read beside the paper (Chen, Gong and Yang, IJCAI 2017).
 
-Everything else in this package is measured against this file, for correctness and for speed. It runs on every
-device and in every floating dtype, and autograd differentiates it, as often as one likes. Eq. 1 to 8 are the
-code below; Eq. 9 to 19 are what autograd makes of it, exactly so with ``gradient="paper"``.
+The other backends are tested and timed against this file. It runs on every device and in every floating
+dtype, and autograd differentiates it any number of times. Eqs. 1 to 8 are the code below. Eqs. 9 to 19 are
+its derivative by autograd, literally so with ``gradient="paper"``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def importance_aware_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
-    A label that is neither a class nor ``ignore_index`` is left out and makes the loss NaN, with no
-    synchronisation. Whatever the logits and weights of a pixel that is left out are, NaN too, they reach
-    nothing, and its gradient is 0.
+    A label that is neither a class nor ``ignore_index`` takes no part and makes the loss NaN, without a
+    synchronisation. The logits and weights of such a pixel and of an ignored one, even NaN, affect no result,
+    and its gradient is 0.
     """
     g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
     ignore_index = options.void_label

@@ -18,7 +18,7 @@ from .hierarchy import resolve_ignore_index
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LABELS = (torch.int64, torch.int32, torch.uint8)
 _LARGEST = torch.finfo(torch.float32).max
-#: What integers are checked as: torch has no comparisons of some.
+#: The dtypes in which labels are compared: torch cannot compare some unsigned ones.
 _COMPARED_AS = {
     torch.int64: torch.int64,
     torch.int32: torch.int32,
@@ -30,10 +30,10 @@ _COMPARED_AS = {
     torch.uint32: torch.int64,
     torch.uint64: torch.int64,
 }
-#: Labels of void pixels in the losses and data sets of others.
+#: Labels of void pixels in other losses and data sets.
 _COMMON_VOID_LABELS = (-100, -1, 255)
 
-#: kMaxSide of csrc/bilinear.h.
+#: The largest side of coarse logits and of their target: kMaxSide of csrc/bilinear.h.
 MAX_SIDE = 2**30 - 1
 
 #: What class weights may be given as.
@@ -55,7 +55,7 @@ def class_weight(weight: object, num_classes: int) -> Tensor | None:
     if not isinstance(weight, Tensor):
         weight = _as_tensor(weight)
     _check_tensor("weight", weight, _FLOATING)
-    _check_constant("weight", weight)
+    check_constant("weight", weight)
     if weight.shape != (num_classes,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class")
     return weight
@@ -125,7 +125,7 @@ def check_inputs(
         )
     if pixel_weight is not None:
         _check_tensor("pixel_weight", pixel_weight, _FLOATING)
-        _check_constant("pixel_weight", pixel_weight)
+        check_constant("pixel_weight", pixel_weight)
         if pixel_weight.shape != expected:
             raise ValueError(
                 f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
@@ -137,7 +137,7 @@ def check_inputs(
 
 
 def check_inplace(logits: Tensor, *others: Tensor | None) -> None:
-    """Whatever torch refuses to write in place, before the forward pass instead of in the backward one."""
+    """Raises for logits that torch would refuse to overwrite: in the forward pass, not the backward pass."""
     problem = None
     if torch._debug_has_internal_overlap(logits) == 1:
         problem = "elements of logits share memory; clone() them"
@@ -165,7 +165,7 @@ _TWO_CHANNELS = ": binary logits x need two channels, torch.cat([torch.zeros_lik
 
 
 def _target_hint(logits: Tensor, target: Tensor) -> str:
-    """The remedy for targets of other losses: a channel of their own, or one-hot."""
+    """The remedy for targets of other losses: with a channel of size 1, or one-hot."""
     if target.dim() == logits.dim() and target.shape[1] == 1:
         return ": pass target.squeeze(1)"
     if target.dim() == logits.dim() and target.shape[1] == logits.shape[1]:
@@ -186,7 +186,7 @@ def _check_tensor(name: str, tensor: object, dtypes: Collection[torch.dtype]) ->
         )
 
 
-def _check_constant(name: str, tensor: Tensor) -> None:
+def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(f"{name} requires a gradient, expected a constant: only logits are differentiated")
 
@@ -195,9 +195,9 @@ def _check_constant(name: str, tensor: Tensor) -> None:
 
 
 def validate_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Checks every label of ``target``, on whatever device it is; on CUDA this synchronises.
+    """Checks every label of ``target``, on any device; on CUDA this synchronises.
 
-    A meta or fake tensor has no labels, and passes. Under torch.compile this is a graph break.
+    A meta or fake tensor has no labels and passes. Under torch.compile this is a graph break.
 
     Args:
         target: class indices of any shape, of any integer dtype or bool.

@@ -13,7 +13,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
-from ..validation import _check_constant
+from ..validation import check_constant
 from .operators import combine, combine_backward, reduce, reduce_backward, reduce_backward_
 
 # The messages are those of csrc/inputs.h and csrc/library.cpp.
@@ -95,7 +95,7 @@ def _register(
     def apply(*args: Any) -> Any:
         for i, name in weights:
             if args[i] is not None:
-                _check_constant(name, args[i])
+                check_constant(name, args[i])
         with enable_single_level_autograd_function():
             result = function.apply(*args)
         return None if schema.is_mutable else result
