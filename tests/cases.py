@@ -1,4 +1,4 @@
-"""What the tests of the loss share: backends, inputs, and the rule by which a result is judged."""
+"""Shared by the tests of the loss: backends, inputs, and the error rule."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BACKENDS = [_backend(name) for name in NAMES]
 KERNELS = [_backend(name) for name in NAMES if name != "reference"]
 #: Of those, the ones for CUDA tensors.
 GPU_KERNELS = [backend for backend in KERNELS if device_of(backend.values[0]) == "cuda"]
-#: What csrc/cuda/launch.h launches, on the GPU or on the CPU.
+#: Those that run the CUDA sources, on the GPU or on the CPU.
 LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
 #: What the CPU emulates, slowly.
 EMULATED = ["simt", "simt_one_launch", *["triton"] * interpreted.INTERPRETED]
@@ -98,7 +98,7 @@ def camvid_labels(count: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned():
-    """Memory that nobody has written to holds NaN. IAL_UNPOISONED leaves it to a tool that looks for that."""
+    """Uninitialised memory holds NaN. IAL_UNPOISONED leaves it as it is, for tools that detect such reads."""
     torch.use_deterministic_algorithms("IAL_UNPOISONED" not in os.environ, warn_only=True)
     try:
         yield
@@ -197,7 +197,7 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
 
     |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1/2 ulp of the output. The first is a
     maximum over the tensor, since an element of the eager result may be right by luck. The second is at the
-    tensor's scale (`scales`); in float64 it is 64 ulp, since there the oracle errs as much as what it judges.
+    tensor's scale (`scales`); in float64 it is 64 ulp, since there the oracle errs as much as the result.
     The third, the rounding of a half-precision gradient, is at the element's own value; beyond the range of
     float16 that is infinity.
 

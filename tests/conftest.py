@@ -66,7 +66,7 @@ def need_gpu_memory() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(autouse=True)
 def _load_simt(request: pytest.FixtureRequest) -> None:
-    """The CUDA kernels are compiled for the CPU when the first test wants them."""
+    """Compiles the CUDA kernels for the CPU when the first test needs them."""
     callspec = getattr(request.node, "callspec", None)
     if callspec and callspec.params.get("backend") in ("simt", "simt_one_launch"):
         simt.load()

@@ -1,4 +1,4 @@
-"""The project's independent judge: the Importance-Aware Loss in float64 NumPy, as the paper writes it.
+"""An independent oracle: the Importance-Aware Loss in float64 NumPy, as the paper writes it.
 
 Chen, Gong, Yang, "Importance-Aware Semantic Segmentation for Autonomous Driving System", IJCAI 2017,
 Eqs. 1-19: the matrices M_t with their "x" entries, the one-hot q, the matrix X-bar, the recursion of the Q_t
@@ -6,7 +6,7 @@ and its derivative. The package never computes the loss this way (it goes throug
 table), so nothing may be shared with it: no torch, no import from ial_cuda, no shortcut the paper lacks.
 
 Notation. An H x W matrix of the paper is here a vector over the P pixels that are not ignored, so an ignored
-pixel takes part in nothing, whatever its logits hold. X, q, p, h are (C, P); Y, M_t, X-bar, A, l, w are (P,).
+pixel takes no part, whatever its logits are. X, q, p, h are (C, P); Y, M_t, X-bar, A, l, w are (P,).
 Indices start at 0: `t` is the paper's t + 1, level k its Group k + 1, level 0 the least important; t runs
 over the g - 1 importance factors. Indicators select (`where=`, np.where) instead of multiplying: 0 * NaN is
 not 0.
@@ -142,7 +142,7 @@ def importance_aware_loss(
     S = np.array([[w[G] @ l_G[G] for G in row] for row in groups]).reshape(N, g)  # Eqs. 1, 2: w^T l
     count = np.array([[G.sum() for G in row] for row in groups], dtype=np.int64).reshape(N, g)
 
-    # What reaches each image's IAL from above: grad_output over the reduction's divisor.
+    # The gradient of each image's IAL: grad_output over the reduction's divisor.
     divisor = {"mean": w.sum(), "sum": 1.0, "none": 1.0}[reduction]
     scale = 1 / divisor if divisor != 0 else 0.0
     shape = (N,) if reduction == "none" else ()

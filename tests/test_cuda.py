@@ -118,7 +118,7 @@ def test_more_than_2_to_the_31_elements(need_gpu_memory, backend, layout, width)
         torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-6)
 
 
-# Last: a capture that fails spoils the allocator of its process (torch before 2.12).
+# Last: a capture that fails breaks the allocator of its process (torch before 2.12).
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_graph_repeats_the_step_on_new_values(backend, inplace):

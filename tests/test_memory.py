@@ -16,7 +16,7 @@ from cases import make_logits, make_target
 import ial_cuda
 from ial_cuda import Hierarchy, backends, importance_aware_loss
 
-resource = pytest.importorskip("resource", reason="tells page faults, on Unix only")
+resource = pytest.importorskip("resource", reason="page faults are counted on Unix only")
 pytestmark = [
     pytest.mark.skipif(backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"),
     pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch's own memory is taken"),
@@ -144,7 +144,7 @@ def test_layouts_and_resizing():
 
 
 def test_threads_at_once():
-    """What one thread frees another may take meanwhile; nobody's values are touched."""
+    """Memory that one thread frees may be reused by another. No values change."""
     expected = [gradient(256, seed=seed) for seed in range(4)]
     wrong = []
 

@@ -275,10 +275,10 @@ def test_what_is_not_finite_is_where_eager_has_it(backend, dtype, value, whole_p
 def test_ignored_pixels_do_not_count_whatever_they_hold(backend, dtype, value, layout):
     target = make_target((2, *SPATIAL), 5, ignored=0.3)
     clean = make_logits((2, 5, *SPATIAL), dtype).contiguous(memory_format=layout)
-    spoilt = (
+    changed = (
         torch.where((target == 255).unsqueeze(1), value, clean).to(dtype).contiguous(memory_format=layout)
     )
-    loss, grad, _ = run(backend, spoilt, target)
+    loss, grad, _ = run(backend, changed, target)
     expected, expected_grad, _ = run(backend, clean, target)
     assert torch.equal(loss, expected)
     assert torch.equal(grad, expected_grad)

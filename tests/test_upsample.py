@@ -258,7 +258,7 @@ def test_a_masked_logit(backend, dtype, ratio):
 @CORNERS
 def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, align_corners):
     """Of the logits that have a part in a pixel: those of weight 0, of which eager makes a NaN, are left out.
-    The first image has such pixels only, and the others are there for what should not reach them."""
+    The first image has such pixels only, the other images must not be affected."""
     thin(backend, RATIOS.index(ratio), ["own", "other", "all"].index(which), align_corners)
     logits = make_logits((3, 5, 5, 9), torch.float32)
     logits[1, slice(None) if which == "all" else 2, 2, 4] = value
@@ -278,8 +278,8 @@ def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, 
     odd = torch.from_numpy(oracle.upsample(fine_grad.numpy(), y.T, x.T)).isnan()
     assert grad.isnan()[odd].all()
     # a NaN may spread to what has weight 0 in the same pixel, as eager's does, but no further
-    reached = F.max_pool2d(odd.double(), 3, 1, 1).bool() if odd.any() else odd
-    assert (grad.isnan() <= reached).all() and not grad.isinf().any()
+    near = F.max_pool2d(odd.double(), 3, 1, 1).bool() if odd.any() else odd
+    assert (grad.isnan() <= near).all() and not grad.isinf().any()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -305,16 +305,16 @@ def test_logits_at_the_limit(backend, dtype, ratio, align_corners):
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 def test_what_void_pixels_are_made_of_counts_for_nothing(backend, value):
-    """Coarse logits, and weights, that reach void pixels and absent classes only."""
+    """Coarse logits and weights that only void pixels and absent classes use."""
     logits, target = make_logits((2, 5, 4, 6), torch.float32), make_target((2, 16, 24), 5, ignored=0)
     target[target == 4] = 3
     target[0, 6:14, 10:18] = 255  # every pixel less than one logit away
-    spoilt, weight, pixel_weight = logits.clone(), WEIGHT.clone(), torch.rand(target.shape)
-    spoilt[0, :, 2, 3], weight[4] = value, value
+    changed, weight, pixel_weight = logits.clone(), WEIGHT.clone(), torch.rand(target.shape)
+    changed[0, :, 2, 3], weight[4] = value, value
     clean = run(backend, logits, target, weight=WEIGHT, pixel_weight=pixel_weight, upsample="bilinear")
     pixel_weight = pixel_weight.masked_fill(target == 255, value)
     loss, grad, rest = run(
-        backend, spoilt, target, weight=weight, pixel_weight=pixel_weight, upsample="bilinear"
+        backend, changed, target, weight=weight, pixel_weight=pixel_weight, upsample="bilinear"
     )
     assert (grad[0, :, 2, 3] == 0).all()
     # float32 throughout; the cells around that logit are interpolated in another way
