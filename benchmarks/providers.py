@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -98,8 +99,8 @@ def our_loss(backend: str, hierarchy: Callable[[int], Hierarchy] = hierarchy_of,
 
 def kernels(device: str) -> list[str]:
     """The backends with kernels of our own that can be used on the device, best first."""
-    found = [b for b in backends.suitable(device) if b.library is not None and b.missing is None]
-    return [name for backend in found for name in _ways(backend)]
+    ours = takewhile(lambda backend: backend.library is not None, backends.suitable(device))
+    return [name for backend in ours if backend.missing is None for name in _ways(backend)]
 
 
 def _ways(backend: backends.Backend) -> list[str]:

@@ -53,17 +53,19 @@ _backends: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend, or replaces the one of its name. For a device "auto" prefers those that came first."""
+    """Adds a backend, in place of one of the same name. "auto" prefers those that were added earlier."""
+    _backends.pop(backend.name, None)
     _backends[backend.name] = backend
 
 
 @contextlib.contextmanager
-def registered(*backends: Backend) -> Iterator[None]:
-    """Registers backends for a while, such as those of a test."""
+def only(*backends: Backend) -> Iterator[None]:
+    """Replaces all backends for a while, such as for a test."""
     before = dict(_backends)
-    for backend in backends:
-        register(backend)
+    _backends.clear()
     try:
+        for backend in backends:
+            register(backend)
         yield
     finally:
         _backends.clear()

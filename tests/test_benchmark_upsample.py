@@ -106,7 +106,7 @@ def test_growth_is_fitted():
 def test_goals():
     peer = upsample_report.PEERS["cross-entropy"]
     rows = [
-        row("ial_cuda cuda", 0.08, 0.07, 4.0),
+        row("ial_cuda cuda_two_launches", 0.08, 0.07, 4.0),
         row("ial_cuda triton", 0.09),
         row(peer, 0.6, 0.55),
         row(f"{peer}, compiled", 0.07),
@@ -114,16 +114,16 @@ def test_goals():
     case = ("cuda", torch.bfloat16, (1024, 2048))
     found = upsample_report.goals(report_of("cross-entropy", *case, rows))
     assert [(goal.what, goal.bound, goal.measured, goal.as_graph, goal.reached) for goal in found] == [
-        ("ial_cuda cuda: µs", 87, 80, pytest.approx(70), True),
+        ("ial_cuda cuda_two_launches: µs", 87, 80, pytest.approx(70), True),
         (
-            f"ial_cuda cuda / best peer, {peer}, compiled",
+            f"ial_cuda cuda_two_launches / best peer, {peer}, compiled",
             1.06,
             pytest.approx(0.08 / 0.07, abs=1e-3),
             pytest.approx(0.07 / 0.55, abs=1e-3),
             False,
         ),
         (
-            "ial_cuda cuda: extra memory / logits",
+            "ial_cuda cuda_two_launches: extra memory / logits",
             2,
             pytest.approx(4 / (19 * 256 * 512 * 2 / 2**20), abs=1e-3),
             None,

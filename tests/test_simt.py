@@ -129,7 +129,7 @@ def test_one_launch_is_chosen_where_it_wins(change, one_launch):
     enabled = not change.pop("no_grad", False)
     chosen = dataclasses.replace(backends.get("simt"), name="simt_chosen", one_launch=None)
     profiling = profile(activities=[ProfilerActivity.CPU])
-    with backends.registered(chosen), torch.set_grad_enabled(enabled), profiling as profiler:
+    with backends.only(chosen), torch.set_grad_enabled(enabled), profiling as profiler:
         importance_aware_loss(logits, target, hierarchy, backend=chosen.name, **change)
     names = {event.name for event in profiler.events()}
     assert ("ial_simt::loss_and_grad" in names) == one_launch
