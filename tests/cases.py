@@ -228,7 +228,7 @@ def same(a, b):
     return (a == b) | (np.isnan(a) & np.isnan(b))
 
 
-def judge(backend, logits, target, hierarchy, expected, scale, **options):
+def judge(backend, logits, target, hierarchy, expected, scale, /, **options):
     """The rule of `check`, for results whose rounding is relative to `scale`."""
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
     arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import pydoc
 import re
@@ -15,7 +16,7 @@ import torch._dynamo
 from cases import BACKENDS, EMULATED, HIERARCHY, device_of, make_logits, make_target
 
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, ImportanceAwareLoss, importance_aware_loss
-from ial_cuda.options import Options
+from ial_cuda.options import OptionArguments, Options
 
 LOGITS, TARGET = make_logits((2, 5, 6, 7), torch.float32), make_target((2, 6, 7), 5)
 WEIGHT = [0.5, 1.0, 2.0, 1.5, 0.25]
@@ -103,6 +104,17 @@ def test_every_option_is_an_attribute_and_documented():
         name, default = field.name, field.default
         assert re.search(rf"^ \| +{name}: ", arguments, re.MULTILINE), f"help() explains {name}"
         assert getattr(criterion, name) == (255 if name == "ignore_index" else default)
+
+
+@pytest.mark.parametrize("call", [importance_aware_loss, ImportanceAwareLoss])
+def test_signatures_have_every_option_and_its_default(call):
+    options = {field.name: field.default for field in dataclasses.fields(Options)[1:]}
+    parameters = inspect.signature(call).parameters
+    given = {"logits", "target", "hierarchy", "weight", "pixel_weight"}
+    assert {name: parameters[name].default for name in parameters if name not in given} == options
+    assert {*OptionArguments.__annotations__, "return_components"} == set(options)
+    for name in options:
+        assert re.search(rf"^ {{8}}{name}: ", call.__doc__, re.MULTILINE), f"help() explains {name}"
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("align_corners", "inplace")])

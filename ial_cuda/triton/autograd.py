@@ -49,7 +49,7 @@ def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _differentiate_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return combine_backward(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * 6
+    return combine_backward(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * (len(ctx.options) + 1)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
