@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -24,7 +23,8 @@ class Backend:
         name: what ``backend=`` calls it.
         devices: the types of device whose tensors it takes; None for all.
         library: where its operators are in `torch.ops`; None for plain PyTorch.
-        module: what registers them, imported when they are first used; None where the extension does.
+        load: imports what registers them, called before each use; None where the extension does. It has an
+            import statement: torch.compile traces that, but not importlib.
         missing: None where it can be used, else the reason and the remedy in a sentence.
         fallback: what "auto" warns of when it has nothing better.
         one_launch: whether one launch computes the gradient with the loss: False for never, True wherever
@@ -34,7 +34,7 @@ class Backend:
     name: str
     devices: tuple[str, ...] | None
     library: str | None = None
-    module: str | None = None
+    load: Callable[[], None] | None = None
     missing: str | None = None
     fallback: str | None = None
     one_launch: bool | None = False
@@ -44,8 +44,8 @@ class Backend:
 
     def operators(self) -> Any:
         """The operators under torch.ops."""
-        if self.module is not None:
-            importlib.import_module(self.module)
+        if self.load is not None:
+            self.load()
         return getattr(torch.ops, str(self.library))
 
 
@@ -138,6 +138,10 @@ def describe() -> str:
     return "\n".join(lines)
 
 
+def _load_triton() -> None:
+    from . import triton  # noqa: F401
+
+
 register(Backend("cpu", ("cpu",), "ial_cuda", missing=extension.problem))
 _ways = {"0": False, "1": True}
 register(
@@ -154,7 +158,7 @@ register(
         "triton",
         ("cuda",),
         "ial_triton",
-        module=f"{__package__}.triton",
+        load=_load_triton,
         missing=None if find_spec("triton") else f"Triton is not installed; `{extension.PIP} triton`",
         fallback="Triton kernels",
     )
