@@ -175,6 +175,10 @@ def importance_aware_loss(
     return compute_loss(logits, target, weight, pixel_weight, options)
 
 
+# torch.fx.symbolic_trace leaves this call as it is: what it checks is not known of a proxy.
+torch.fx.wrap("compute_loss")
+
+
 def compute_loss(
     logits: Tensor,
     target: Tensor,

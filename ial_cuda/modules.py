@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Generic, NoReturn, SupportsFloat, SupportsIndex, TypeVar, overload
 
-import torch
 from torch import Tensor, nn
 
-from .functional import Components, compute_loss
+from . import functional
+from .functional import Components
 from .hierarchy import Hierarchy, HierarchyLike
 from .options import (
     Backend,
@@ -58,10 +58,6 @@ def _fitting(weight: object, options: Options) -> Tensor | None:
     """The class weights of a module, which its options must fit, and fit each other."""
     _ = options.void_label
     return class_weight(weight, options.hierarchy.num_classes)
-
-
-# torch.fx.symbolic_trace of the module leaves the call as it is: what it checks is not known of a proxy.
-torch.fx.wrap("compute_loss")
 
 
 class ImportanceAwareLoss(nn.Module):
@@ -174,7 +170,8 @@ class ImportanceAwareLoss(nn.Module):
     def forward(
         self, logits: Tensor, target: Tensor, pixel_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Components]:
-        return compute_loss(logits, target, self.weight, pixel_weight, self.options)
+        # By its name in functional.py, which is the one that torch.fx.wrap replaces there.
+        return functional.compute_loss(logits, target, self.weight, pixel_weight, self.options)
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise NotImplementedError(

@@ -554,6 +554,12 @@ def test_symbolic_trace_and_jit_trace(backend):
     criterion.to(logits.device)
     expected = criterion(logits, target)
     assert torch.equal(torch.fx.symbolic_trace(criterion)(logits, target), expected)
+
+    def function(logits, target):
+        options = {"weight": criterion.weight, "ignore_index": 255, "backend": backend}
+        return importance_aware_loss(logits, target, HIERARCHY, **options)
+
+    assert torch.equal(torch.fx.symbolic_trace(function)(logits, target), expected)
     logits = logits.detach()  # torch.jit checks a trace without gradients
     assert torch.equal(torch.jit.trace(criterion, (logits, target))(logits, target), expected)
 
