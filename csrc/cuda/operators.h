@@ -165,7 +165,7 @@ struct Operators {
         const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
         return logits.scalar_type() != at::kDouble && logits.numel() > 0 && logits.is_contiguous() &&
                target.is_contiguous() && (!pixel_weight || pixel_weight->is_contiguous()) &&
-               target.numel() / target.size(0) * logits.itemsize() % 16 == 0 &&
+               target.numel() / logits.size(0) * logits.itemsize() % 16 == 0 &&
                aligned(logits.const_data_ptr(), 16) && logits.size(1) <= kRegisterClasses &&
                levels <= kMaxCooperativeLevels && launcher.cooperative() &&
                pooled_images <= launcher.multiprocessors() &&
