@@ -23,8 +23,8 @@ class Backend:
         name: what ``backend=`` calls it.
         devices: the types of device whose tensors it takes; None for all.
         library: where its operators are in `torch.ops`; None for plain PyTorch.
-        load: imports what registers them, called before each use; None where the extension does. It has an
-            import statement: torch.compile traces that, but not importlib.
+        load: called before each use, imports what registers them; None where the extension does. It has an
+            import statement, which torch.compile can trace, unlike importlib.
         missing: None where it can be used, else the reason and the remedy in a sentence.
         fallback: what "auto" warns of when it has nothing better.
         one_launch: whether one launch computes the gradient with the loss: False for never, True wherever

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import backends, reference
 from .hierarchy import Hierarchy, HierarchyLike
@@ -23,9 +24,6 @@ from .options import (
 )
 from .validation import ClassWeights, check_inplace, check_inputs, check_logits, checked_target, class_weight
 from .warn import warn
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class Components(NamedTuple):

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, SupportsFloat, SupportsIndex, TypeAlias, TypedDict, get_args
 
+from typing_extensions import Unpack
+
 from . import backends
 from .arguments import as_bool, as_finite, as_float, as_label, check_choice, is_scalar
 from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Lambdas: TypeAlias = SupportsFloat | Iterable[SupportsFloat]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
