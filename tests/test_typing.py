@@ -15,7 +15,8 @@ USAGE, TRAINING = HERE / "typed_usage.py", HERE / "typed_training.py"
 
 
 def run(*command: str | Path) -> None:
-    result = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    environment = os.environ | {"MYPYPATH": str(HERE.parent)}  # this tree, whichever one is installed
+    result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
