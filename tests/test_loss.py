@@ -360,9 +360,7 @@ def test_registered_backends_are_there_for_a_while():
             importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="mine"),
             importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="reference"),
         )
-    with pytest.raises(
-        ValueError, match="backend is 'mine', expected one of 'auto', 'cpu', 'cuda', "
-    ):
+    with pytest.raises(ValueError, match="backend is 'mine', expected one of 'auto', 'cpu', 'cuda', "):
         importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="mine")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import assert_type
 
 import ial_cuda
 from ial_cuda import CAMVID, Components, Hierarchy, ImportanceAwareLoss, importance_aware_loss
@@ -17,10 +18,14 @@ def functions(logits: Tensor, labels: Tensor, flag: bool) -> None:
     importance_aware_loss(logits, labels, "camvid", weight=[1.0, 2.0], upsample="bilinear").backward()
     importance_aware_loss(logits, labels, 3, weight=np.ones(3), alpha=torch.tensor(1.0)).backward()
     importance_aware_loss(logits, labels, 3, return_components=False).backward()
-    loss, components = importance_aware_loss(logits, labels, CAMVID, return_components=True)
+    assert_type(importance_aware_loss(logits, labels, CAMVID, return_components=False), Tensor)
+    both = importance_aware_loss(logits, labels, CAMVID, return_components=True)
+    assert_type(both, tuple[Tensor, Components])
+    loss, components = both
     parts: Components = components
     parts.f.mean().item()
     either = importance_aware_loss(logits, labels, CAMVID, return_components=flag)
+    assert_type(either, Tensor | tuple[Tensor, Components])
     either.backward()  # type: ignore[union-attr]
     ial_cuda.upsampled_cross_entropy(logits, labels, ignore_index=None, reduction="sum").backward()
     ial_cuda.validate_target(labels, 11)
