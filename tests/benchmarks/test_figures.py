@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import figures, quoted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = {
     "machine": {"torch": "2.14.1+cu130"},
     "rounds": 30,

@@ -25,7 +25,7 @@ from ial_cuda import backends  # noqa: E402
 
 Stage = stages.Stage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 H100, NO_GPU = (gpu_check.Found(capability, "2.11.0+cu130", "13.0") for capability in ("9.0", None))
 
 
@@ -520,9 +520,11 @@ def test_tests_of_a_gpu_that_have_no_backend_are_chosen_by_their_marker(selected
     }
     assert marked["smoke"] == marked["memcheck"] == set()
     cuda = {test.partition("::")[0] for test in marked["cuda"]}
-    assert cuda - {"tests/test_nvcc.py"} == {"tests/test_benchmarks.py"}  # the other needs nvcc's build
+    assert cuda - {"tests/test_nvcc.py"} == {
+        "tests/benchmarks/test_benchmarks.py"
+    }  # the other needs nvcc's build
     assert {test.partition("::")[0] for test in marked["triton"]} <= {"tests/test_triton.py"}
-    assert "tests/test_benchmarks.py::test_a_tiny_run_on_cuda" in marked["cuda"]
+    assert "tests/benchmarks/test_benchmarks.py::test_a_tiny_run_on_cuda" in marked["cuda"]
 
 
 def test_an_unknown_backend_is_a_usage_error():

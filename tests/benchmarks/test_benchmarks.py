@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--device", "cpu", "--shape", "1x19x32x64", "--rounds", "2", "--no-compile"]
 TINY += ["--threads", str(torch.get_num_threads())]
 

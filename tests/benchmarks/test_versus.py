@@ -14,7 +14,7 @@ from ial_cuda import backends
 versus = pytest.importorskip("benchmarks.versus", reason="needs ial_cuda[bench], and python -m pytest")
 from benchmarks import checkouts, paired  # noqa: E402  (which need the same)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 OURS, FLOOR = "ial_cuda cpu", "copy floor"
 

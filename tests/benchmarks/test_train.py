@@ -24,7 +24,7 @@ train = pytest.importorskip("benchmarks.train", reason="needs ial_cuda[bench], a
 
 from benchmarks.experiment import data, losses, networks, report, scores  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VOID = 11
 
 
