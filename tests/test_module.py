@@ -15,7 +15,7 @@ import torch
 import torch._dynamo
 from cases import BACKENDS, EMULATED, HIERARCHY, device_of, make_logits, make_target
 
-from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, ImportanceAwareLoss, importance_aware_loss
+from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, ImportanceAwareLoss, functional, importance_aware_loss
 from ial_cuda.options import OptionArguments, Options
 
 LOGITS, TARGET = make_logits((2, 5, 6, 7), torch.float32), make_target((2, 6, 7), 5)
@@ -96,7 +96,8 @@ def test_an_unknown_option_is_an_error():
 
 
 def test_every_option_is_an_attribute_and_documented():
-    assert {"hierarchy", "process_group", *OPTIONS} == {field.name for field in dataclasses.fields(Options)}
+    fields = {field.name for field in dataclasses.fields(Options)}
+    assert {"hierarchy", "process_group", *OPTIONS} == fields and fields <= set(BAD)
     criterion = ImportanceAwareLoss(HIERARCHY)
     text = pydoc.plain(pydoc.render_doc(ImportanceAwareLoss))
     arguments = text[text.index("Args:") : text.index("Shape:")]
@@ -115,6 +116,14 @@ def test_signatures_have_every_option_and_its_default(call):
     assert {*OptionArguments.__annotations__, "return_components"} == set(options)
     for name in options:
         assert re.search(rf"^ {{8}}{name}: ", call.__doc__, re.MULTILINE), f"help() explains {name}"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_function_hands_every_option_on(name, monkeypatch):
+    monkeypatch.setattr(functional, "compute_loss", lambda *arguments: arguments[-1])
+    needed = {"upsample": "bilinear"} if name == "align_corners" else {}
+    options = importance_aware_loss(LOGITS, TARGET, HIERARCHY, **needed, **{name: OPTIONS[name]})
+    assert getattr(options, name) == OPTIONS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in ("align_corners", "inplace")])
