@@ -53,7 +53,7 @@ _backends: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend, in place of one of the same name. "auto" prefers those that were added earlier."""
+    """Adds a backend after the others, replacing one of its name. "auto" prefers those that come first."""
     _backends.pop(backend.name, None)
     _backends[backend.name] = backend
 
@@ -85,6 +85,11 @@ def suitable(device_type: str) -> list[Backend]:
     return [backend for backend in _backends.values() if backend.takes(device_type)]
 
 
+def _best(device_type: str) -> Backend:
+    """The first that is not missing. The reference takes every device."""
+    return next(b for b in _backends.values() if b.missing is None and b.takes(device_type))
+
+
 def choose(name: str, device: torch.device) -> Backend:
     """The backend for logits on ``device``; "auto" takes the best that is there.
 
@@ -96,9 +101,7 @@ def choose(name: str, device: torch.device) -> Backend:
     if device_type == "meta":  # nothing is computed, and the shapes are those of every backend
         return get("reference" if name == "reference" or get("cpu").missing else "cpu")
     if name == "auto":
-        for backend in _backends.values():
-            if backend.missing is None and backend.takes(device_type):
-                break
+        backend = _best(device_type)
         if backend.fallback is not None:
             _warn_of_fallback(backend, device_type)
         return backend
@@ -132,7 +135,7 @@ def describe() -> str:
         if backend.name == "cpu" and extension.module:
             lines[-1] += " ({cpu}, threads: {threads})".format(**extension.module.build_info())
     for device_type in ("cpu", "cuda"):
-        best = next(backend for backend in suitable(device_type) if backend.missing is None)
+        best = _best(device_type)
         in_training = ", in one launch in training where an image fits on the chip"
         lines.append(f'backend="auto" on {device_type}: {best.name}{in_training * (best.one_launch is None)}')
     return "\n".join(lines)

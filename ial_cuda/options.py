@@ -149,8 +149,8 @@ class Options:
 
     def changed(self) -> dict[str, object]:
         """The options that are not their defaults."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)[1:]}
-        return {name: value for name, (value, default) in values.items() if value != default}
+        values = vars(self)
+        return {f.name: values[f.name] for f in fields(self)[1:] if values[f.name] != f.default}
 
 
 def _as_lambdas(value: object, levels: int) -> float | tuple[float, ...]:
