@@ -30,6 +30,10 @@ int Inputs::levels() const {
 
 bool Inputs::exact() const { return choose("gradient", gradient, {"exact", "paper"}) == 0; }
 
+bool Inputs::one_pass(const OptionalTensor& expected) const {
+    return levels() == 1 && logits.numel() > 0 && (logits.scalar_type() != at::kHalf || expected);
+}
+
 bool is_pooled(std::string_view factor_scope) {
     return choose("factor_scope", factor_scope, {"image", "batch"}) == 1;
 }
@@ -93,6 +97,8 @@ void Inputs::check() const {
         check_device("pixel_weight", *pixel_weight);
         check_floating("pixel_weight", *pixel_weight);
     }
+    TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing is ", label_smoothing,
+                      ", expected 0 to 1");
     exact();  // reduce needs it in its backward only, where an error would be late
 }
 
@@ -121,6 +127,14 @@ void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t value
                       ", expected ", stats.device(), " as stats");
 }
 
+void check_expected(const OptionalTensor& expected, const Tensor& logits) {
+    TORCH_CHECK_VALUE(
+        !expected || (expected->numel() == 2 && expected->is_contiguous() &&
+                      expected->scalar_type() == at::kDouble && expected->device() == logits.device()),
+        "expected has shape ", expected->sizes(), " of ", expected->scalar_type(), " on ", expected->device(),
+        ", expected (2,) of Double, contiguous, on ", logits.device());
+}
+
 Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS) {
     TORCH_CHECK_VALUE(stats.dim() == 3 && stats.size(1) >= 1 && stats.size(2) == kStats &&
                           stats.is_contiguous() && stats.scalar_type() == at::kDouble,
@@ -129,9 +143,14 @@ Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS) {
     const int64_t levels = stats.size(1), count = static_cast<int64_t>(lambdas.size());
     TORCH_CHECK_VALUE(count == levels - 1, "lambdas has ", count, " values, expected ", levels - 1, " for ",
                       levels, " levels");
+    TORCH_CHECK_VALUE(!divisor || (divisor->numel() == 1 && divisor->scalar_type() == at::kDouble &&
+                                   divisor->device() == stats.device()),
+                      "divisor has shape ", divisor->sizes(), " of ", divisor->scalar_type(), " on ",
+                      divisor->device(), ", expected one value of Double on ", stats.device());
     Combine combine{};
     combine.stats = stats.const_data_ptr<double>();
     combine.lambdas = lambdas.data();
+    combine.divisor = divisor ? divisor->const_data_ptr<double>() : nullptr;
     combine.batch = stats.size(0);
     combine.levels = static_cast<int>(levels);
     combine.alpha = alpha;

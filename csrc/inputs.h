@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 #include "bilinear.h"
 #include "layout.h"
@@ -17,16 +18,24 @@ namespace ial {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// The results of the operator loss_and_grad (library.cpp): loss, factors, stats, grad_stats, grad,
+// computed_for.
+using LossAndGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Whether the gradient was computed with the loss: else it is an empty tensor of one dimension.
+inline bool has_grad(const LossAndGrad& results) { return std::get<4>(results).dim() > 1; }
+
 // clang-format off
 // Parameters that operators share, in the order of their schemas in library.cpp; and the same as arguments.
 #define IAL_PIXEL_PARAMETERS                                                        \
     const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pixel_weight, \
-    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient
-#define IAL_PIXEL_ARGUMENTS target, weight, pixel_weight, class_levels, ignore_index, gradient
+    at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient, double label_smoothing
+#define IAL_PIXEL_ARGUMENTS \
+    target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing
 #define IAL_COMBINE_PARAMETERS                                                    \
-    at::ArrayRef<double> lambdas, double alpha, std::string_view reduction,       \
-    std::string_view factor_normalization, std::string_view factor_scope
-#define IAL_COMBINE_ARGUMENTS lambdas, alpha, reduction, factor_normalization, factor_scope
+    const OptionalTensor& divisor, at::ArrayRef<double> lambdas, double alpha,    \
+    std::string_view reduction, std::string_view factor_normalization, std::string_view factor_scope
+#define IAL_COMBINE_ARGUMENTS divisor, lambdas, alpha, reduction, factor_normalization, factor_scope
 // clang-format on
 
 // The arguments of reduce and reduce_backward. Checks throw ValueError or TypeError with the argument's name,
@@ -39,6 +48,7 @@ struct Inputs {
     at::IntArrayRef class_levels;
     int64_t ignore_index;
     std::string_view gradient;
+    double label_smoothing;
     // Given for coarse logits: how they are upsampled to the size of the target.
     std::optional<bool> align_corners = std::nullopt;
 
@@ -50,17 +60,26 @@ struct Inputs {
     Label label() const;
     bool exact() const;  // gradient = "exact"
 
+    // Whether loss_and_grad makes one pass over the logits. A loss of float16 logits is usually scaled:
+    // without an expected incoming gradient, a gradient that is computed with the loss would be computed
+    // again.
+    bool one_pass(const OptionalTensor& expected) const;
+
     // Layouts of logits as large as the target, and of coarse ones. `grad` has the logits' shape.
     Layout layout(const Tensor& grad) const;
     Upsampling upsampling(const Tensor& grad) const;
 };
 
-// The arguments of combine and combine_backward, checked. The result points to the data of stats and lambdas.
+// The arguments of combine and combine_backward, checked. The result points to the data of stats, divisor
+// and lambdas.
 Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS);
 
 // The incoming gradient of the loss, of combine_backward and rescale_: `values` numbers, on the device of
 // stats.
 void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values);
+
+// The incoming gradient that loss_and_grad computes for, of loss_and_grad and rescale_.
+void check_expected(const OptionalTensor& expected, const Tensor& logits);
 
 bool is_pooled(std::string_view factor_scope);  // factor_scope = "batch"
 

@@ -45,9 +45,10 @@ IAL_OP(reduce_backward, Tensor(const Tensor&, const Tensor&, IAL_PIXEL_PARAMETER
 IAL_OP(reduce_backward_, void(const Tensor&, const Tensor&, IAL_PIXEL_PARAMETERS))
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, IAL_COMBINE_PARAMETERS, at::ScalarType))
 IAL_OP(combine_backward, Tensor(const Tensor&, const Tensor&, IAL_COMBINE_PARAMETERS))
-IAL_OP(loss_and_grad, std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, IAL_PIXEL_PARAMETERS,
-                                                                         IAL_COMBINE_PARAMETERS))
-IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, IAL_PIXEL_PARAMETERS))
+IAL_OP(loss_and_grad, LossAndGrad(const Tensor&, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
+                                  std::optional<bool>, const OptionalTensor&, std::optional<bool>))
+IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                      IAL_PIXEL_PARAMETERS, std::optional<bool>, const OptionalTensor&))
 #undef IAL_OP
 
 template <auto& op, typename... Args>
@@ -66,11 +67,15 @@ void check_no_tangent(const Tensors&... tensors) {
                                 "backend='reference' has them");
 }
 
+void check_constant(const char* name, const OptionalTensor& tensor) {
+    check_no_tangent(tensor);
+    TORCH_CHECK_VALUE(!compute_requires_grad(tensor), name,
+                      " requires a gradient, expected a constant: only logits are differentiated");
+}
+
 void check_constant(const OptionalTensor& weight, const OptionalTensor& pixel_weight) {
-    check_no_tangent(weight, pixel_weight);
-    for (const auto* tensor : {&weight, &pixel_weight})
-        TORCH_CHECK_VALUE(!compute_requires_grad(*tensor), tensor == &weight ? "weight" : "pixel_weight",
-                          " requires a gradient, expected a constant: only logits are differentiated");
+    check_constant("weight", weight);
+    check_constant("pixel_weight", pixel_weight);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -121,6 +126,7 @@ struct SavedInputs {
     std::vector<int64_t> class_levels;
     int64_t ignore_index;
     std::string gradient;
+    double label_smoothing;
     std::optional<bool> align_corners;
 
     SavedInputs(const Tensor& logits, IAL_PIXEL_PARAMETERS, std::optional<bool> align_corners)
@@ -131,6 +137,7 @@ struct SavedInputs {
           class_levels(class_levels.vec()),
           ignore_index(ignore_index),
           gradient(gradient),
+          label_smoothing(label_smoothing),
           align_corners(align_corners) {}
 
     // Calls f(logits, IAL_PIXEL_ARGUMENTS).
@@ -140,7 +147,7 @@ struct SavedInputs {
             return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
         };
         return f(logits.unpack(), target.unpack(), optional(weight.unpack()), optional(pixel_weight.unpack()),
-                 class_levels, ignore_index, gradient);
+                 class_levels, ignore_index, gradient, label_smoothing);
     }
 
     Tensor reduce_backward(const Tensor& grad_stats) const {
@@ -175,12 +182,14 @@ struct ReduceBackward final : GradientNode {
 
 struct CombineBackward final : GradientNode {
     SavedVariable stats;
+    OptionalTensor divisor;
     std::vector<double> lambdas;
     double alpha;
     std::string reduction, factor_normalization, factor_scope;
 
     CombineBackward(const Tensor& stats, IAL_COMBINE_PARAMETERS)
         : stats(stats, false),
+          divisor(divisor),
           lambdas(lambdas.vec()),
           alpha(alpha),
           reduction(reduction),
@@ -190,34 +199,45 @@ struct CombineBackward final : GradientNode {
     Tensor differentiate(const Tensor& grad) override {
         return combine_backward_op().call(stats.unpack(), grad, IAL_COMBINE_ARGUMENTS);
     }
-    void release() override { stats.reset_data(); }
+    void release() override {
+        stats.reset_data();
+        divisor.reset();
+    }
     std::string name() const override { return "ImportanceAwareLossCombineBackward"; }
 };
 
-// The forward pass has computed the gradient, for an incoming gradient of 1. The first backward pass rescales
-// it and hands it out. A second pass, or one with create_graph=True, computes another.
+// Where the forward pass has computed the gradient, for the incoming gradient `computed_for`, the first
+// backward pass hands it out, computed again if another gradient comes in. A second pass, or one with
+// create_graph=True, computes a gradient of its own.
 struct LossAndGradBackward final : GradientNode {
     SavedInputs inputs;
-    SavedVariable grad_stats;
-    Tensor computed;
+    SavedVariable grad_stats, computed, computed_for;
+    bool is_computed;  // and not handed out
+    OptionalTensor expected;
 
-    LossAndGradBackward(SavedInputs&& inputs, const Tensor& grad_stats, const Tensor& computed)
-        : inputs(std::move(inputs)), grad_stats(grad_stats, false), computed(computed) {}
+    LossAndGradBackward(SavedInputs&& inputs, const LossAndGrad& results, const OptionalTensor& expected)
+        : inputs(std::move(inputs)),
+          grad_stats(std::get<3>(results), false),
+          computed(std::get<4>(results), false),
+          computed_for(std::get<5>(results), false),
+          is_computed(has_grad(results)),
+          expected(expected) {}
 
     Tensor differentiate(const Tensor& grad_loss) override {
         const Tensor rows = grad_stats.unpack();
-        if (!computed.defined() || at::GradMode::is_enabled())
-            return inputs.reduce_backward(rows * grad_loss);
-        const Tensor grad = std::move(computed);
+        if (!is_computed || at::GradMode::is_enabled()) return inputs.reduce_backward(rows * grad_loss);
+        const Tensor grad = computed.unpack(), made_for = computed_for.unpack();
+        is_computed = false;
+        computed.reset_data();
         inputs.unpack([&](const Tensor& x, const auto&... rest) {
-            rescale__op().call(grad, grad_loss, x, rows, rest...);
+            rescale__op().call(grad, grad_loss, made_for, x, rows, rest..., inputs.align_corners, expected);
         });
         return grad;
     }
     void release() override {
         inputs.release();
-        grad_stats.reset_data();
-        computed.reset();
+        for (SavedVariable* saved : {&grad_stats, &computed, &computed_for}) saved->reset_data();
+        expected.reset();
     }
     std::string name() const override { return "ImportanceAwareLossBackward"; }
 };
@@ -241,6 +261,7 @@ Tensor reduce_autograd(const Tensor& logits, IAL_PIXEL_PARAMETERS, bool inplace,
 
 std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, IAL_COMBINE_PARAMETERS,
                                             at::ScalarType dtype) {
+    check_constant("divisor", divisor);
     check_no_tangent(stats);
     const auto [loss, factors] = below_autograd<combine_op>(stats, IAL_COMBINE_ARGUMENTS, dtype);
     if (compute_requires_grad(stats))
@@ -249,17 +270,19 @@ std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, IAL_COMBINE_PAR
     return {loss, factors};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_grad_autograd(const Tensor& logits,
-                                                                          IAL_PIXEL_PARAMETERS,
-                                                                          IAL_COMBINE_PARAMETERS) {
+LossAndGrad loss_and_grad_autograd(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
+                                   std::optional<bool> align_corners, const OptionalTensor& expected,
+                                   std::optional<bool> one_launch) {
     check_constant(weight, pixel_weight);
+    check_constant("divisor", divisor);
     check_no_tangent(logits);
-    const auto results = below_autograd<loss_and_grad_op>(logits, IAL_PIXEL_ARGUMENTS, IAL_COMBINE_ARGUMENTS);
-    const auto& [loss, factors, stats, grad_stats, grad] = results;
+    const LossAndGrad results = below_autograd<loss_and_grad_op>(
+        logits, IAL_PIXEL_ARGUMENTS, IAL_COMBINE_ARGUMENTS, align_corners, expected, one_launch);
     if (compute_requires_grad(logits))
-        set_history(loss, make_node<LossAndGradBackward>(
-                              collect_next_edges(logits),
-                              SavedInputs(logits, IAL_PIXEL_ARGUMENTS, std::nullopt), grad_stats, grad));
+        set_history(std::get<0>(results),
+                    make_node<LossAndGradBackward>(collect_next_edges(logits),
+                                                   SavedInputs(logits, IAL_PIXEL_ARGUMENTS, align_corners),
+                                                   results, expected));
     return results;
 }
 
@@ -279,27 +302,33 @@ Tensor reduce_backward_autograd(const Tensor& logits, const Tensor& grad_stats, 
 }
 
 Tensor combine_backward_autograd(const Tensor& stats, const Tensor& grad_loss, IAL_COMBINE_PARAMETERS) {
+    check_constant("divisor", divisor);
     check_no_tangent(stats, grad_loss);
     return as_derivative(below_autograd<combine_backward_op>(stats, grad_loss, IAL_COMBINE_ARGUMENTS), stats,
                          grad_loss);
 }
 
-// An operator that overwrites its first argument with a gradient, computed from the first three.
+// An operator that overwrites its first argument with a gradient, computed from its tensors.
 template <auto& op, typename Handle = std::decay_t<decltype(op())>>
 struct Overwriting;
 
-template <auto& op, typename... Rest>
-struct Overwriting<op, c10::TypedOperatorHandle<void(const Tensor&, const Tensor&, const Tensor&, Rest...)>> {
-    static void call(const Tensor& written, const Tensor& a, const Tensor& b, Rest... rest) {
-        check_no_tangent(written, a, b);
-        const bool differentiable = compute_requires_grad(written, a, b);
+template <auto& op, typename... Args>
+struct Overwriting<op, c10::TypedOperatorHandle<void(const Tensor&, Args...)>> {
+    static void call(const Tensor& written, Args... args) {
+        variable_list tensors{written};
+        const auto collect = [&](const auto& argument) {
+            if constexpr (std::is_same_v<decltype(argument), const Tensor&>) tensors.push_back(argument);
+        };
+        (collect(args), ...);
+        for (const Tensor& tensor : tensors) check_no_tangent(tensor);
+        const bool differentiable = compute_requires_grad(tensors);
         check_inplace(written, differentiable);
         {
             const at::AutoDispatchBelowAutograd guard;
-            op().call(written, a, b, rest...);
+            op().call(written, args...);
         }
         if (differentiable)
-            rebase_history(written, make_node<DerivativeBackward>(collect_next_edges(written, a, b)));
+            rebase_history(written, make_node<DerivativeBackward>(collect_next_edges(tensors)));
     }
 };
 
@@ -319,43 +348,53 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   align_corners given, the logits are upsampled to the target's size. `gradient` and
 //                   `inplace` are for the backward pass.
 // reduce_backward   dL/dlogits, from grad_stats = dL/dstats; reduce_backward_ writes it over the logits
-// combine           the loss, () or (N,), in `dtype`; the factors f_t, (N or 1, g - 1) of Double
+// combine           the loss, () or (N,), in `dtype`; the factors f_t, (N or 1, g - 1) of Double. `divisor`,
+// one
+//                   Double, takes the place of the weight of the valid pixels.
 // combine_backward  dL/dstats, from the incoming gradient of the loss
-// loss_and_grad     reduce, combine, and their backwards for an incoming gradient of 1, in one launch:
-//                   loss, factors, stats, grad_stats and dL/dlogits
-// rescale_          makes that dL/dlogits the gradient for grad_loss
-// fits_on_chip      whether one launch will be faster
+// loss_and_grad     for training: loss, factors, stats, grad_stats for an incoming gradient of 1, dL/dlogits
+// for
+//                   an incoming gradient of computed_for, and computed_for, () of Double. dL/dlogits is
+//                   empty, and left to the backward pass, where computing it now would not save a pass over
+//                   the logits. One level needs one pass; its stats have neither P2 nor Q2. `expected`, (2,)
+//                   of Double: computed_for, else 1, and the last incoming gradient. `one_launch`: with
+//                   several levels, whether one cooperative launch is used: never, wherever it can be, or
+//                   where it is likely to be faster (None).
+// rescale_          makes that dL/dlogits the gradient for grad_loss. If the last two incoming gradients are
+//                   equal, they become the expected one.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     // The compiler may choose the strides. Else it would copy the channels_last logits of its convolutions.
     const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "
-        "int ignore_index, str gradient, bool inplace, bool? align_corners=None) -> Tensor",
+        "int ignore_index, str gradient, float label_smoothing, bool inplace, bool? align_corners=None) -> "
+        "Tensor",
         any_layout);
     m.def(
         "reduce_backward(Tensor logits, Tensor grad_stats, Tensor target, Tensor? weight, "
-        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient, bool? align_corners=None) "
-        "-> Tensor",
+        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient, float label_smoothing, "
+        "bool? align_corners=None) -> Tensor",
         any_layout);
     m.def(
         "reduce_backward_(Tensor(a!) logits, Tensor grad_stats, Tensor target, Tensor? weight, "
-        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
+        "Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient, float label_smoothing) -> "
+        "()");
     m.def(
-        "combine(Tensor stats, float[] lambdas, float alpha, str reduction, str factor_normalization, "
-        "str factor_scope, ScalarType dtype) -> (Tensor, Tensor)");
+        "combine(Tensor stats, Tensor? divisor, float[] lambdas, float alpha, str reduction, "
+        "str factor_normalization, str factor_scope, ScalarType dtype) -> (Tensor, Tensor)");
     m.def(
-        "combine_backward(Tensor stats, Tensor grad_loss, float[] lambdas, float alpha, str reduction, "
-        "str factor_normalization, str factor_scope) -> Tensor");
+        "combine_backward(Tensor stats, Tensor grad_loss, Tensor? divisor, float[] lambdas, float alpha, "
+        "str reduction, str factor_normalization, str factor_scope) -> Tensor");
     m.def(
         "loss_and_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, "
-        "int[] class_levels, int ignore_index, str gradient, float[] lambdas, float alpha, str reduction, "
-        "str factor_normalization, str factor_scope) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "int[] class_levels, int ignore_index, str gradient, float label_smoothing, Tensor? divisor, "
+        "float[] lambdas, float alpha, str reduction, str factor_normalization, str factor_scope, "
+        "bool? align_corners=None, Tensor? expected=None, bool? one_launch=None) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor grad_stats, Tensor target, "
-        "Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, str gradient) -> ()");
-    m.def(
-        "fits_on_chip(Tensor logits, Tensor target, Tensor? pixel_weight, int levels, str factor_scope) -> "
-        "bool");
+        "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor computed_for, Tensor logits, Tensor grad_stats, "
+        "Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, "
+        "str gradient, float label_smoothing, bool? align_corners=None, Tensor(b!)? expected=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {

@@ -49,6 +49,7 @@ struct PixelGradient {
 struct Combine {
     const double* stats;    // [batch, levels, kStats]
     const double* lambdas;  // [levels - 1]
+    const double* divisor;  // of Reduction::kMean, or null for the weight of the batch's valid pixels
     int64_t batch;
     int levels;
     double alpha;
@@ -65,8 +66,9 @@ struct Combine {
         return total;
     }
 
-    // The weight of the batch's valid pixels: the divisor of F.cross_entropy(reduction="mean").
-    IAL_HD double weight() const {
+    // F.cross_entropy(reduction="mean") divides by the weight of the batch's valid pixels.
+    IAL_HD double mean_divisor() const {
+        if (divisor) return *divisor;
         double total = 0;
         IAL_ROLLED
         for (int k = 0; k < levels; ++k) total += sum(0, batch, k, kWeight);
@@ -75,10 +77,10 @@ struct Combine {
 
     // dL/dIAL_n. grad_loss is indexed: it has one value, or one per image for Reduction::kNone.
     template <typename G>
-    IAL_HD double image_gradient(const G& grad_loss, int64_t n, double total_weight) const {
+    IAL_HD double image_gradient(const G& grad_loss, int64_t n, double mean_divisor) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
         if (reduction == Reduction::kSum) return grad_loss[0];
-        return total_weight != 0 ? grad_loss[0] / total_weight : 0;
+        return mean_divisor != 0 ? grad_loss[0] / mean_divisor : 0;
     }
 };
 
@@ -125,7 +127,7 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
 // in the rows of image `first`. The second loop reads them and overwrites them.
 template <typename G>
 IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, const G& grad_loss,
-                             double total_weight, double* grad_stats) {
+                             double mean_divisor, double* grad_stats) {
     double* rows = grad_stats + first * c.levels * kStats;
     Factor factor;
     double chain = 0;
@@ -138,7 +140,7 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
         double s = 0;
         IAL_ROLLED
         for (int64_t n = first; n < last; ++n)
-            s += c.image_gradient(grad_loss, n, total_weight) * c.stat(n, t, kS);
+            s += c.image_gradient(grad_loss, n, mean_divisor) * c.stat(n, t, kS);
         chain = s + f * chain;
     }
     double lead = 1, dq2 = 0;
@@ -149,7 +151,7 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
         IAL_ROLLED
         for (int64_t n = first; n < last; ++n) {
             double* row = grad_stats + (n * c.levels + k) * kStats;
-            row[kS] = lead * c.image_gradient(grad_loss, n, total_weight);
+            row[kS] = lead * c.image_gradient(grad_loss, n, mean_divisor);
             row[kP2] = half_b_over_z * lambda;
             row[kQ2] = dq2;
             row[kCount] = row[kWeight] = 0;

@@ -27,6 +27,7 @@ def _nothing(*_: Any) -> None:
 
 def _combine(
     stats: Tensor,
+    divisor: Any,
     lambdas: Any,
     alpha: Any,
     reduction: str,
@@ -39,16 +40,32 @@ def _combine(
     return loss, stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
 
 
-def _loss_and_grad(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, lambdas, alpha, reduction, factor_normalization, factor_scope = rest
-    stats = _reduce(logits, *rest)
+def _loss_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Any,
+    pixel_weight: Any,
+    class_levels: list[int],
+    ignore_index: Any,
+    gradient: Any,
+    label_smoothing: Any,
+    divisor: Any,
+    lambdas: Any,
+    alpha: Any,
+    reduction: str,
+    factor_normalization: Any,
+    factor_scope: str,
+    align_corners: bool | None = None,
+    expected: Tensor | None = None,
+    one_launch: bool | None = None,
+) -> tuple[Tensor, ...]:
+    stats = _reduce(logits, target, weight, pixel_weight, class_levels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    loss, f = _combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
-    return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits)
-
-
-def _fits_on_chip(*_: Any) -> bool:
-    return False
+    loss, f = _combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
+    computed = stats.shape[1] == 1 or one_launch is True
+    computed &= logits.numel() > 0 and (logits.dtype != torch.float16 or expected is not None)
+    grad = torch.empty_like(logits) if computed else logits.new_empty((0,))
+    return loss, f, stats, torch.empty_like(stats), grad, stats.new_empty(())
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -59,7 +76,6 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "combine_backward": _like_first,
     "loss_and_grad": _loss_and_grad,
     "rescale_": _nothing,
-    "fits_on_chip": _fits_on_chip,
 }
 
 

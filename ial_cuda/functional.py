@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
+from dataclasses import replace
+from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +24,16 @@ from .options import (
     Reduction,
     Upsample,
 )
-from .validation import ClassWeights, check_inplace, check_inputs, check_logits, checked_target, class_weight
+from .validation import (
+    ClassWeights,
+    Divisor,
+    check_inplace,
+    check_inputs,
+    check_logits,
+    checked_target,
+    class_weight,
+    mean_divisor,
+)
 from .warn import warn
 
 
@@ -46,6 +57,7 @@ def importance_aware_loss(
     *,
     weight: ClassWeights | None = ...,
     pixel_weight: Tensor | None = ...,
+    divisor: Divisor | None = ...,
     return_components: Literal[False] = ...,
     **options: Unpack[OptionArguments],
 ) -> Tensor: ...
@@ -57,6 +69,7 @@ def importance_aware_loss(
     *,
     weight: ClassWeights | None = ...,
     pixel_weight: Tensor | None = ...,
+    divisor: Divisor | None = ...,
     return_components: Literal[True],
     **options: Unpack[OptionArguments],
 ) -> tuple[Tensor, Components]: ...
@@ -68,6 +81,7 @@ def importance_aware_loss(
     *,
     weight: ClassWeights | None = ...,
     pixel_weight: Tensor | None = ...,
+    divisor: Divisor | None = ...,
     return_components: bool,
     **options: Unpack[OptionArguments],
 ) -> Tensor | tuple[Tensor, Components]: ...
@@ -78,6 +92,7 @@ def importance_aware_loss(
     *,
     weight: ClassWeights | None = None,
     pixel_weight: Tensor | None = None,
+    divisor: Divisor | None = None,
     alpha: SupportsFloat = 1.0,
     lambdas: Lambdas = 0.5,
     ignore_index: SupportsIndex | None = None,
@@ -85,10 +100,12 @@ def importance_aware_loss(
     factor_normalization: FactorNormalization = "mean",
     factor_scope: FactorScope = "image",
     gradient: Gradient = "exact",
+    label_smoothing: SupportsFloat = 0.0,
     upsample: Upsample | None = None,
     align_corners: bool = False,
     backend: Backend = "auto",
     inplace: bool = False,
+    grad_in_forward: bool = True,
     return_components: bool = False,
     process_group: None = None,
 ) -> Tensor | tuple[Tensor, Components]:
@@ -105,8 +122,7 @@ def importance_aware_loss(
     Args:
         logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Any strides
             are read without a copy; contiguous and channels_last tensors are the fastest. Half precision is
-            computed in float32. Logits (M, C) are M images of one pixel each, and slower than (1, C, M): see
-            ``factor_scope``.
+            computed in float32. Logits (M, C) are M images of one pixel each: see ``factor_scope``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
         hierarchy: the levels of the C classes, least important first: anything that `Hierarchy.of` takes,
             such as the name of a preset, nested lists, or a number of classes for one level.
@@ -114,6 +130,9 @@ def importance_aware_loss(
             None. `median_frequency_weights` computes them.
         pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it
             enters S_k and the divisor of the mean, not f_t.
+        divisor: what ``reduction="mean"`` divides by instead of the weight of the valid pixels: a number from
+            0 or a 0-d tensor, such as the pixels of all accumulated batches. Where it is 0 the loss is 0. It
+            is a constant, and nothing waits for a tensor's value.
         alpha: added to every f_t. Numbers may be Python's, NumPy's or 0-d tensors.
         lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors, not negative.
         ignore_index: pixels with this label take no part, and their gradient is 0. It may be a class, which
@@ -127,6 +146,8 @@ def importance_aware_loss(
             (M, C) of the M pixels of one image use "batch", or the shape (1, C, M).
         gradient: "exact": the derivative; "paper": Eqs. 9 to 19 literally, which leave out the derivative of
             pi by the logits of other classes (Eq. 15).
+        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`: -log pi in S_k becomes a mean
+            over the classes with this share. f_t stays that of the target's probability.
         upsample: None, or "bilinear" for coarse ``logits`` (N, C, h, w) with ``target`` and ``pixel_weight``
             (N, H, W) of any size. The loss is that of `torch.nn.functional.interpolate(logits, (H, W),
             mode="bilinear")`, but the kernels interpolate each pixel when they read it, so that no logits of
@@ -138,6 +159,11 @@ def importance_aware_loss(
         inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
             size. A later backward pass that needs the old logits raises. "reference", torch.compile,
             torch.func and backward passes with ``create_graph`` leave the logits as they are.
+        grad_in_forward: lets the forward pass compute the gradient with the loss where that saves a pass over
+            the logits, which it does with one level. The gradient is then in memory until the backward pass:
+            with several losses in a step, the gradients of all at once. It is that of an incoming gradient of
+            1, and computed again for another; the modules learn which one comes in. False leaves it to the
+            backward pass.
         return_components: return ``(loss, Components)``.
         process_group: None; sums over processes are not in this version.
 
@@ -163,14 +189,16 @@ def importance_aware_loss(
         factor_normalization=factor_normalization,
         factor_scope=factor_scope,
         gradient=gradient,
+        label_smoothing=label_smoothing,
         upsample=upsample,
         align_corners=align_corners,
         backend=backend,
         inplace=inplace,
+        grad_in_forward=grad_in_forward,
         return_components=return_components,
         process_group=process_group,
     )
-    return compute_loss(logits, target, weight, pixel_weight, options)
+    return compute_loss(logits, target, weight, pixel_weight, divisor, options)
 
 
 # torch.fx.symbolic_trace leaves this call as it is: what it checks is not known of a proxy.
@@ -182,17 +210,18 @@ def compute_loss(
     target: Tensor,
     weight: ClassWeights | None,
     pixel_weight: Tensor | None,
+    divisor: Divisor | None,
     options: Options,
+    expected: ExpectedGradient | None = None,
+    name: str = "logits",
 ) -> Tensor | tuple[Tensor, Components]:
-    """`importance_aware_loss` with validated options."""
+    """`importance_aware_loss` with validated options. ``name``: what the caller calls ``logits``."""
     levels = options.hierarchy.class_levels
-    class_weights = class_weight(weight, len(levels))
-    if class_weights is not None and class_weights is not weight:  # lists and arrays are on no device
-        class_weights = class_weights.to(logits.device)
+    class_weights = _weights_on(logits.device, weight, len(levels))
     coarse = options.upsample is not None
-    check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse)
-    # torch.compile plans memory itself, and the transforms of torch.func have their own levels to write into.
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse, name=name)
+    total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device)
+    transformed = _is_transformed()
     inplace = options.inplace and not transformed
     if inplace:
         check_inplace(logits, target, class_weights, pixel_weight)
@@ -204,29 +233,33 @@ def compute_loss(
 
     if backend.library is None:
         loss, f, S, count = reference.importance_aware_loss(
-            logits, target, options, weight=class_weights, pixel_weight=pixel_weight
+            logits, target, options, weight=class_weights, pixel_weight=pixel_weight, divisor=total
         )
     else:
         operators = backend.operators()
-        pixels = (logits, target, class_weights, pixel_weight, levels, options.void_label, options.gradient)
-        # One launch computes the gradient of one value with the loss, for a backward pass to come, and leaves
-        # the logits as they are.
+        if logits.dim() == 2 and _is_one_image(options):
+            logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)  # (1, C, M), (1, M)
+            pixel_weight = None if pixel_weight is None else pixel_weight.unsqueeze(0)
+        pixels = (
+            *(logits, target, class_weights, pixel_weight),
+            *(levels, options.void_label, options.gradient, options.label_smoothing),
+        )
+        in_training = logits.requires_grad and torch.is_grad_enabled()
+        # The operator has one loss, and writes its gradient to memory of its own.
         if (
-            backend.one_launch is not False
-            and logits.requires_grad
-            and torch.is_grad_enabled()
-            and not (inplace or coarse or transformed)
+            in_training
+            and options.grad_in_forward
             and options.reduction != "none"
-            and (
-                backend.one_launch
-                or _is_faster_in_one_launch(operators, logits, target, pixel_weight, options)
-            )
+            and not (inplace or transformed)
         ):
-            loss, f, stats, *_ = operators.loss_and_grad(*pixels, *options.combine_arguments)
+            state = None if expected is None else expected.on(logits.device)
+            loss, f, stats, *_ = operators.loss_and_grad(
+                *pixels, total, *options.combine_arguments, options.corners, state, backend.one_launch
+            )
         else:
             stats = operators.reduce(*pixels, inplace, options.corners)
             dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            loss, f = operators.combine(stats, *options.combine_arguments, dtype)
+            loss, f = operators.combine(stats, total, *options.combine_arguments, dtype)
         if options.return_components:
             S, count = stats[..., 0].to(loss.dtype), stats[..., 3].to(torch.int64)
             f = f.to(loss.dtype)
@@ -236,15 +269,44 @@ def compute_loss(
     return loss, Components(f, f + options.alpha, S.detach(), count)
 
 
-def _is_faster_in_one_launch(
-    operators: Any, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, options: Options
-) -> bool:
-    """Whether one launch can compute loss and gradient, and is likely to be faster. Its gradient is that for
-    an incoming gradient of 1 and is recomputed for any other: a loss of float16 logits is usually scaled."""
-    if logits.dtype == torch.float16:
-        return False
-    levels = options.hierarchy.num_levels
-    return bool(operators.fits_on_chip(logits, target, pixel_weight, levels, options.factor_scope))
+def _weights_on(device: torch.device, weight: ClassWeights | None, classes: int) -> Tensor | None:
+    weights = class_weight(weight, classes)
+    # Lists and arrays are on no device. A tensor on another one is an error, which check_inputs raises.
+    return weights if weights is None or weights is weight else weights.to(device)
+
+
+def _is_transformed() -> bool:
+    """Whether the operators are traced or transformed. torch.compile plans memory itself, the transforms of
+    torch.func have their own levels to write into, and a trace must not hold a gradient."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def _is_one_image(options: Options) -> bool:
+    """Whether the rows of logits (M, C) may be the pixels of one image, which is faster than M images: their
+    factors are the same or there are none, and no result has a value for each image."""
+    shared = options.hierarchy.num_levels == 1 or options.factor_scope == "batch"
+    return shared and options.reduction != "none" and not options.return_components
+
+
+class ExpectedGradient:
+    """The incoming gradient that a module's loss is likely to get, kept on the device of the logits.
+
+    A loss is scaled by the same number at every step, by a GradScaler or a weight of its own. The gradient
+    that the forward pass computes is for the number that came in last twice in a row, 1 at first.
+    """
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None  #: (2,) float64: the expected one, and the last one
+
+    def on(self, device: torch.device) -> Tensor:
+        if self.state is None or self.state.device != device:
+            self.state = torch.ones(2, dtype=torch.float64, device=device)
+        return self.state
 
 
 def _warn_of_rows(logits: Tensor, options: Options) -> None:
@@ -258,50 +320,133 @@ def _warn_of_rows(logits: Tensor, options: Options) -> None:
         )
 
 
-def upsampled_cross_entropy(
-    logits: Tensor,
+def cross_entropy(
+    input: Tensor,
     target: Tensor,
     weight: ClassWeights | None = None,
-    *,
-    ignore_index: SupportsIndex | None = None,
+    ignore_index: SupportsIndex = -100,
     reduction: Reduction = "mean",
+    label_smoothing: SupportsFloat = 0.0,
+    *,
+    pixel_weight: Tensor | None = None,
+    divisor: Divisor | None = None,
+    upsample: Upsample | None = None,
     align_corners: bool = False,
     backend: Backend = "auto",
+    inplace: bool = False,
+    grad_in_forward: bool = True,
 ) -> Tensor:
-    """Cross-entropy of coarse logits at the size of the target, without storing logits of that size:
+    """`torch.nn.functional.cross_entropy` for class indices, of logits at full size or coarse ones.
 
-        F.cross_entropy(F.interpolate(logits, target.shape[1:], mode="bilinear"), target, weight, ...)
+    The loss and the gradient are computed in one pass over the logits. With ``upsample`` they are those of
+
+        F.cross_entropy(F.interpolate(input, target.shape[1:], mode="bilinear"), target, ...)
+
+    without logits of that size in memory.
 
     Args:
-        logits: (N, C, h, w), float64, float32, float16 or bfloat16.
-        target: (N, H, W) class indices, int64, int32 or uint8, of any size.
+        input: logits (N, C, *spatial), (N, C), or of one image (C, *spatial) or (C,); float64, float32,
+            float16 or bfloat16. Where a shape has both meanings, the first dimension is N.
+        target: class indices (N, *spatial), (N,), (*spatial) or (), int64, int32 or uint8.
         weight: (C,) class weights, a tensor, a list or a NumPy array; ones if None.
-        ignore_index: pixels with this label are left out; None means 255, and is an error where that is a
-            class.
-        reduction: "mean": over the weight of the valid pixels, 0 where there are none; "sum"; "none": one
-            sum for each image.
-        align_corners: how the pixels are placed, as in `torch.nn.functional.interpolate`.
-        backend: as in `importance_aware_loss`, which this is for a hierarchy of one level.
+        ignore_index: pixels with this label take no part. It may be a class. The void label of most
+            segmentation data, 255, is not the default.
+        reduction: "mean": over the weight of the valid pixels; "sum"; "none": the loss of each pixel, 0 where
+            it is ignored. "none" is computed in plain PyTorch, at full size.
+        label_smoothing: from 0 to 1, the share of a mean over all classes, with their weights.
+        pixel_weight: the shape of ``target``, multiplies the weight of each pixel; ones if None.
+        divisor: what "mean" divides by instead of the weight of the valid pixels: a number from 0 or a 0-d
+            tensor. Where it is 0 the loss is 0.
+        upsample: None, or "bilinear" for coarse ``input`` (N, C, h, w) with ``target`` (N, H, W).
+        align_corners, backend, inplace, grad_in_forward: as in `importance_aware_loss`.
 
     Returns:
-        The loss, () or with ``reduction="none"`` (N,); float64 for float64 logits, else float32.
+        The loss, () or with ``reduction="none"`` the shape of ``target``; float64 for float64 logits, else
+        float32.
 
     Raises:
-        What `importance_aware_loss` raises.
+        What `importance_aware_loss` raises. Unlike `F.cross_entropy`, a mean without a valid pixel is 0, not
+        NaN, and a label that is no class is a ValueError on the CPU and a NaN on CUDA.
 
-    >>> loss = upsampled_cross_entropy(head(features), labels)  # logits at a quarter of the labels' size
+    >>> loss = cross_entropy(logits, labels, weight, ignore_index=255)
+    >>> loss = cross_entropy(head(features), labels, upsample="bilinear")
     """
-    check_logits(logits)
-    if logits.dim() < 2:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}, expected (N, C, h, w)")
-    return importance_aware_loss(
-        logits,
-        target,
-        Hierarchy.flat(logits.shape[1]),
-        weight=weight,
+    options = Options(
+        FLAT,
         ignore_index=ignore_index,
         reduction=reduction,
-        upsample="bilinear",
+        label_smoothing=label_smoothing,
+        upsample=upsample,
         align_corners=align_corners,
         backend=backend,
+        inplace=inplace,
+        grad_in_forward=grad_in_forward,
     )
+    return compute_cross_entropy(input, target, weight, pixel_weight, divisor, options)
+
+
+#: The hierarchy of options that wait for the number of classes.
+FLAT = Hierarchy.flat(1)
+
+torch.fx.wrap("compute_cross_entropy")
+
+
+def compute_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    divisor: Divisor | None,
+    options: Options,
+    expected: ExpectedGradient | None = None,
+) -> Tensor:
+    """`cross_entropy` with validated options, whose hierarchy is replaced by one of the logits' classes."""
+    check_logits(input, "input")
+    if input.dim() == 0:
+        raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
+    one_image = _is_unbatched(input, target, options)
+    if one_image:
+        input, target = input.unsqueeze(0), target.unsqueeze(0)
+        pixel_weight = pixel_weight.unsqueeze(0) if isinstance(pixel_weight, Tensor) else pixel_weight
+    options = _of_classes(options, input.shape[1])
+    if options.reduction == "none":
+        losses = _pixel_losses(input, target, weight, pixel_weight, divisor, options)
+        return losses.squeeze(0) if one_image else losses
+    loss = compute_loss(input, target, weight, pixel_weight, divisor, options, expected, "input")
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def _is_unbatched(input: Tensor, target: object, options: Options) -> bool:
+    """Whether the logits are those of one image, without the dimension N."""
+    if input.dim() == 1 or not isinstance(target, Tensor):
+        return input.dim() == 1
+    if options.upsample is not None:
+        return input.dim() == 3 and target.dim() == 2
+    return target.shape == input.shape[1:] and target.shape != input.shape[:1] + input.shape[2:]
+
+
+@functools.lru_cache
+def _of_classes(options: Options, classes: int) -> Options:
+    return replace(options, hierarchy=Hierarchy.flat(classes))
+
+
+def _pixel_losses(
+    input: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    divisor: Divisor | None,
+    options: Options,
+) -> Tensor:
+    """The loss of each pixel, (N, *spatial), in plain PyTorch on every backend."""
+    classes = options.hierarchy.num_classes
+    class_weights = _weights_on(input.device, weight, classes)
+    coarse = options.upsample is not None
+    check_inputs(input, target, class_weights, pixel_weight, classes, upsample=coarse, name="input")
+    if divisor is not None:
+        mean_divisor(divisor, options.reduction, input.device)
+    backends.choose(options.backend, input.device)
+    if not input.is_cuda or os.environ.get("IAL_CUDA_DEBUG") == "1":
+        target = checked_target(target, classes, options.void_label)
+    return reference.cross_entropy(input, target, options, weight=class_weights, pixel_weight=pixel_weight)

@@ -38,10 +38,12 @@ class OptionArguments(TypedDict, total=False):
     factor_normalization: FactorNormalization
     factor_scope: FactorScope
     gradient: Gradient
+    label_smoothing: SupportsFloat
     upsample: Upsample | None
     align_corners: bool
     backend: Backend
     inplace: bool
+    grad_in_forward: bool
     process_group: None
 
 
@@ -63,10 +65,12 @@ class Options:
     factor_normalization: FactorNormalization = "mean"
     factor_scope: FactorScope = "image"
     gradient: Gradient = "exact"
+    label_smoothing: float = 0.0
     upsample: Upsample | None = None
     align_corners: bool = False
     backend: Backend = "auto"
     inplace: bool = False
+    grad_in_forward: bool = True
     return_components: bool = False
     process_group: None = None
 
@@ -95,6 +99,8 @@ class Options:
         check_choice(self.factor_normalization, "factor_normalization", FACTOR_NORMALIZATIONS)
         check_choice(self.factor_scope, "factor_scope", FACTOR_SCOPES)
         check_choice(self.gradient, "gradient", GRADIENTS)
+        if type(self.label_smoothing) is not float or not 0 <= self.label_smoothing <= 1:
+            put(self, "label_smoothing", _as_fraction(self.label_smoothing, "label_smoothing"))
         if self.upsample is not None:
             check_choice(self.upsample, "upsample", UPSAMPLES)
         if self.backend != "auto":
@@ -103,6 +109,8 @@ class Options:
             put(self, "align_corners", as_bool(self.align_corners, "align_corners"))
         if type(self.inplace) is not bool:
             put(self, "inplace", as_bool(self.inplace, "inplace"))
+        if type(self.grad_in_forward) is not bool:
+            put(self, "grad_in_forward", as_bool(self.grad_in_forward, "grad_in_forward"))
         if type(self.return_components) is not bool:
             put(self, "return_components", as_bool(self.return_components, "return_components"))
         if self.align_corners and self.upsample is None:
@@ -138,7 +146,7 @@ class Options:
 
     @property
     def combine_arguments(self) -> tuple[tuple[float, ...], float, str, str, str]:
-        """The arguments of the operators combine and combine_backward that are options."""
+        """The arguments of combine and its backward that are options: all but the divisor."""
         return (
             self.factor_lambdas,
             self.alpha,
@@ -151,6 +159,13 @@ class Options:
         """The options that are not their defaults."""
         values = vars(self)
         return {f.name: values[f.name] for f in fields(self)[1:] if values[f.name] != f.default}
+
+
+def _as_fraction(value: object, argument: str) -> float:
+    number = as_float(value, argument)
+    if not 0 <= number <= 1:
+        raise ValueError(f"{argument} is {value!r}, expected a number from 0 to 1")
+    return number
 
 
 def _as_lambdas(value: object, levels: int) -> float | tuple[float, ...]:

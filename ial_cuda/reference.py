@@ -7,6 +7,8 @@ its derivative by autograd, literally so with ``gradient="paper"``.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,22 +16,22 @@ from torch import Tensor
 from .options import Options
 
 
-def importance_aware_loss(
-    logits: Tensor,
-    target: Tensor,
-    options: Options,
-    *,
-    weight: Tensor | None = None,
-    pixel_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
+class Pixels(NamedTuple):
+    """What the loss needs of P pixels in each of N images, with C classes."""
 
-    A label that is neither a class nor ``ignore_index`` takes no part and makes the loss NaN, without a
-    synchronisation. The logits and weights of such a pixel and of an ignored one, even NaN, affect no result,
-    and its gradient is 0.
-    """
-    g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
-    ignore_index = options.void_label
+    x: Tensor  # (N, C, P) logits, 0 where a pixel takes no part
+    y: Tensor  # (N, P) classes, 0 where a pixel takes no part
+    is_class: Tensor  # (N, P) whether it takes part
+    bad: Tensor  # (N, P) labels that are neither a class nor ignore_index
+    w: Tensor  # (N, P) class weight times pixel weight, 0 where a pixel takes no part
+    nll: Tensor  # (N, P) -log pi, Eq. 1
+    ce: Tensor  # (N, P) weighted cross-entropy: w nll, or its smoothed form
+
+
+def _pixels(
+    logits: Tensor, target: Tensor, options: Options, weight: Tensor | None, pixel_weight: Tensor | None
+) -> Pixels:
+    ignore_index, smoothing = options.void_label, options.label_smoothing
     x = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if options.upsample is not None:  # coarse logits (N, C, h, w), target (N, H, W)
         x = F.interpolate(x, target.shape[1:], mode=options.upsample, align_corners=options.align_corners)
@@ -40,7 +42,6 @@ def importance_aware_loss(
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
     y = torch.where(is_class, target, 0)
-    level = torch.where(is_class, torch.tensor(options.hierarchy.class_levels, device=x.device)[y], -1)
     x = torch.where(is_class.unsqueeze(1), x, 0)  # not a product with 0, which is NaN for NaN and infinity
     w = is_class.to(x.dtype)
     if weight is not None:
@@ -48,7 +49,50 @@ def importance_aware_loss(
     if pixel_weight is not None:
         w = torch.where(is_class, w * pixel_weight.reshape_as(target).to(x.dtype), 0)
 
-    nll = -F.log_softmax(x, dim=1).gather(1, y.unsqueeze(1)).squeeze(1)  # Eq. 1
+    log_p = F.log_softmax(x, dim=1)
+    nll = -log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+    ce = w * nll
+    if smoothing > 0:  # the mean over the classes has their own weights, the divisor that of the target
+        terms = log_p if weight is None else log_p * weight.to(x.dtype).unsqueeze(1)
+        mean = -terms.mean(dim=1)
+        if pixel_weight is not None:
+            mean = mean * pixel_weight.reshape_as(target).to(x.dtype)
+        ce = (1 - smoothing) * ce + smoothing * torch.where(is_class, mean, 0)
+    return Pixels(x, y, is_class, bad, w, nll, ce)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    options: Options,
+    *,
+    weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+) -> Tensor:
+    """The weighted cross-entropy of each pixel, in the shape of ``target``: 0 where it is ignored, NaN where
+    its label is no class."""
+    pixels = _pixels(logits, target, options, weight, pixel_weight)
+    return pixels.ce.masked_fill(pixels.bad, torch.nan).reshape(target.shape)
+
+
+def importance_aware_loss(
+    logits: Tensor,
+    target: Tensor,
+    options: Options,
+    *,
+    weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    divisor: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
+
+    A label that is neither a class nor ``ignore_index`` takes no part and makes the loss NaN, without a
+    synchronisation. The logits and weights of such a pixel and of an ignored one, even NaN, affect no result,
+    and its gradient is 0.
+    """
+    g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
+    x, y, is_class, bad, w, nll, ce = _pixels(logits, target, options, weight, pixel_weight)
+    level = torch.where(is_class, torch.tensor(options.hierarchy.class_levels, device=x.device)[y], -1)
     if options.gradient == "exact":
         pi = torch.exp(-nll)
     else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
@@ -59,7 +103,7 @@ def importance_aware_loss(
     def total(value: Tensor, where: Tensor) -> Tensor:
         return torch.where(where, value, 0).sum(dim=1)
 
-    S = [total(w * nll, level == k) for k in range(g)]  # w'l of Eqs. 1, 2, each (N,)
+    S = [total(ce, level == k) for k in range(g)]  # w'l of Eqs. 1, 2, each (N,)
     count = [(level == k).sum(dim=1) for k in range(g)]
 
     f = []  # Eq. 3, each (N,) or, pooled, (1,)
@@ -82,8 +126,8 @@ def importance_aware_loss(
     elif options.reduction == "sum":
         loss = ial.sum()
     else:
-        weight_sum = w.sum()
-        loss = ial.sum() * torch.where(weight_sum != 0, 1 / weight_sum, 0)
+        total_weight = w.sum() if divisor is None else divisor.to(x.dtype)
+        loss = ial.sum() * torch.where(total_weight != 0, 1 / total_weight, 0)
     loss = loss.masked_fill(bad.any(), torch.nan)
     f_all = (
         torch.stack(f, dim=1) if f else x.new_zeros(1 if options.factor_scope == "batch" else x.shape[0], 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._autograd import CreationMeta, _get_creation_meta
 
-from .arguments import as_float, as_int
+from .arguments import as_finite, as_float, as_int
 from .hierarchy import resolve_ignore_index
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -38,26 +38,29 @@ MAX_SIDE = 2**30 - 1
 
 #: What class weights may be given as.
 ClassWeights: TypeAlias = Tensor | Sequence[float] | npt.NDArray[Any]
+#: What reduction="mean" may be told to divide by.
+Divisor: TypeAlias = SupportsFloat | Tensor
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
 
 
-def check_logits(logits: object) -> None:
+def check_logits(logits: object, name: str = "logits") -> None:
     """Type and dtype alone."""
-    _check_tensor("logits", logits, _FLOATING)
+    _check_tensor(name, logits, _FLOATING)
 
 
-def class_weight(weight: object, num_classes: int) -> Tensor | None:
-    """``weight`` as a tensor (C,); a list of numbers or an array becomes one on the CPU."""
+def class_weight(weight: object, num_classes: int | None) -> Tensor | None:
+    """``weight`` as a tensor (C,), of any C if None; a list of numbers or an array becomes one on the CPU."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
         weight = _as_tensor(weight)
     _check_tensor("weight", weight, _FLOATING)
     check_constant("weight", weight)
-    if weight.shape != (num_classes,):
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({num_classes},), one per class")
+    if weight.dim() != 1 or num_classes not in (None, len(weight)):
+        expected = "C" if num_classes is None else num_classes
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({expected},), one per class")
     return weight
 
 
@@ -89,14 +92,16 @@ def check_inputs(
     num_classes: int,
     *,
     upsample: bool,
+    name: str = "logits",
 ) -> None:
-    """Types, dtypes, shapes and devices. ``upsample``: whether the logits are coarse."""
-    check_logits(logits)
+    """Types, dtypes, shapes and devices. ``upsample``: whether the logits are coarse. ``name``: of the logits
+    in messages."""
+    check_logits(logits, name)
     _check_tensor("target", target, _LABELS)
     if logits.dim() < 2 or logits.shape[1] != num_classes:
         binary = num_classes == 2 and logits.dim() >= 2 and logits.shape[1] == 1
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)}, expected (N, C, *spatial) with the C = {num_classes} "
+            f"{name} has shape {tuple(logits.shape)}, expected (N, C, *spatial) with the C = {num_classes} "
             "classes of hierarchy" + (_TWO_CHANNELS if binary else "")
         )
     expected = tuple(logits.shape[:1] + logits.shape[2:])
@@ -108,20 +113,20 @@ def check_inputs(
             or 0 in target.shape[1:] + logits.shape[2:]
         ):
             raise ValueError(
-                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
+                f"{name} has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
                 f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample='bilinear'"
                 + _target_hint(logits, target)
             )
         if any(side > MAX_SIDE for side in target.shape[1:] + logits.shape[2:]):
             raise ValueError(
-                f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected none of "
+                f"{name} has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected none of "
                 f"h, w, H and W above {MAX_SIDE} for upsample='bilinear'"
             )
         expected = tuple(target.shape)
     if target.shape != expected:
         raise ValueError(
             f"target has shape {tuple(target.shape)}, expected (N, *spatial) = {expected} "
-            f"for logits {tuple(logits.shape)}" + _target_hint(logits, target)
+            f"for {name} {tuple(logits.shape)}" + _target_hint(logits, target)
         )
     if pixel_weight is not None:
         _check_tensor("pixel_weight", pixel_weight, _FLOATING)
@@ -131,9 +136,29 @@ def check_inputs(
                 f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
             )
     device = logits.device
-    for name, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
+    for other, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {device} like logits")
+            raise ValueError(f"{other} is on {tensor.device}, expected {device} like {name}")
+
+
+def mean_divisor(divisor: object, reduction: str, device: torch.device) -> Tensor:
+    """``divisor`` as () float64 on ``device``, without waiting for it: a number is filled in there."""
+    if reduction != "mean":
+        raise ValueError(f"divisor is given, expected None: reduction is {reduction!r}, which has none")
+    if isinstance(divisor, Tensor) and (
+        divisor.dim() > 0 or divisor.device.type != "cpu" or device.type == "cpu"
+    ):
+        _check_tensor("divisor", divisor, (*_FLOATING, *_COMPARED_AS.keys() - {torch.bool}))
+        check_constant("divisor", divisor)
+        if divisor.dim() > 0:
+            raise ValueError(f"divisor has shape {tuple(divisor.shape)}, expected () or a number")
+        if divisor.device != device:
+            raise ValueError(f"divisor is on {divisor.device}, expected {device} like logits, or the CPU")
+        return divisor.to(torch.float64)
+    number = as_finite(divisor, "divisor")  # type: ignore[arg-type]
+    if number < 0:
+        raise ValueError(f"divisor is {divisor!r}, expected a number from 0")
+    return torch.full((), number, dtype=torch.float64, device=device)
 
 
 def check_inplace(logits: Tensor, *others: Tensor | None) -> None:
@@ -182,7 +207,11 @@ def _check_tensor(name: str, tensor: object, dtypes: Collection[torch.dtype]) ->
         probabilities = name == "target" and tensor.is_floating_point()
         raise TypeError(
             f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, dtypes))}"
-            + (": class indices only, no probabilities" if probabilities else "")
+            + (
+                ": class indices only; torch.nn.functional.cross_entropy takes probabilities"
+                if probabilities
+                else ""
+            )
         )
 
 

@@ -75,9 +75,9 @@ struct Call {
         }
         if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
 
-        const Inputs converted{inputs.logits,   inputs.target,       inputs.weight,
-                               pixel_weight,    inputs.class_levels, inputs.ignore_index,
-                               inputs.gradient, inputs.align_corners};
+        const Inputs converted{inputs.logits,   inputs.target,          inputs.weight,
+                               pixel_weight,    inputs.class_levels,    inputs.ignore_index,
+                               inputs.gradient, inputs.label_smoothing, inputs.align_corners};
         if (inputs.align_corners) {
             upsampling = converted.upsampling(grad);
             problem.layout.batch = upsampling.batch;

@@ -3,7 +3,11 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
+
+#include <cmath>
 
 #include "../inputs.h"
 #include "gradient_memory.h"
@@ -60,8 +64,8 @@ std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, IAL_COMBINE_PARAMETE
             *loss += image;
     }
     if (c.reduction == Reduction::kMean) {
-        const double weight = c.weight();
-        *loss = weight != 0 ? *loss / weight : 0;
+        const double divisor = c.mean_divisor();
+        *loss = divisor != 0 ? *loss / divisor : 0;
     }
     losses = losses.to(dtype);
     return {none ? losses : losses.squeeze(0), shared};
@@ -75,12 +79,47 @@ Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_CO
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     const double* g = grad.const_data_ptr<double>();
     double* to = result.mutable_data_ptr<double>();
-    const double weight = c.weight();
+    const double mean_divisor = c.mean_divisor();
     if (c.pool_batch)
-        combine_backward(c, 0, c.batch, g, weight, to);
+        combine_backward(c, 0, c.batch, g, mean_divisor, to);
     else
-        for (int64_t n = 0; n < c.batch; ++n) combine_backward(c, n, n + 1, g, weight, to);
+        for (int64_t n = 0; n < c.batch; ++n) combine_backward(c, n, n + 1, g, mean_divisor, to);
     return result;
+}
+
+LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
+                              std::optional<bool> align_corners, const OptionalTensor& expected,
+                              std::optional<bool>) {
+    TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
+    check_expected(expected, logits);
+    const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const Tensor stats = reduce_cpu(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
+    const auto [loss, f] = combine_cpu(stats, IAL_COMBINE_ARGUMENTS, dtype);
+    const Tensor one = at::ones({}, stats.options());
+    const Tensor computed_for = expected ? expected->select(0, 0).clone() : one;
+    const Tensor grad_stats = combine_backward_cpu(stats, one, IAL_COMBINE_ARGUMENTS);
+    Tensor grad = at::empty({0}, logits.options());
+    if (Inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners}.one_pass(expected))
+        grad = reduce_backward_cpu(logits, at::mul(grad_stats, computed_for), IAL_PIXEL_ARGUMENTS,
+                                   align_corners);
+    return {loss, f, stats, grad_stats, grad, computed_for};
+}
+
+void rescale_cpu(const Tensor& grad, const Tensor& grad_loss, const Tensor& computed_for,
+                 const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
+                 std::optional<bool> align_corners, const OptionalTensor& expected) {
+    const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
+    inputs.check();
+    inputs.check_grad(grad);
+    check_grad_loss(grad_loss, grad_stats, 1);
+    check_expected(expected, logits);
+    const double incoming = grad_loss.item<double>();
+    if (incoming != computed_for.item<double>())
+        reduce_backward_into(inputs, at::mul(grad_stats, incoming), grad, /*fresh=*/true);
+    if (!expected) return;
+    double* const state = expected->mutable_data_ptr<double>();
+    if (incoming == state[1] && std::isfinite(incoming)) state[0] = incoming;
+    state[1] = incoming;
 }
 
 }  // namespace
@@ -102,6 +141,8 @@ TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {
     m.impl("reduce_backward_", reduce_backward_inplace_cpu);
     m.impl("combine", combine_cpu);
     m.impl("combine_backward", combine_backward_cpu);
+    m.impl("loss_and_grad", loss_and_grad_cpu);
+    m.impl("rescale_", rescale_cpu);
 }
 
 }  // namespace ial

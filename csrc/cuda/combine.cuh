@@ -41,8 +41,8 @@ struct Combined {
         if (c.reduction == Reduction::kNone || threadIdx.x > 0) return;
         double total = 0;
         for (int64_t n = 0; n < c.batch; ++n) total += image_losses[n];
-        const double weight = c.reduction == Reduction::kMean ? c.weight() : 1;
-        *loss = static_cast<L>(weight != 0 ? total / weight : 0);
+        const double divisor = c.reduction == Reduction::kMean ? c.mean_divisor() : 1;
+        *loss = static_cast<L>(divisor != 0 ? total / divisor : 0);
     }
 };
 
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
                             double* grad_stats) {
     c.lambdas = lambdas.value;
     c.stats = stage_stats(c, fits);
-    write_grad_stats(c, grad_loss, c.weight(), grad_stats);
+    write_grad_stats(c, grad_loss, c.mean_divisor(), grad_stats);
 }
 
 }  // namespace ial::gpu

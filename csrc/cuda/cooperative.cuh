@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
         combine.lambdas = lambdas.value;
         combine.stats = stats;
         combine.batch = images;
-        const double weight = call.weight ? sum_blocks(call.weight, call.weights) : combine.weight();
+        const double weight = call.weight ? sum_blocks(call.weight, call.weights) : combine.mean_divisor();
         write_grad_stats(combine, UnitGradient(), weight, grad_stats);
         __syncthreads();
         if (blockIdx.x == 0)

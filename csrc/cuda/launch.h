@@ -72,8 +72,9 @@ struct Arguments {
     Inputs inputs;  // with these weights
 
     explicit Arguments(const Inputs& given)
-        : inputs{given.logits,       given.target,       weight,         pixel_weight,
-                 given.class_levels, given.ignore_index, given.gradient, given.align_corners} {
+        : inputs{given.logits,   given.target,          weight,
+                 pixel_weight,   given.class_levels,    given.ignore_index,
+                 given.gradient, given.label_smoothing, given.align_corners} {
         constexpr at::ScalarType arithmetic = c10::CppTypeToScalarType<A>::value;
         if (given.weight) weight = given.weight->to(arithmetic).contiguous();
         if (given.pixel_weight) pixel_weight = given.pixel_weight->to(arithmetic);

@@ -3,7 +3,8 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones_like.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -57,9 +58,10 @@ struct Operators {
         write_grad({logits, IAL_PIXEL_ARGUMENTS}, grad_stats, {}, logits);
     }
 
-    static void rescale_(const Tensor& grad, const Tensor& grad_loss, const Tensor& logits,
-                         const Tensor& grad_stats, IAL_PIXEL_PARAMETERS) {
-        write_grad({logits, IAL_PIXEL_ARGUMENTS}, grad_stats, grad_loss, grad);
+    static void rescale_(const Tensor& grad, const Tensor& grad_loss, const Tensor& computed_for,
+                         const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
+                         std::optional<bool> align_corners, const OptionalTensor& expected) {
+        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, at::mul(grad_stats, grad_loss), {}, grad);
     }
 
     static std::tuple<Tensor, Tensor> combine(const Tensor& stats, IAL_COMBINE_PARAMETERS,
@@ -91,33 +93,22 @@ struct Operators {
         return grad_stats;
     }
 
-    static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> loss_and_grad(const Tensor& logits,
-                                                                            IAL_PIXEL_PARAMETERS,
-                                                                            IAL_COMBINE_PARAMETERS) {
-        const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS};
-        inputs.check();
-        check_limits(logits.size(0), logits.size(1), inputs.levels());
-        const Launcher launcher(logits);
+    static LossAndGrad loss_and_grad(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
+                                     std::optional<bool> align_corners, const OptionalTensor& expected,
+                                     std::optional<bool> one_launch) {
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
+        check_expected(expected, logits);
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        if (!has_one_launch(launcher, logits, target, pixel_weight, inputs.levels(), factor_scope)) {
-            const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, {});
-            const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
-            const Tensor grad_stats = combine_backward(stats, at::ones_like(loss), IAL_COMBINE_ARGUMENTS);
-            const Tensor grad = reduce_backward(logits, grad_stats, IAL_PIXEL_ARGUMENTS, {});
-            return {loss, f, stats, grad_stats, grad};
-        }
-        const Tensor stats =
-            at::empty({logits.size(0), inputs.levels(), kStats}, logits.options().dtype(at::kDouble));
-        const Tensor grad_stats = at::empty_like(stats), grad = at::empty_like(logits);
-        const CombineArguments arguments(make_combine(stats, IAL_COMBINE_ARGUMENTS));
-        const CombineResults results(arguments.combine, stats.options(), dtype);
-        AT_DISPATCH_FLOATING_TYPES_AND2(
-            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
-                Kernels<typename Native<scalar_t>::type, Launcher>::loss_and_grad(
-                    launcher, inputs, arguments, inputs.exact(), stats, grad_stats, grad, results);
-            });
-        return {results.loss, results.f, stats, grad_stats, grad};
+        const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
+        const Tensor one = at::ones({}, stats.options());
+        const Tensor computed_for = expected ? expected->select(0, 0).clone() : one;
+        const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
+        const Tensor grad_stats = combine_backward(stats, one, IAL_COMBINE_ARGUMENTS);
+        Tensor grad = at::empty({0}, logits.options());
+        if (Inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners}.one_pass(expected))
+            grad = reduce_backward(logits, at::mul(grad_stats, computed_for), IAL_PIXEL_ARGUMENTS,
+                                   align_corners);
+        return {loss, f, stats, grad_stats, grad, computed_for};
     }
 
     // Whether one launch will be faster than several: an image, or all that are pooled, stay on the chip.
@@ -137,7 +128,6 @@ struct Operators {
         m.impl("combine_backward", combine_backward);
         m.impl("loss_and_grad", loss_and_grad);
         m.impl("rescale_", rescale_);
-        m.impl("fits_on_chip", fits_on_chip);
     }
 
  private:
