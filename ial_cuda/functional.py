@@ -301,12 +301,12 @@ class ExpectedGradient:
     """
 
     def __init__(self) -> None:
-        self.state: Tensor | None = None  #: (2,) float64: the expected one, and the last one
+        self.states: dict[torch.device, Tensor] = {}  #: (2,) float64: the expected one, and the last one
 
     def on(self, device: torch.device) -> Tensor:
-        if self.state is None or self.state.device != device:
-            self.state = torch.ones(2, dtype=torch.float64, device=device)
-        return self.state
+        if device not in self.states:
+            self.states[device] = torch.ones(2, dtype=torch.float64, device=device)
+        return self.states[device]
 
 
 def _warn_of_rows(logits: Tensor, options: Options) -> None:

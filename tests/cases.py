@@ -14,7 +14,7 @@ import pytest
 import simt
 import torch
 
-from ial_cuda import Hierarchy, backends, importance_aware_loss
+from ial_cuda import Hierarchy, ImportanceAwareLoss, backends
 
 
 def device_of(backend: str) -> str:
@@ -49,6 +49,8 @@ EMULATED = ["simt", "simt_one_launch", *["triton"] * interpreted.INTERPRETED]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])
+#: With one level the kernels make one pass, and the backward pass hands its gradient out.
+ONE_AND_FOUR = pytest.mark.parametrize("hierarchy", [Hierarchy.flat(5), HIERARCHY], ids=["one", "four"])
 OPTIONS = {
     "alpha": [1.0, 0.3],
     "lambdas": [0.5, (0.2, 0.0, 1.5)],
@@ -117,21 +119,14 @@ def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **opt
     """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
     device = device_of(backend)
     leaf = move(logits, device).requires_grad_()
-    weights = {
-        name: move(options.pop(name), device)
-        for name in ("weight", "pixel_weight")
-        if options.get(name) is not None
-    }
+    weight, pixel_weight, divisor = (
+        move(value, device) if isinstance(value, torch.Tensor) else value
+        for value in (options.pop(name, None) for name in ("weight", "pixel_weight", "divisor"))
+    )
+    # The module: without its expectation, float16 logits take two passes.
+    criterion = ImportanceAwareLoss(hierarchy, weight, backend=backend, return_components=True, **options)
     with poisoned():
-        loss, components = importance_aware_loss(
-            leaf,
-            move(target, device),
-            hierarchy,
-            backend=backend,
-            return_components=True,
-            **weights,
-            **options,
-        )
+        loss, components = criterion(leaf, move(target, device), pixel_weight, divisor=divisor)
         upstream = torch.ones_like(loss) if grad_output is None else grad_output.to(loss)
         (grad,) = torch.autograd.grad(loss, leaf, upstream)
     return loss.detach().cpu(), grad.cpu(), tuple(value.cpu() for value in components)
@@ -144,6 +139,8 @@ def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
         for name in ("weight", "pixel_weight")
         if options.get(name) is not None
     }
+    if options.get("divisor") is not None:
+        options["divisor"] = float(options["divisor"])
     return oracle.importance_aware_loss(
         logits.detach().double().numpy(),
         target.numpy(),
@@ -154,17 +151,21 @@ def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
     )
 
 
-def scales(logits, target, expected, *, weight=None, pixel_weight=None, **options):
+def scales(logits, target, expected, plain=None, *, weight=None, pixel_weight=None, **options):
     """What the rounding of each result is relative to: its size, and what pixels that are nearly right add.
 
     In such a pixel a tiny 1 - pi, and a tiny -log pi, is left of numbers near 1 and bears their rounding. For
     f_t that is sqrt(2 f_t (1 + lambda_t)) by Cauchy's inequality, for S_k the weight of the pixels, for the
-    loss that weight times the factors, for the gradient the factor of (p - 1), read off the gradient itself.
+    loss that weight times the factors, for the gradient the factor of (p - 1), read off the gradient itself,
+    which is that of `plain`, the result without label smoothing.
     """
+    plain = expected if plain is None else plain
     pixels = target.numel()
     weights = pixels * (1 if weight is None else largest(weight.double().numpy()))
     if pixel_weight is not None and pixels:
         weights *= largest(pixel_weight.double().numpy())
+    mean, divisor = options.get("reduction", "mean") == "mean", options.get("divisor")
+    divisor = None if divisor is None else float(divisor)
     compared = 1 if options.get("factor_normalization", "mean") == "mean" else pixels
     f = largest(expected.f)
     f_scale = np.sqrt(2 * f * (1 + np.max(options.get("lambdas", 0.5), initial=0)) * compared)
@@ -174,10 +175,10 @@ def scales(logits, target, expected, *, weight=None, pixel_weight=None, **option
     is_class = (target >= 0) & (target < logits.shape[1])
     y = target.where(is_class, 0).unsqueeze(1)
     missing = (1 - torch.softmax(logits.double(), 1).gather(1, y).squeeze(1)).numpy()
-    at_target = torch.from_numpy(expected.grad).gather(1, y).squeeze(1).abs().numpy()
+    at_target = torch.from_numpy(plain.grad).gather(1, y).squeeze(1).abs().numpy()
     counts = is_class.numpy() & (missing > 0)
     added = {
-        "loss": lead * (1 if options.get("reduction", "mean") == "mean" else weights),
+        "loss": lead * (1 if mean and divisor is None else weights / (divisor or 1)),
         "grad": largest(at_target[counts] / missing[counts]),
         "f": f_scale,
         "F": f_scale,
@@ -204,9 +205,9 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
     What is not finite must be so in the same way in the truth or in the eager result.
     """
     expected = truth(logits, target, hierarchy, **options)
-    judge(
-        backend, logits, target, hierarchy, expected, scales(logits, target, expected, **options), **options
-    )
+    plain = truth(logits, target, hierarchy, **options | {"label_smoothing": 0.0})
+    scale = scales(logits, target, expected, plain, **options)
+    judge(backend, logits, target, hierarchy, expected, scale, **options)
 
 
 def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corners=False, **options):
@@ -216,7 +217,8 @@ def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corne
     y, x = (oracle.interpolation(*sizes, align_corners) for sizes in zip(logits.shape[2:], size, strict=True))
     fine = torch.from_numpy(oracle.upsample(logits.detach().double().numpy(), y, x))
     expected = truth(fine, target, hierarchy, **options)
-    scale = scales(fine, target, expected, **options)
+    plain = truth(fine, target, hierarchy, **options | {"label_smoothing": 0.0})
+    scale = scales(fine, target, expected, plain, **options)
     scale = {name: value * (1 + largest(fine.numpy())) for name, value in scale.items()}
     scale["grad"] *= y.sum(0).max() * x.sum(0).max()
     expected = replace(expected, grad=oracle.upsample(expected.grad, y.T, x.T))

@@ -36,19 +36,21 @@ class Result:
     count: NDArray[np.int64]  # (N, g): valid pixels of each group
 
 
-def _pixels(X: Array, q: NDArray[np.bool_]) -> tuple[Array, Array, Array, Array]:
-    """What a pixel knows without the others: l (Eq. 1), h (Eq. 18), X-bar and its exact derivative by X.
+def _pixels(X: Array, q: NDArray[np.bool_], W: Array) -> tuple[Array, Array, Array, Array]:
+    """What a pixel knows without the others: w l (Eq. 1), w h (Eq. 18), X-bar and its exact derivative by X.
+
+    W (C, P) weighs the -log p of each class: w at the pixel's own, and label smoothing gives others a share.
 
     X-bar_ij is entry c = Y_ij of the pixel's vector "normalized to [0, 1]" (footnote 1): of its softmax.
     """
     X = X - X.max(axis=0)  # the softmax does not see it, and exp cannot overflow
     log_p = X - np.log(np.exp(X).sum(axis=0))
     p = np.exp(log_p)
-    l_G = -log_p.sum(axis=0, where=q)  # Eq. 1
-    h = np.where(q, p - 1, p)  # Eq. 18
+    wl = -(W * log_p).sum(axis=0, where=W != 0)  # Eqs. 1, 2
+    wh = W.sum(axis=0) * p - W  # Eq. 18, which has w (p - q)
     X_bar = p.sum(axis=0, where=q)
     dX_bar = X_bar * (q - p)  # (C, P): row Y of the softmax's Jacobian
-    return l_G, h, X_bar, dX_bar
+    return wl, wh, X_bar, dX_bar
 
 
 def _chain(
@@ -103,11 +105,15 @@ def importance_aware_loss(
     factor_normalization: str = "mean",
     factor_scope: str = "image",
     gradient: str = "exact",
+    label_smoothing: float = 0.0,
+    divisor: float | None = None,
     grad_output: ArrayLike | None = None,
 ) -> Result:
     """Loss and gradient for logits (N, C, *spatial), target (N, *spatial); levels least important first.
 
-    reduction="mean" divides the sum of the images' IAL by the sum of w = weight[Y] * pixel_weight.
+    reduction="mean" divides the sum of the images' IAL by the sum of w = weight[Y] * pixel_weight, or by
+    divisor.
+    label_smoothing mixes the one-hot q with the uniform distribution, as F.cross_entropy does, in l alone.
     gradient="exact" is the true derivative, "paper" Eqs. 9-19 to the letter: Eq. 15 lets X-bar depend on its
     own channel only. Where the paper is silent on the rest, design.md's table decides.
     """
@@ -128,28 +134,32 @@ def importance_aware_loss(
     assert ((Y >= 0) & (Y < C)).all(), "a label outside [0, C) that is not ignore_index"
     image = np.repeat(np.arange(N), int(np.prod(spatial)))[valid]
     level = level_of_class[Y]
-    w = np.ones(len(Y)) if weight is None else np.asarray(weight, dtype=np.float64)[Y]
+    of_class = np.ones(C) if weight is None else np.asarray(weight, dtype=np.float64)
+    of_pixel = np.ones(len(Y))
     if pixel_weight is not None:
         assert np.shape(pixel_weight) == target.shape, np.shape(pixel_weight)
-        w = w * np.asarray(pixel_weight, dtype=np.float64).ravel()[valid]
+        of_pixel = np.asarray(pixel_weight, dtype=np.float64).ravel()[valid]
+    w = of_class[Y] * of_pixel
 
     q = np.arange(C)[:, None] == Y
-    l_G, h, X_bar, dX_bar = _pixels(X, q)
+    mixed = q if label_smoothing == 0 else (1 - label_smoothing) * q + label_smoothing / C
+    wl, wh, X_bar, dX_bar = _pixels(X, q, np.where(mixed != 0, mixed * of_class[:, None] * of_pixel, 0.0))
     if gradient == "paper":
         dX_bar = np.where(q, dX_bar, 0.0)  # Eq. 15: X-bar (1 - X-bar) at c = Y, zero elsewhere
 
     groups = [[(image == n) & (level == k) for k in range(g)] for n in range(N)]
-    S = np.array([[w[G] @ l_G[G] for G in row] for row in groups]).reshape(N, g)  # Eqs. 1, 2: w^T l
+    S = np.array([[wl[G].sum() for G in row] for row in groups]).reshape(N, g)  # w^T l
     count = np.array([[G.sum() for G in row] for row in groups], dtype=np.int64).reshape(N, g)
 
     # The gradient of each image's IAL: grad_output over the reduction's divisor.
-    divisor = {"mean": w.sum(), "sum": 1.0, "none": 1.0}[reduction]
+    assert divisor is None or reduction == "mean", reduction
+    divisor = {"mean": w.sum() if divisor is None else divisor, "sum": 1.0, "none": 1.0}[reduction]
     scale = 1 / divisor if divisor != 0 else 0.0
     shape = (N,) if reduction == "none" else ()
     upstream = np.ones(shape) if grad_output is None else np.asarray(grad_output, dtype=np.float64)
     assert upstream.shape == shape, (upstream.shape, shape)
     r = np.broadcast_to(upstream * scale, (N,))
-    dl = r[image] * w * h  # Eq. 19
+    dl = r[image] * wh  # Eq. 19
 
     scopes = [[n] for n in range(N)] if factor_scope == "image" else [list(range(N))]
     f, IAL, dX = np.zeros((len(scopes), g - 1)), np.zeros(N), np.zeros_like(X)

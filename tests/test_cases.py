@@ -7,6 +7,8 @@ import pytest
 import torch
 from test_oracle import LAYOUTS
 
+from ial_cuda import functional
+
 
 class Handed(Exception):
     """Ends the call: there are no kernels for tensors without memory."""
@@ -21,12 +23,12 @@ def test_strides_and_offsets_survive_the_way_to_a_device(layout, monkeypatch):
     weight = torch.rand(10)[::2]
     handed = []
 
-    def remember(logits, target, *_, weight, pixel_weight, **options):
+    def remember(logits, target, weight, pixel_weight, *_):
         handed.extend([logits, target, pixel_weight, weight])
         raise Handed
 
     monkeypatch.setattr(cases, "device_of", lambda backend: "meta")
-    monkeypatch.setattr(cases, "importance_aware_loss", remember)
+    monkeypatch.setattr(functional, "compute_loss", remember)
     with pytest.raises(Handed):
         cases.run("cuda", logits, target, weight=weight, pixel_weight=pixel_weight)
     for tensor, given in zip(handed, (logits, target, pixel_weight, weight), strict=True):

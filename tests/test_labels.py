@@ -16,9 +16,9 @@ from ial_cuda import (
     CAMVID,
     Hierarchy,
     ImportanceAwareLoss,
+    cross_entropy,
     importance_aware_loss,
     reference,
-    upsampled_cross_entropy,
     validate_target,
     validation,
 )
@@ -133,13 +133,11 @@ def test_255_is_no_default_where_it_is_a_class(backend):
     with pytest.raises(ValueError, match=message):
         reference.importance_aware_loss(logits, target, Options(Hierarchy.flat(256)))
     coarse = logits[..., None]
-    with pytest.raises(ValueError, match=message):
-        upsampled_cross_entropy(coarse, target[..., None], backend=backend)
     expected = torch.nn.functional.cross_entropy(logits, target)
     for ignore_index in (-100, np.int64(-100), torch.tensor(-100)):
         loss = importance_aware_loss(logits, target, 256, ignore_index=ignore_index, backend=backend)
         torch.testing.assert_close(loss, expected)
-    loss = upsampled_cross_entropy(coarse, target[..., None], ignore_index=-100, backend=backend)
+    loss = cross_entropy(coarse, target[..., None], upsample="bilinear", backend=backend)
     torch.testing.assert_close(loss, expected)
     assert importance_aware_loss(logits, target, 256, ignore_index=255, backend=backend) == 0
 

@@ -20,9 +20,9 @@ from ial_cuda import (
     Hierarchy,
     ImportanceAwareLoss,
     backends,
+    cross_entropy,
     extension,
     importance_aware_loss,
-    upsampled_cross_entropy,
 )
 
 LOGITS, TARGET = make_logits((2, 5, 6, 7), torch.float32), make_target((2, 6, 7), 5)
@@ -135,7 +135,7 @@ def test_bad_arguments(name, backend):
 
 
 # The operators check for themselves what their kernels rely on, since anyone can call them.
-OPERATOR = dict(logits=LOGITS, target=TARGET, weight=None, pixel_weight=None, class_levels=[1, 2, 3, 0, 1], ignore_index=255, gradient="exact", inplace=False)  # fmt: skip
+OPERATOR = dict(logits=LOGITS, target=TARGET, weight=None, pixel_weight=None, class_levels=[1, 2, 3, 0, 1], ignore_index=255, gradient="exact", label_smoothing=0.0, inplace=False)  # fmt: skip
 BAD_FOR_OPERATOR = {
     "rank": (dict(logits=torch.zeros(2)), ValueError, "logits has shape [2], expected (N, C, *spatial)"),
     "dtype": (dict(logits=LOGITS.long()), TypeError, "logits has dtype Long, expected float64, float32, float16 or bfloat16"),
@@ -151,6 +151,7 @@ BAD_FOR_OPERATOR = {
     "pixel_weight": (dict(pixel_weight=torch.ones(6, 7)), ValueError, "pixel_weight has shape [6, 7], expected"),
     "pixel_weight dtype": (dict(pixel_weight=TARGET), TypeError, "pixel_weight has dtype Long, expected a floating type"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected 'exact' or 'paper'"),
+    "label_smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing is 1.5, expected 0 to 1"),
 }  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def test_bad_arguments_of_the_operator(name, backend):
 @pytest.mark.parametrize("backend", LIBRARIES)
 def test_bad_sums(backend):
     ops = backends.get(backend).operators()
-    rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact")
+    rest = (TARGET, None, None, [1, 2, 3, 0, 1], 255, "exact", 0.0)
     double, single = ("torch.float64", "torch.float32") if backend == "triton" else ("Double", "Float")
     expected = rf"grad_stats has shape .*, expected \(2, 4, 5\) of {double}, contiguous, on cpu"
     for sums in (torch.zeros(2, 4, 4).double(), torch.zeros(2, 4, 5), torch.zeros(1, 4, 5).double()):
@@ -200,13 +201,15 @@ def test_bad_sums(backend):
             ops.reduce_backward(LOGITS, sums, *rest)
     stats = torch.zeros(2, 4, 5, dtype=torch.float64)
     with pytest.raises(ValueError, match="lambdas has 2 values, expected 3 for 4 levels"):
-        ops.combine(stats, [0.5, 0.5], 1.0, "mean", "mean", "image", torch.float32)
+        ops.combine(stats, None, [0.5, 0.5], 1.0, "mean", "mean", "image", torch.float32)
     with pytest.raises(ValueError, match=rf"stats has shape .* of {single}.*, expected \(.*5\) of {double}"):
-        ops.combine(stats.float(), [0.5] * 3, 1.0, "mean", "mean", "image", torch.float32)
+        ops.combine(stats.float(), None, [0.5] * 3, 1.0, "mean", "mean", "image", torch.float32)
     with pytest.raises(ValueError, match=r"stats has shape .2, 0, 5. of .*, expected \(.*5\) of"):
-        ops.combine(stats[:, :0], [], 1.0, "mean", "mean", "image", torch.float32)
+        ops.combine(stats[:, :0], None, [], 1.0, "mean", "mean", "image", torch.float32)
     with pytest.raises(ValueError, match=r"grad_loss has shape .3,?., expected 2 value\(s\)"):
-        ops.combine_backward(stats, torch.zeros(3), [0.5] * 3, 1.0, "none", "mean", "image")
+        ops.combine_backward(stats, torch.zeros(3), None, [0.5] * 3, 1.0, "none", "mean", "image")
+    with pytest.raises(ValueError, match=r"divisor has shape .*, expected one value of"):
+        ops.combine(stats, torch.ones(2), [0.5] * 3, 1.0, "mean", "mean", "image", torch.float32)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------
@@ -260,7 +263,9 @@ def test_compiled_functions_take_what_eager_ones_take(backend, hierarchy):
     def step(logits, target, alpha):
         options = dict(lambdas=[alpha] * 3 if hierarchy is HIERARCHY else 1, backend=backend)
         loss = importance_aware_loss(logits, target, hierarchy, weight=[1.0] * 5, alpha=alpha, **options)
-        return loss + upsampled_cross_entropy(logits, target.repeat(1, 2, 3), backend=backend)
+        return loss + cross_entropy(
+            logits, target.repeat(1, 2, 3), ignore_index=255, upsample="bilinear", backend=backend
+        )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for alpha in (1.0, 0.5, 3.0):

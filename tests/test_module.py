@@ -29,10 +29,12 @@ OPTIONS = dict(
     factor_normalization="sum",
     factor_scope="batch",
     gradient="paper",
+    label_smoothing=0.1,
     upsample="bilinear",
     align_corners=True,
     backend="reference",
     inplace=True,
+    grad_in_forward=False,
     return_components=True,
 )
 
@@ -65,10 +67,12 @@ BAD = {
     "factor_normalization": (dict(factor_normalization=None), ValueError, "factor_normalization is None, expected one of"),
     "factor_scope": (dict(factor_scope="pixel"), ValueError, "factor_scope is 'pixel', expected one of"),
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of"),
+    "label_smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing is 1.5, expected a number from 0 to 1"),
     "upsample": (dict(upsample=True), ValueError, "upsample is True, expected one of None, 'bilinear'"),
     "align_corners": (dict(align_corners="no"), TypeError, "align_corners is 'no' (str), expected a bool"),
     "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto'"),
     "inplace": (dict(inplace="no"), TypeError, "inplace is 'no' (str), expected a bool"),
+    "grad_in_forward": (dict(grad_in_forward=1), TypeError, "grad_in_forward is 1 (int), expected a bool"),
     "return_components": (dict(return_components=None), TypeError, "return_components is None (NoneType), expected a bool"),
     "process_group": (dict(process_group=1), NotImplementedError, "process_group is a int, expected None"),
 }  # fmt: skip
@@ -111,7 +115,7 @@ def test_every_option_is_an_attribute_and_documented():
 def test_signatures_have_every_option_and_its_default(call):
     options = {field.name: field.default for field in dataclasses.fields(Options)[1:]}
     parameters = inspect.signature(call).parameters
-    given = {"logits", "target", "hierarchy", "weight", "pixel_weight"}
+    given = {"logits", "target", "hierarchy", "weight", "pixel_weight", "divisor"}
     assert {name: parameters[name].default for name in parameters if name not in given} == options
     assert {*OptionArguments.__annotations__, "return_components"} == set(options)
     for name in options:

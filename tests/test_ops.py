@@ -30,8 +30,8 @@ from ial_cuda import (
     CITYSCAPES,
     ImportanceAwareLoss,
     backends,
+    cross_entropy,
     importance_aware_loss,
-    upsampled_cross_entropy,
 )
 
 SPATIAL = (24, 40)
@@ -53,24 +53,34 @@ def op_arguments(backend):
     weight = torch.rand(5, device=device)
     pixel_weight = torch.rand(2, *SPATIAL, device=device)
     ops = backends.get(backend).operators()
-    stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", False)
-    pooled = (LAMBDAS, 1.0, "mean", "mean", "batch")
-    grad_stats = ops.combine_backward(stats, torch.ones((), device=device), *pooled)
+    stats = ops.reduce(logits, target, weight, pixel_weight, LEVELS, 255, "exact", 0.1, False)
+    pooled = (torch.full((), 70.0, device=device).double(), LAMBDAS, 1.0, "mean", "mean", "batch")
+    one, incoming = torch.ones((), device=device).double(), torch.tensor(0.5, device=device)
+    grad_stats = ops.combine_backward(stats, one, *pooled)
     rest = (target, weight, pixel_weight, LEVELS, 255)
+    flat = (target, weight, None, [0] * 5, 255, "exact", 0.0)
+    expected = torch.ones(2, device=device).double()
+    leaf = logits.clone().requires_grad_()
     return {
-        "reduce": (ops.reduce, (logits.clone().requires_grad_(), *rest, "exact", False)),
-        "reduce_plain": (
-            ops.reduce,
-            (logits.clone().requires_grad_(), target, None, None, LEVELS, 255, "paper", False),
-        ),
-        "reduce_backward": (ops.reduce_backward, (logits, grad_stats, *rest, "exact")),
-        "reduce_backward_": (ops.reduce_backward_, (logits.clone(), grad_stats, *rest, "paper")),
+        "reduce": (ops.reduce, (leaf, *rest, "exact", 0.1, False)),
+        "reduce_plain": (ops.reduce, (leaf, target, None, None, LEVELS, 255, "paper", 0.0, False)),
+        "reduce_backward": (ops.reduce_backward, (logits, grad_stats, *rest, "exact", 0.1)),
+        "reduce_backward_": (ops.reduce_backward_, (logits.clone(), grad_stats, *rest, "paper", 0.0)),
         "combine": (ops.combine, (stats.clone().requires_grad_(), *pooled, torch.float32)),
         "combine_none": (
             ops.combine,
-            (stats.clone().requires_grad_(), LAMBDAS, 1.0, "none", "sum", "image", torch.float64),
+            (stats.clone().requires_grad_(), None, LAMBDAS, 1.0, "none", "sum", "image", torch.float64),
         ),
-        "combine_backward": (ops.combine_backward, (stats, torch.ones((), device=device), *pooled)),
+        "combine_backward": (ops.combine_backward, (stats, one, *pooled)),
+        "loss_and_grad": (ops.loss_and_grad, (leaf, *rest, "exact", 0.1, *pooled, None, None, False)),
+        "loss_and_grad_flat": (
+            ops.loss_and_grad,
+            (leaf, *flat, None, [], 1.0, "mean", "mean", "image", None, expected, None),
+        ),
+        "rescale_": (
+            ops.rescale_,
+            (logits.clone(), incoming, one, logits, grad_stats[:, :1].contiguous(), *flat, None, expected),
+        ),
     }
 
 
@@ -89,6 +99,9 @@ TRACEABLE = [b for b in BACKENDS if b.values[0] not in EMULATED]
         "combine",
         "combine_none",
         "combine_backward",
+        "loss_and_grad",
+        "loss_and_grad_flat",
+        "rescale_",
     ],
 )
 def test_opcheck(backend, name):
@@ -133,8 +146,8 @@ NUMBERS = {
     "hierarchy": lambda logits, target, value, backend: importance_aware_loss(
         logits, target, logits.shape[1], alpha=value, backend=backend
     ),
-    "classes": lambda logits, target, value, backend: upsampled_cross_entropy(
-        logits[:, : 4 + value], target, backend=backend
+    "classes": lambda logits, target, value, backend: cross_entropy(
+        logits[:, : 4 + value], target, ignore_index=255, upsample="bilinear", backend=backend
     ),
 }
 

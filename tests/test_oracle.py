@@ -12,6 +12,7 @@ from cases import (
     DTYPES,
     EMULATED,
     HIERARCHY,
+    ONE_AND_FOUR,
     OPTIONS,
     camvid_labels,
     check,
@@ -71,6 +72,62 @@ def test_every_dtype_and_rank(backend, dtype, gradient, hierarchy, spatial):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", OPTIONS["gradient"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+@ONE_AND_FOUR
+def test_label_smoothing(backend, dtype, gradient, layout, smoothing, hierarchy):
+    target = make_target((2, 7, 61), 5)
+    check(
+        backend,
+        make_logits((2, 5, 7, 61), dtype).contiguous(memory_format=layout),
+        target,
+        hierarchy,
+        weight=WEIGHT,
+        pixel_weight=torch.rand(target.shape, generator=torch.Generator().manual_seed(1)),
+        gradient=gradient,
+        label_smoothing=smoothing,
+        grad_output=torch.tensor(-0.6),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("classes", [2, 19, 33, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_label_smoothing_of_any_number_of_classes(backend, classes, dtype):
+    logits, target = make_logits((1, classes, 5, 64), dtype), make_target((1, 5, 64), classes)
+    check(backend, logits, target, Hierarchy.flat(classes), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
+@pytest.mark.parametrize("divisor", [0, 7, 123.25, torch.tensor(311), torch.tensor(0.5)], ids=str)
+@ONE_AND_FOUR
+def test_divisor(backend, dtype, scope, divisor, hierarchy):
+    logits, target = make_logits((3, 5, 9, 16), dtype), make_target((3, 9, 16), 5)
+    check(backend, logits, target, hierarchy, weight=WEIGHT, factor_scope=scope, divisor=divisor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("incoming", [1.0, -0.6, 65536.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_level_for_any_incoming_gradient(backend, reduction, incoming, dtype):
+    """Other than 1, it is computed again: a rounded gradient, in float16 with its range, cannot be scaled."""
+    check(
+        backend,
+        make_logits((2, 5, 8, 64), dtype),
+        make_target((2, 8, 64), 5),
+        Hierarchy.flat(5),
+        weight=WEIGHT,
+        reduction=reduction,
+        grad_output=torch.tensor(incoming),
+    )
+
+
 # (N, C, *spatial) logits made of a larger or permuted tensor; none of them is copied.
 LAYOUTS = {
     "contiguous": lambda make: make(2, 5, 20, 37),
@@ -93,10 +150,11 @@ LAYOUTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(backend, dtype, layout):
+@ONE_AND_FOUR
+def test_every_layout(backend, dtype, layout, hierarchy):
     logits = LAYOUTS[layout](lambda *shape: make_logits(shape, dtype))
     target = make_target((2, *logits.shape[2:]), 5)
-    check(backend, logits, target, weight=WEIGHT)
+    check(backend, logits, target, hierarchy, weight=WEIGHT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,7 +172,8 @@ def test_every_number_of_classes_side_by_side(backend, dtype, classes):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 @pytest.mark.parametrize("strided", [False, True], ids=["dense", "strided"])
-def test_every_target(backend, dtype, strided):
+@ONE_AND_FOUR
+def test_every_target(backend, dtype, strided, hierarchy):
     logits = make_logits((2, 5, 12, 90), torch.float32)
     target = (
         make_target((2, 12, 180), 5, dtype=dtype)[..., ::2]
@@ -125,7 +184,7 @@ def test_every_target(backend, dtype, strided):
     weight = WEIGHT.repeat_interleave(2)[::2]
     if not strided:
         weight, weights = weight.contiguous(), weights.contiguous()
-    check(backend, logits, target, weight=weight, pixel_weight=weights)
+    check(backend, logits, target, hierarchy, weight=weight, pixel_weight=weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -138,8 +197,9 @@ def test_every_ignore_index(backend, ignore_index):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 11, 19, 21, 32, 33, 59, 150, 171, 1000])
-def test_every_number_of_classes(backend, dtype, classes):
-    levels = [list(range(k, classes, 4)) for k in range(min(4, classes))]
+@pytest.mark.parametrize("most", [1, 4])
+def test_every_number_of_classes(backend, dtype, classes, most):
+    levels = [list(range(k, classes, most)) for k in range(min(most, classes))]
     logits = make_logits((2, classes, 9, 11), dtype)
     target = make_target((2, 9, 11), classes, ignore_index=-1)
     check(backend, logits, target, Hierarchy(levels), ignore_index=-1)
@@ -154,7 +214,8 @@ def test_a_level_for_each_class(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("present", [0, 1, 2, 4, 5, 9])
-def test_few_and_many_classes_side_by_side(backend, dtype, present):
+@pytest.mark.parametrize("levels", [1, 6])
+def test_few_and_many_classes_side_by_side(backend, dtype, present, levels):
     """Pixels of `present` classes beside void ones: mixed, in one run a class, and others in each image."""
     generator = torch.Generator().manual_seed(present)
     target = torch.full((2, 2, 150), 255)
@@ -166,7 +227,7 @@ def test_few_and_many_classes_side_by_side(backend, dtype, present):
         backend,
         make_logits((2, 12, 2, 150), dtype),
         target,
-        Hierarchy([[c, 11 - c] for c in range(6)]),
+        Hierarchy([[c, 11 - c] for c in range(6)] if levels == 6 else [range(12)]),
         weight=torch.rand(12, generator=generator) + 0.5,
         pixel_weight=torch.rand(target.shape, generator=generator),
         lambdas=0.3,
@@ -247,6 +308,7 @@ def problems(draw):
     shape = tuple(draw(st.lists(st.integers(1, 40), min_size=0, max_size=3)))
     images = draw(st.integers(1, 4))
     options = {name: draw(st.sampled_from(values)) for name, values in OPTIONS.items() if name != "lambdas"}
+    options["label_smoothing"] = draw(st.sampled_from([0.0, 0.0, 0.2]))
     options["lambdas"] = [draw(st.sampled_from([0.0, 0.5, 2.0])) for _ in range(levels - 1)]
     seed = draw(st.integers(0, 2**20))
     logits = make_logits((images, classes, *shape), draw(st.sampled_from(DTYPES)), seed=seed)

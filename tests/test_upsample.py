@@ -17,6 +17,7 @@ from cases import (
     EMULATED,
     HIERARCHY,
     KERNELS,
+    ONE_AND_FOUR,
     OPTIONS,
     check_upsampled,
     device_of,
@@ -25,7 +26,7 @@ from cases import (
     run,
 )
 
-from ial_cuda import Hierarchy, backends, importance_aware_loss, upsampled_cross_entropy
+from ial_cuda import Hierarchy, backends, cross_entropy, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,39 +80,46 @@ def test_equals_interpolate_then_loss(backend, ratio, size, align_corners):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @CORNERS
 @pytest.mark.parametrize("ratio", [4, 2.7, 0.6])
-def test_every_dtype(backend, dtype, ratio, align_corners):
+@ONE_AND_FOUR
+def test_every_dtype(backend, dtype, ratio, align_corners, hierarchy):
     logits = make_logits((2, 5, 9, 13), dtype)
     target = make_target((2, *sizes(ratio, (9, 13))), 5)
-    check_upsampled(backend, logits, target, weight=WEIGHT, align_corners=align_corners)
+    check_upsampled(backend, logits, target, hierarchy, weight=WEIGHT, align_corners=align_corners)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gradient", OPTIONS["gradient"])
 @pytest.mark.parametrize("reduction", OPTIONS["reduction"])
 @pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
-def test_options(backend, gradient, reduction, scope):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@ONE_AND_FOUR
+def test_options(backend, gradient, reduction, scope, smoothing, hierarchy):
     target = make_target((3, 21, 26), 5, dtype=torch.uint8)
     grad_output = torch.tensor([0.7, -1.3, 2.0]) if reduction == "none" else torch.tensor(-0.6)
     check_upsampled(
         backend,
         make_logits((3, 5, 6, 7), torch.float32),
         target,
+        hierarchy,
         weight=WEIGHT,
         pixel_weight=torch.rand(target.shape, generator=torch.Generator().manual_seed(1)),
         grad_output=grad_output,
         gradient=gradient,
         reduction=reduction,
         factor_scope=scope,
+        label_smoothing=smoothing,
+        divisor=40 if reduction == "mean" and smoothing else None,
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 19, 32, 33, 150, 1000])
-def test_every_number_of_classes(backend, dtype, classes):
+@pytest.mark.parametrize("most", [1, 4])
+def test_every_number_of_classes(backend, dtype, classes, most):
     if backend in EMULATED and classes > 150:
         pytest.skip(f"{backend} is emulated: many classes take half a minute, and no other way than 150")
-    levels = [list(range(k, classes, 4)) for k in range(min(4, classes))]
+    levels = [list(range(k, classes, most)) for k in range(min(most, classes))]
     target = make_target((1, 9, 14), classes, ignore_index=-1)
     logits = make_logits((1, classes, 3, 4), dtype)
     check_upsampled(backend, logits, target, Hierarchy(levels), ignore_index=-1)
@@ -131,19 +139,21 @@ LAYOUTS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(backend, dtype, layout):
+@ONE_AND_FOUR
+def test_every_layout(backend, dtype, layout, hierarchy):
     logits = LAYOUTS[layout](lambda *shape: make_logits(shape, dtype))
     assert logits.shape == (2, 5, 6, 9)
-    check_upsampled(backend, logits, make_target((2, 23, 31), 5), weight=WEIGHT)
+    check_upsampled(backend, logits, make_target((2, 23, 31), 5), hierarchy, weight=WEIGHT)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_every_target(backend, dtype):
+@ONE_AND_FOUR
+def test_every_target(backend, dtype, hierarchy):
     target = make_target((2, 23, 62), 5, dtype=dtype)[..., ::2]
     weights = torch.rand(2, 31, 23, generator=torch.Generator().manual_seed(3)).transpose(1, 2)
     logits, weight = make_logits((2, 5, 6, 9), torch.float32), WEIGHT.repeat_interleave(2)[::2]
-    check_upsampled(backend, logits, target, weight=weight, pixel_weight=weights)
+    check_upsampled(backend, logits, target, hierarchy, weight=weight, pixel_weight=weights)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -189,13 +199,10 @@ def test_cross_entropy(backend, reduction, align_corners):
     logits = make_logits((3, 5, 6, 9)).to(device).requires_grad_()
     target, weight = make_target((3, 23, 31), 5, ignore_index=-100).to(device), WEIGHT.double().to(device)
     options = dict(ignore_index=-100, reduction=reduction)
-    loss = upsampled_cross_entropy(
-        logits, target, weight, align_corners=align_corners, backend=backend, **options
-    )
+    corners = dict(upsample="bilinear", align_corners=align_corners)
+    loss = cross_entropy(logits, target, weight, backend=backend, **corners, **options)
     fine = F.interpolate(logits, (23, 31), mode="bilinear", align_corners=align_corners)
     expected = F.cross_entropy(fine, target, weight, **options)
-    if reduction == "none":
-        expected = expected.sum(dim=(1, 2))
     grad, expected_grad = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
     # both in float64, whose eps is 2.2e-16; sums of 700 terms and positions take a few digits
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import assert_type
 
 import ial_cuda
-from ial_cuda import CAMVID, Components, Hierarchy, ImportanceAwareLoss, importance_aware_loss
+from ial_cuda import (
+    CAMVID,
+    Components,
+    CrossEntropyLoss,
+    Hierarchy,
+    ImportanceAwareLoss,
+    importance_aware_loss,
+)
 
 
 def functions(logits: Tensor, labels: Tensor, flag: bool) -> None:
@@ -27,19 +36,19 @@ def functions(logits: Tensor, labels: Tensor, flag: bool) -> None:
     either = importance_aware_loss(logits, labels, CAMVID, return_components=flag)
     assert_type(either, Tensor | tuple[Tensor, Components])
     either.backward()  # type: ignore[union-attr]
-    ial_cuda.upsampled_cross_entropy(logits, labels, ignore_index=None, reduction="sum").backward()
+    ial_cuda.cross_entropy(logits, labels, [1.0, 2.0], 255, "sum", divisor=torch.tensor(3)).backward()
     ial_cuda.validate_target(labels, 11)
     importance_aware_loss(logits, labels, CAMVID, reduction="avg")  # type: ignore[call-overload]
     importance_aware_loss(logits, labels, CAMVID, lambdas="0.5")  # type: ignore[arg-type]
     importance_aware_loss(logits, labels, CAMVID, factor_scop="batch")  # type: ignore[call-overload]
-    ial_cuda.upsampled_cross_entropy(logits, labels, backend="gpu")  # type: ignore[arg-type]
+    ial_cuda.cross_entropy(logits, labels, backend="gpu")  # type: ignore[arg-type]
 
 
 def modules(logits: Tensor, labels: Tensor) -> None:
     criterion = ImportanceAwareLoss(
         Hierarchy([[0], [1, 2]], names=["sky", "road", "car"]), weight=[1.0, 1.0, 2.0]
     )
-    criterion(logits, labels).backward()
+    criterion(logits, labels, divisor=12).backward()
     criterion.ignore_index = None
     index: int = criterion.ignore_index
     criterion.alpha = np.float64(index)
@@ -49,5 +58,10 @@ def modules(logits: Tensor, labels: Tensor) -> None:
     criterion.reduction = "sum"
     criterion.lambdas = [alpha] * (len(levels) - 1)
     criterion.reduction = "avg"  # type: ignore[assignment]
+    plain = CrossEntropyLoss(np.ones(3), ignore_index=255, label_smoothing=0.1, upsample="bilinear")
+    assert_type(plain(logits, labels), Any)
+    smoothing: float = plain.label_smoothing
+    plain.label_smoothing = np.float32(smoothing)
+    CrossEntropyLoss(reduction="avg")  # type: ignore[arg-type]
     ImportanceAwareLoss(CAMVID, factor_scope="pixel")  # type: ignore[arg-type]
     ImportanceAwareLoss(CAMVID, alpha="1")  # type: ignore[arg-type]
