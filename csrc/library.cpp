@@ -4,6 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -225,7 +226,9 @@ struct LossAndGradBackward final : GradientNode {
 
     Tensor differentiate(const Tensor& grad_loss) override {
         const Tensor rows = grad_stats.unpack();
-        if (!is_computed || at::GradMode::is_enabled()) return inputs.reduce_backward(rows * grad_loss);
+        // A mode traces what is called: nothing is written over then.
+        if (!is_computed || at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set())
+            return inputs.reduce_backward(rows * grad_loss);
         const Tensor grad = computed.unpack(), made_for = computed_for.unpack();
         is_computed = false;
         computed.reset_data();

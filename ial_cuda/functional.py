@@ -217,7 +217,7 @@ def compute_loss(
 ) -> Tensor | tuple[Tensor, Components]:
     """`importance_aware_loss` with validated options. ``name``: what the caller calls ``logits``."""
     levels = options.hierarchy.class_levels
-    class_weights = _weights_on(logits.device, weight, len(levels))
+    class_weights = _weights_beside(logits, weight, len(levels), name)
     coarse = options.upsample is not None
     check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse, name=name)
     total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device)
@@ -269,10 +269,12 @@ def compute_loss(
     return loss, Components(f, f + options.alpha, S.detach(), count)
 
 
-def _weights_on(device: torch.device, weight: ClassWeights | None, classes: int) -> Tensor | None:
+def _weights_beside(logits: Tensor, weight: ClassWeights | None, classes: int, name: str) -> Tensor | None:
     weights = class_weight(weight, classes)
-    # Lists and arrays are on no device. A tensor on another one is an error, which check_inputs raises.
-    return weights if weights is None or weights is weight else weights.to(device)
+    if weights is None or weights is weight:  # a tensor on another device is an error of check_inputs
+        return weights
+    check_logits(logits, name)
+    return weights.to(logits.device)
 
 
 def _is_transformed() -> bool:
@@ -307,6 +309,10 @@ class ExpectedGradient:
         if device not in self.states:
             self.states[device] = torch.ones(2, dtype=torch.float64, device=device)
         return self.states[device]
+
+    def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
+        """One of its own at each call of a traced graph."""
+        return tracer.create_node("call_function", ExpectedGradient, (), {})
 
 
 def _warn_of_rows(logits: Tensor, options: Options) -> None:
@@ -408,7 +414,8 @@ def compute_cross_entropy(
     if one_image:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
         pixel_weight = pixel_weight.unsqueeze(0) if isinstance(pixel_weight, Tensor) else pixel_weight
-    options = _of_classes(options, input.shape[1])
+    of_classes = _of_classes if torch.compiler.is_compiling() else _cached_of_classes
+    options = of_classes(options, input.shape[1])
     if options.reduction == "none":
         losses = _pixel_losses(input, target, weight, pixel_weight, divisor, options)
         return losses.squeeze(0) if one_image else losses
@@ -426,9 +433,11 @@ def _is_unbatched(input: Tensor, target: object, options: Options) -> bool:
     return target.shape == input.shape[1:] and target.shape != input.shape[:1] + input.shape[2:]
 
 
-@functools.lru_cache
 def _of_classes(options: Options, classes: int) -> Options:
     return replace(options, hierarchy=Hierarchy.flat(classes))
+
+
+_cached_of_classes = functools.lru_cache(_of_classes)  # which Dynamo warns of
 
 
 def _pixel_losses(
@@ -441,7 +450,7 @@ def _pixel_losses(
 ) -> Tensor:
     """The loss of each pixel, (N, *spatial), in plain PyTorch on every backend."""
     classes = options.hierarchy.num_classes
-    class_weights = _weights_on(input.device, weight, classes)
+    class_weights = _weights_beside(input, weight, classes, "input")
     coarse = options.upsample is not None
     check_inputs(input, target, class_weights, pixel_weight, classes, upsample=coarse, name="input")
     if divisor is not None:

@@ -76,7 +76,11 @@ def test_validate_target_of_bools_and_of_large_uint64():
             TypeError,
             "target has dtype torch.float32, expected one of torch.int64, ",
         ),
-        (dict(target=TARGET.float()), TypeError, "torch.uint64: class indices only, no probabilities"),
+        (
+            dict(target=TARGET.float()),
+            TypeError,
+            "torch.uint64: class indices only; torch.nn.functional.cross_entropy takes probabilities",
+        ),
         (dict(target=TARGET + 1j), TypeError, "target has dtype torch.complex64, expected one of"),
         (dict(num_classes=0), ValueError, "num_classes is 0, expected at least 1"),
         (dict(num_classes=5.0), TypeError, "num_classes is 5.0 (float), expected an integer"),

@@ -45,7 +45,7 @@ BAD = {
     "wide target": (dict(target=torch.zeros(1, 1, 1, dtype=torch.uint8).expand(2, 1, 2**30), upsample="bilinear"), ValueError, "logits has shape (2, 5, 6, 7) and target (2, 1, 1073741824), expected none of h, w, H and W above 1073741823"),
     "target type": (dict(target=1), TypeError, "target is a int, expected a torch.Tensor"),
     "target dtype": (dict(target=TARGET.float()), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8"),
-    "target probabilities": (dict(target=LOGITS.softmax(1)), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8: class indices only, no probabilities"),
+    "target probabilities": (dict(target=LOGITS.softmax(1)), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8: class indices only; torch.nn.functional.cross_entropy takes probabilities"),
     "target int16": (dict(target=TARGET.short()), TypeError, "target has dtype torch.int16, expected one of torch.int64, torch.int32, torch.uint8"),
     "target channel": (dict(target=TARGET[:, None]), ValueError, "target has shape (2, 1, 6, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7): pass target.squeeze(1)"),
     "fine target channel": (dict(target=TARGET[:, None], upsample="bilinear"), ValueError, "none of h, w, H and W 0, for upsample='bilinear': pass target.squeeze(1)"),
