@@ -16,6 +16,7 @@ namespace ial {
 // bytes of a tensor, which are never read or written.
 template <typename F>
 void parallel_for(int64_t count, const F& f) {
+    if (count <= 1 || at::get_num_threads() == 1) return f(0, count);
     const at::Tensor bytes = at::empty({count}, at::kByte);
     const char* const begin = static_cast<const char*>(bytes.const_data_ptr());
     at::TensorIterator::borrowing_nullary_op(bytes).for_each(

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "../inputs.h"
@@ -28,12 +29,21 @@ struct Chunks {
     int64_t begin(int64_t i) const { return i % per_image * size; }
     int64_t end(int64_t i) const { return std::min(begin(i) + size, length); }
 
-    static Chunks of_pixels(const Layout& layout, int levels) {
+    // `elements` of `classes` logits.
+    static Chunks of_pixels(const Layout& layout, int levels, int64_t classes, int64_t elements) {
         const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
         const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
-        const int64_t pixels = std::max(kElements / layout.classes, least);
+        const int64_t pixels = std::max(elements / classes, least);
         return {layout.batch, layout.pixels, (pixels / kWide + 1) * kWide};
     }
+    static Chunks of_pixels(const Layout& layout, int levels) {
+        return of_pixels(layout, levels, layout.classes, kElements);
+    }
+    // Small enough that the chunks of a small image keep two threads busy.
+    static Chunks of_one_pass(const Layout& layout) {
+        return of_pixels(layout, 1, layout.classes, kElements / 4);
+    }
+    static Chunks of_labels(const Layout& layout) { return of_pixels(layout, 1, 1, kElements); }
 
     // The backward pass stores two rows of each chunk apart: their sums need the neighbouring chunks.
     static Chunks of_rows(const Upsampling& up) {
@@ -54,16 +64,20 @@ struct Buffer {
     std::vector<A> storage;
 };
 
+// A gradient of so many bytes is stored past the caches. An ordinary store reads each line first, and no
+// cache would still hold the lines when the network's next step writes there again.
+constexpr size_t kStreamFrom = 2 << 20;
+
 // Problem<T>, and what it points to.
 template <typename T>
 struct Call {
     using A = typename Problem<T>::A;
 
-    std::vector<A> weight;
+    std::vector<A> weight, smoothing;
     OptionalTensor pixel_weight;
     std::vector<int32_t> class_levels;
     Problem<T> problem{};
-    Upsampling upsampling{};  // of coarse logits, which have no problem.layout but its sizes
+    Upsampling upsampling{};  // of coarse logits, whose problem.layout is that of the target and its weights
 
     Call(const Inputs& inputs, const Tensor& grad)
         : weight(inputs.class_levels.size(), A(1)),
@@ -80,7 +94,11 @@ struct Call {
                                inputs.gradient, inputs.label_smoothing, inputs.align_corners};
         if (inputs.align_corners) {
             upsampling = converted.upsampling(grad);
-            problem.layout.batch = upsampling.batch;
+            const Tensor pixels = inputs.target.unsqueeze(1);
+            const Inputs of_labels{pixels,          inputs.target,       inputs.weight,
+                                   pixel_weight,    inputs.class_levels, inputs.ignore_index,
+                                   inputs.gradient, inputs.label_smoothing};
+            problem.layout = of_labels.layout(pixels);
             problem.layout.classes = upsampling.classes;
         } else {
             problem.layout = converted.layout(grad);
@@ -89,12 +107,31 @@ struct Call {
         problem.target = inputs.target.const_data_ptr();
         problem.label = inputs.label();
         problem.weight = weight.data();
+        problem.weighted = inputs.weight.has_value();
+        if (inputs.label_smoothing > 0) {
+            const double share = inputs.label_smoothing / static_cast<double>(weight.size());
+            double all = 0;
+            for (const A w : weight) {
+                smoothing.push_back(static_cast<A>(share * w));
+                all += share * w;
+            }
+            problem.smoothing = smoothing.data();
+            problem.all_smoothing = static_cast<A>(all);
+        }
+        problem.hard = 1 - inputs.label_smoothing;
         problem.pixel_weight = pixel_weight ? pixel_weight->const_data_ptr<A>() : nullptr;
         problem.class_levels = class_levels.data();
         problem.levels = inputs.levels();
         problem.ignore_index = inputs.ignore_index;
     }
     Call(const Call&) = delete;
+
+    // fresh: grad is not the logits.
+    void set_gradient(const Inputs& inputs, const Tensor& grad, bool fresh) {
+        problem.grad = grad.mutable_data_ptr<T>();
+        problem.cross = inputs.exact() ? 1 : 0;
+        problem.stream = fresh && grad.nbytes() >= kStreamFrom;
+    }
 };
 
 // Coarse<T>, and what it points to.
@@ -153,6 +190,15 @@ struct CoarseCall {
 // -------------------------------------------------------------------------------------------------
 // reduce
 
+inline void check_labels(const std::vector<BadLabels>& bad, const Inputs& inputs) {
+    BadLabels all;
+    for (const BadLabels& some : bad) {
+        if (some.count && !all.count) all = BadLabels{0, some.label, some.image, some.pixel};
+        all.count += some.count;
+    }
+    if (all.count) throw_bad_labels(all, inputs);
+}
+
 // stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
 template <typename A, typename Reduce>
 Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_size, const Reduce& reduce) {
@@ -168,13 +214,7 @@ Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_
         }
     });
 
-    BadLabels all;
-    for (const BadLabels& some : bad) {
-        if (some.count && !all.count) all = BadLabels{0, some.label, some.image, some.pixel};
-        all.count += some.count;
-    }
-    if (all.count) throw_bad_labels(all, inputs);
-
+    check_labels(bad, inputs);
     const int64_t images = inputs.logits.size(0);
     Tensor stats = at::empty({images, inputs.levels(), kStats}, inputs.logits.options().dtype(at::kDouble));
     double* to = stats.mutable_data_ptr<double>();
@@ -211,21 +251,24 @@ Tensor launch_reduce(const Inputs& inputs) {
 // -------------------------------------------------------------------------------------------------
 // reduce_backward
 
-// A gradient of so many bytes is stored past the caches. An ordinary store reads each line first, and no
-// cache would still hold the lines when the network's next step writes there again.
-constexpr size_t kStreamFrom = 2 << 20;
+// class_grads[4, C], from an image's dL/dstats [g, kStats] for an incoming gradient of 1: the dL/dS, dL/dP2
+// and dL/dQ2 of each class, the first times the class's weight and what label smoothing leaves of it; and
+// dL/dS for label smoothing.
+template <typename T, typename A>
+void load_class_grads(const Problem<T>& problem, const double* grad_stats, double incoming, A* class_grads) {
+    const int64_t classes = problem.layout.classes;
+    for (int64_t c = 0; c < classes; ++c) {
+        const double* from = grad_stats + problem.class_levels[c] * kStats;
+        class_grads[kS * classes + c] = static_cast<A>(problem.hard * problem.weight[c] * (from[kS] * incoming));
+        for (const Stat s : {kP2, kQ2}) class_grads[s * classes + c] = static_cast<A>(from[s] * incoming);
+        class_grads[kSoft * classes + c] = static_cast<A>(from[kS] * incoming);
+    }
+}
 
-// class_grads[3, C]: the dL/dS, dL/dP2 and dL/dQ2 of each class in image n, the first times the class's
-// weight.
+// The same of image n.
 template <typename T, typename A>
 void load_class_grads(const Problem<T>& problem, const Tensor& grad_stats, int64_t n, A* class_grads) {
-    const int64_t classes = problem.layout.classes;
-    const double* const of_image = grad_stats.const_data_ptr<double>() + n * problem.levels * kStats;
-    for (int64_t c = 0; c < classes; ++c) {
-        const double* from = of_image + problem.class_levels[c] * kStats;
-        for (const Stat s : {kS, kP2, kQ2})
-            class_grads[s * classes + c] = static_cast<A>(s == kS ? problem.weight[c] * from[s] : from[s]);
-    }
+    load_class_grads(problem, grad_stats.const_data_ptr<double>() + n * problem.levels * kStats, 1, class_grads);
 }
 
 template <typename T>
@@ -234,7 +277,7 @@ void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats)
     const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
     // The last chunk first: the caches hold the end of what reduce has read.
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(2 * problem.layout.classes * kWide), class_grads(3 * problem.layout.classes);
+        Buffer<A> buffer(2 * problem.layout.classes * kWide), class_grads(4 * problem.layout.classes);
         int64_t image = -1;
         for (int64_t i = last - 1; i >= first; --i) {
             if (chunks.image(i) != image)
@@ -248,49 +291,116 @@ void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats)
 // The first row of logits of a chunk gets gradients from the cells of two chunks, which may run on two
 // threads. So each chunk stores what it adds to its first row (head) and to the next chunk's (tail). They are
 // added up at the end.
+template <typename A>
+struct SharedRows {
+    const Upsampling& up;
+    const Chunks chunks;
+    const int64_t width, row;  // width: of a class's logits with padding
+    const Tensor kept;
+
+    SharedRows(const Upsampling& up, int64_t width)
+        : up(up),
+          chunks(Chunks::of_rows(up)),
+          width(width),
+          row(up.classes * width),
+          kept(at::empty({2, chunks.count, row}, c10::CppTypeToScalarType<A>::value)) {}
+
+    A* head(int64_t i) const { return kept.mutable_data_ptr<A>() + i * row; }
+    A* tail(int64_t i) const { return head(chunks.count + i); }
+
+    template <typename T>
+    void store(T* grad) const {
+        for (int64_t i = 0; i < chunks.count; ++i) {
+            const int64_t y = chunks.begin(i);
+            for (int64_t c = 0; c < up.classes; ++c) {
+                T* const to = grad + up.grad.offset(chunks.image(i), y, 0) + c * up.grad.channel;
+                const A* const own = head(i) + c * width;
+                const A* const above = y > 0 ? tail(i - 1) + c * width : nullptr;
+                for (int64_t x = 0; x < up.x.coarse; ++x)
+                    to[x * up.grad.pixel] = static_cast<T>(above ? own[x] + above[x] : own[x]);
+            }
+        }
+    }
+};
+
 template <typename T>
 void reduce_backward_coarse(const Problem<T>& problem, const Upsampling& up, const Tensor& grad_stats) {
     using A = typename Problem<T>::A;
     const CoarseCall<T> call(up);
-    const Coarse<T>& coarse = call.coarse;
-    const Chunks chunks = Chunks::of_rows(up);
-    const int64_t row = up.classes * coarse.width;
-    const Tensor kept = at::empty({2 * chunks.count, row}, c10::CppTypeToScalarType<A>::value);
-    A* const heads = kept.mutable_data_ptr<A>();
-    A* const tails = heads + chunks.count * row;
+    const SharedRows<A> shared(up, call.coarse.width);
+    const Chunks& chunks = shared.chunks;
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
-        Buffer<A> buffer(call.buffer()), class_grads(3 * up.classes), work(row);
+        Buffer<A> buffer(call.buffer()), class_grads(4 * up.classes), work(shared.row);
         for (int64_t i = first; i < last; ++i) {
             load_class_grads(problem, grad_stats, chunks.image(i), class_grads.aligned());
-            IAL_DISPATCH(reduce_backward_cells, problem, coarse, chunks.image(i), chunks.begin(i),
-                         chunks.end(i), buffer.aligned(), class_grads.aligned(), heads + i * row,
-                         tails + i * row, work.aligned());
+            IAL_DISPATCH(reduce_backward_cells, problem, call.coarse, chunks.image(i), chunks.begin(i),
+                         chunks.end(i), buffer.aligned(), class_grads.aligned(), shared.head(i),
+                         shared.tail(i), work.aligned());
         }
     });
-    for (int64_t i = 0; i < chunks.count; ++i) {
-        const int64_t y = chunks.begin(i);
-        for (int64_t c = 0; c < up.classes; ++c) {
-            T* const to = problem.grad + up.grad.offset(chunks.image(i), y, 0) + c * up.grad.channel;
-            const A* const head = heads + i * row + c * coarse.width;
-            const A* const above = y > 0 ? tails + (i - 1) * row + c * coarse.width : nullptr;
-            for (int64_t x = 0; x < up.x.coarse; ++x)
-                to[x * up.grad.pixel] = static_cast<T>(above ? head[x] + above[x] : head[x]);
-        }
-    }
+    shared.store(problem.grad);
 }
 
-// fresh: grad is not the logits.
 template <typename T>
 void launch_reduce_backward(const Inputs& inputs, const Tensor& grad_stats, const Tensor& grad, bool fresh) {
     Call<T> call(inputs, grad);
-    Problem<T>& problem = call.problem;
-    problem.grad = grad.mutable_data_ptr<T>();
-    problem.cross = inputs.exact() ? 1 : 0;
-    problem.stream = fresh && grad.nbytes() >= kStreamFrom;
+    call.set_gradient(inputs, grad, fresh);
     if (inputs.align_corners)
-        reduce_backward_coarse(problem, call.upsampling, grad_stats);
+        reduce_backward_coarse(call.problem, call.upsampling, grad_stats);
     else
-        reduce_backward_pixels(problem, grad_stats);
+        reduce_backward_pixels(call.problem, grad_stats);
+}
+
+// -------------------------------------------------------------------------------------------------
+// One pass: reduce and reduce_backward where there is one level
+
+// The weight of the valid pixels, from one read of the labels and of the pixels' weights.
+template <typename T>
+double sum_weights(const Call<T>& call, const Inputs& inputs) {
+    const Problem<T>& problem = call.problem;
+    const Chunks chunks = Chunks::of_labels(problem.layout);
+    std::vector<double> sums(chunks.count);
+    std::vector<BadLabels> bad(chunks.count);
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+            alignas(64) double lanes[kLanes] = {};
+            IAL_DISPATCH(sum_weights, problem, chunks.image(i), chunks.begin(i), chunks.end(i), lanes,
+                         &sums[i], &bad[i]);
+        }
+    });
+    check_labels(bad, inputs);
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
+// stats (N, 1, kStats) with P2 and Q2 = 0, and the gradient, for an incoming gradient of the loss.
+// grad_stats, for one of 1, are the same for all images.
+template <typename T>
+Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& grad_stats, double incoming) {
+    using A = typename Problem<T>::A;
+    const Problem<T>& problem = call.problem;
+    const int64_t classes = problem.layout.classes;
+    std::vector<A> class_grads(4 * classes);
+    load_class_grads(problem, grad_stats.const_data_ptr<double>(), incoming, class_grads.data());
+    if (inputs.align_corners) {
+        const CoarseCall<T> coarse(call.upsampling);
+        const SharedRows<A> shared(call.upsampling, coarse.coarse.width);
+        const Chunks& chunks = shared.chunks;
+        const Tensor stats = reduce_chunks<A>(
+            inputs, chunks, coarse.buffer() + shared.row,
+            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                IAL_DISPATCH(one_pass_cells, problem, coarse.coarse, chunks.image(i), chunks.begin(i),
+                             chunks.end(i), buffer, class_grads.data(), shared.head(i), shared.tail(i),
+                             buffer + coarse.buffer(), lanes, sums, bad);
+            });
+        shared.store(problem.grad);
+        return stats;
+    }
+    const Chunks chunks = Chunks::of_one_pass(problem.layout);
+    return reduce_chunks<A>(inputs, chunks, 2 * classes * kWide,
+                            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                IAL_DISPATCH(one_pass, problem, chunks.image(i), chunks.begin(i),
+                                             chunks.end(i), buffer, class_grads.data(), lanes, sums, bad);
+                            });
 }
 
 }  // namespace ial

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -87,21 +87,46 @@ Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_CO
     return result;
 }
 
+Tensor one_value(double value) {
+    Tensor result = at::empty({}, at::kDouble);
+    *result.mutable_data_ptr<double>() = value;
+    return result;
+}
+
 LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
                               std::optional<bool> align_corners, const OptionalTensor& expected,
                               std::optional<bool>) {
     TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
+    const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
+    inputs.check();
     check_expected(expected, logits);
-    const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    const Tensor stats = reduce_cpu(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
-    const auto [loss, f] = combine_cpu(stats, IAL_COMBINE_ARGUMENTS, dtype);
-    const Tensor one = at::ones({}, stats.options());
-    const Tensor computed_for = expected ? expected->select(0, 0).clone() : one;
-    const Tensor grad_stats = combine_backward_cpu(stats, one, IAL_COMBINE_ARGUMENTS);
-    Tensor grad = at::empty({0}, logits.options());
-    if (Inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners}.one_pass(expected))
-        grad = reduce_backward_cpu(logits, at::mul(grad_stats, computed_for), IAL_PIXEL_ARGUMENTS,
-                                   align_corners);
+    const Tensor one = one_value(1);
+    const Tensor computed_for = one_value(expected ? *expected->const_data_ptr<double>() : 1);
+    const bool one_pass = inputs.one_pass(expected);
+    const Tensor grad = one_pass ? empty_gradient(logits) : at::empty({0}, logits.options());
+    OptionalTensor divided_by = divisor;
+    const auto backward = [&](const Tensor& stats) {
+        return combine_backward_cpu(stats, one, divided_by, lambdas, alpha, reduction, factor_normalization,
+                                    factor_scope);
+    };
+    Tensor stats, grad_stats;
+    if (one_pass) {
+        stats = at::zeros({logits.size(0), 1, kStats}, at::kDouble);
+        AT_DISPATCH_FLOATING_TYPES_AND2(
+            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
+                Call<scalar_t> call(inputs, grad);
+                call.set_gradient(inputs, grad, /*fresh=*/true);
+                if (reduction == "mean" && !divisor) divided_by = one_value(sum_weights(call, inputs));
+                grad_stats = backward(stats);  // one level: it depends on the divisor alone
+                stats = launch_one_pass(call, inputs, grad_stats, *computed_for.const_data_ptr<double>());
+            });
+    } else {
+        stats = reduce_cpu(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
+        grad_stats = backward(stats);
+    }
+    const auto [loss, f] =
+        combine_cpu(stats, divided_by, lambdas, alpha, reduction, factor_normalization, factor_scope,
+                    logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
     return {loss, f, stats, grad_stats, grad, computed_for};
 }
 

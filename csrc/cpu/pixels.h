@@ -1,4 +1,4 @@
-// reduce and reduce_backward over a range of the pixels of one image.
+// reduce, reduce_backward and the one pass over a range of the pixels of one image.
 // Compiled once per instruction set by dispatch.h. No lambda is used: it would not inherit the target.
 //
 // Pixels go in blocks of B. A block's logits are copied once, converted, into a buffer [C, B] that stays in
@@ -25,6 +25,8 @@ struct Block {
     int count = 0;
     bool bad_labels = false;
     alignas(64) A max[B], max_ahead[B], sum[B], w[B];
+    alignas(64) A pixel_weight[B];
+    alignas(64) A smoothed[B];  // with label smoothing: sum_c s_c (x_c - max), s_c = problem.smoothing
     alignas(64) I label[B];  // -1 where it is no class
     I listed[kMaxListed];    // the classes among them
     int classes_listed = 0;
@@ -34,7 +36,9 @@ struct Block {
         : problem(problem),
           classes(static_cast<int>(problem.layout.classes)),
           x(buffer),
-          x_ahead(buffer + problem.layout.classes * B) {}
+          x_ahead(buffer + problem.layout.classes * B) {
+        IAL_SIMD for (int j = 0; j < B; ++j) pixel_weight[j] = 1;
+    }
 
     IAL_INLINE void load_logits(int64_t n, int64_t p, int pixels) {
         const View& view = problem.layout.logits;
@@ -173,10 +177,16 @@ struct Block {
                 }
             }
         } else {
-            alignas(64) I some_class[B];
-            IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
-            for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
+            look_up<lanes>(values, to);
         }
+    }
+
+    // select() without the list of classes.
+    template <int lanes, typename V, typename U>
+    IAL_INLINE void look_up(const V* values, U* to) const {
+        alignas(64) I some_class[B];
+        IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
+        for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
     }
 
     IAL_INLINE void load_target(int64_t n, int64_t p) {
@@ -192,16 +202,33 @@ struct Block {
             default:
                 load_labels(static_cast<const int64_t*>(problem.target) + first, labels.pixel);
         }
-        list_labels();
-    }
-
-    // w[j] = by_class[class of pixel j], times the pixel's weight. Arbitrary where pixel j has no class.
-    IAL_INLINE void load_weights(const A* by_class, int64_t n, int64_t p) {
-        select<1>(by_class, w);
         if (!problem.pixel_weight) return;
         const View& weights = problem.layout.pixel_weight;
         const A* from = problem.pixel_weight + problem.layout.offset(weights, n, p);
-        for (int j = 0; j < count; ++j) w[j] *= from[j * weights.pixel];
+        if (count == B && weights.pixel == 1)
+            memcpy(pixel_weight, from, sizeof pixel_weight);
+        else
+            for (int j = 0; j < count; ++j) pixel_weight[j] = from[j * weights.pixel];
+    }
+
+    // w[j] = by_class[class of pixel j], times the pixel's weight. Arbitrary where pixel j has no class.
+    IAL_INLINE void load_weights(const A* by_class) {
+        select<1>(by_class, w);
+        weigh_pixels();
+    }
+
+    // load_weights() without the list of classes.
+    IAL_INLINE void look_up_weights(const A* by_class) {
+        if (problem.weighted)
+            look_up<1>(by_class, w);
+        else
+            IAL_SIMD for (int j = 0; j < B; ++j) w[j] = by_class[0];
+        weigh_pixels();
+    }
+
+    IAL_INLINE void weigh_pixels() {
+        if (!problem.pixel_weight) return;
+        IAL_SIMD for (int j = 0; j < B; ++j) w[j] *= pixel_weight[j];
     }
 
     // Adds the labels that are neither a class nor ignore_index.
@@ -221,6 +248,7 @@ struct Block {
     // two apart, other rows would evict it.
     template <bool keep>
     IAL_INLINE void softmax(const T* ahead) {
+        if (problem.smoothing) smooth();
         IAL_SIMD for (int j = 0; j < B; ++j) {
             sum[j] = 0;
             max_ahead[j] = -__builtin_inf();
@@ -235,6 +263,15 @@ struct Block {
             }
         } else {
             for (int c = 0; c < classes; ++c) exponentials<keep>(x + c * B);
+        }
+    }
+
+    IAL_INLINE void smooth() {
+        IAL_SIMD for (int j = 0; j < B; ++j) smoothed[j] = 0;
+        for (int c = 0; c < classes; ++c) {
+            const A* row = x + c * B;
+            const A share = problem.smoothing[c];
+            IAL_SIMD for (int j = 0; j < B; ++j) smoothed[j] += share * (row[j] - max[j]);
         }
     }
 
@@ -259,6 +296,7 @@ struct Block {
             p2[j] = pi * pi;
             q2[j] = (1 - pi) * (1 - pi);
         }
+        if (problem.smoothing) smooth_loss(s);
         if (all_listed) {
             for (int i = 0; i < classes_listed; ++i)
                 add(s, p2, q2, label, listed[i], sums + problem.class_levels[listed[i]] * kStats * kLanes);
@@ -268,6 +306,36 @@ struct Block {
             IAL_SIMD for (int j = 0; j < B; ++j) level[j] = label[j] < 0 ? I(-1) : level[j];
             for (I k = next_above(-1, level); k != kNone; k = next_above(k, level))
                 add(s, p2, q2, level, k, sums + k * kStats * kLanes);
+        }
+    }
+
+    // The weighted cross-entropy of each pixel, from that without label smoothing.
+    IAL_INLINE void smooth_loss(A* s) const {
+        const A kept = static_cast<A>(problem.hard), all = problem.all_smoothing;
+        IAL_SIMD for (int j = 0; j < B; ++j) s[j] =
+            kept * s[j] + pixel_weight[j] * (all * log_above_one(sum[j]) - smoothed[j]);
+    }
+
+    // accumulate() where there is one level, of a block after softmax<true>(): P2 and Q2 are left out.
+    // logit[j]: that of pixel j's class.
+    IAL_INLINE void accumulate_one_level(const A* logit, double* sums) const {
+        alignas(64) A s[B], one[B];
+        IAL_SIMD for (int j = 0; j < B; ++j) {
+            s[j] = w[j] * (log_above_one(sum[j]) - (logit[j] - max[j]));
+            one[j] = 1;
+        }
+        if (problem.smoothing) smooth_loss(s);
+        add_valid(s, sums + kS * kLanes);
+        add_valid(one, sums + kCount * kLanes);
+        add_valid(w, sums + kWeight * kLanes);
+    }
+
+    // to[kLanes] += the values of the pixels with a class.
+    IAL_INLINE void add_valid(const A* values, double* to) const {
+        IAL_SIMD for (int l = 0; l < kLanes; ++l) {
+            A total = 0;
+            IAL_UNROLL for (int i = 0; i < B; i += kLanes) total += label[i + l] < 0 ? A(0) : values[i + l];
+            to[l] += total;
         }
     }
 
@@ -291,30 +359,62 @@ struct Block {
     }
 
     // dL/dx_c = scale x_c + [c = y] extra, of a block after softmax<true>() and with dL/dS in its weights.
-    // class_grads[3, C]: the dL/dS, dL/dP2 and dL/dQ2 of each class, the first times the class's weight.
+    // class_grads: see load_class_grads(). one_level: dL/dP2 and dL/dQ2 are 0.
+    template <bool one_level>
     IAL_INLINE void differentiate(const A* class_grads, A* scale, A* extra) {
         alignas(64) A e[B], dp2[B], dq2[B];
-        select<B>(x, e);
-        select<1>(class_grads + kP2 * classes, dp2);
-        select<1>(class_grads + kQ2 * classes, dq2);
+        if constexpr (!one_level) {
+            select<B>(x, e);
+            select<1>(class_grads + kP2 * classes, dp2);
+            select<1>(class_grads + kQ2 * classes, dq2);
+        }
         const A cross = problem.cross;
         int ignored_nan = 0;
         _Pragma("omp simd reduction(| : ignored_nan)") for (int j = 0; j < B; ++j) {
             const A inverse = 1 / sum[j];
-            const PixelGradient<A> pixel(w[j], dp2[j], dq2[j], e[j] * inverse, cross);
-            scale[j] = label[j] < 0 ? 0 : pixel.scale * inverse;
-            extra[j] = label[j] < 0 ? 0 : pixel.extra;
+            if constexpr (one_level) {
+                scale[j] = label[j] < 0 ? 0 : w[j] * inverse;
+                extra[j] = label[j] < 0 ? 0 : -w[j];
+            } else {
+                const PixelGradient<A> pixel(w[j], dp2[j], dq2[j], e[j] * inverse, cross);
+                scale[j] = label[j] < 0 ? 0 : pixel.scale * inverse;
+                extra[j] = label[j] < 0 ? 0 : pixel.extra;
+            }
             ignored_nan |= label[j] < 0 && sum[j] != sum[j];
         }
         // Ignored pixels have a gradient of 0 whatever their logits are, and 0 * NaN is NaN.
         if (ignored_nan)
             for (int j = 0; j < B; ++j)
                 for (int c = 0; label[j] < 0 && c < classes; ++c) x[c * B + j] = 0;
+        if (problem.smoothing) smooth_gradient<one_level>(class_grads + kSoft * classes, scale);
     }
 
+    // dL/dx_c = (scale + soft sum_c s_c / sum) x_c + [c = y] extra - soft s_c, where soft is the pixel's weight
+    // times dL/dS, from by_class[C]. x_c becomes that without `extra`, and `scale` 1.
+    template <bool one_level>
+    IAL_INLINE void smooth_gradient(const A* by_class, A* scale) {
+        alignas(64) A soft[B];
+        if constexpr (one_level)
+            IAL_SIMD for (int j = 0; j < B; ++j) soft[j] = by_class[0];
+        else
+            select<1>(by_class, soft);
+        const A all = problem.all_smoothing;
+        IAL_SIMD for (int j = 0; j < B; ++j) {
+            soft[j] = label[j] < 0 ? 0 : soft[j] * pixel_weight[j];
+            scale[j] = label[j] < 0 ? 0 : scale[j] + soft[j] * all / sum[j];
+        }
+        for (int c = 0; c < classes; ++c) {
+            A* row = x + c * B;
+            const A share = problem.smoothing[c];
+            IAL_SIMD for (int j = 0; j < B; ++j) row[j] = row[j] * scale[j] - soft[j] * share;
+        }
+        IAL_SIMD for (int j = 0; j < B; ++j) scale[j] = 1;
+    }
+
+    template <bool one_level>
     IAL_INLINE void store_gradient(int64_t n, int64_t p, const A* class_grads) {
         alignas(64) A scale[B], extra[B];
-        differentiate(class_grads, scale, extra);
+        differentiate<one_level>(class_grads, scale, extra);
         const View& view = problem.layout.grad;
         T* to = problem.grad + problem.layout.offset(view, n, p);
         const bool dense = count == B && view.pixel == 1;
@@ -349,7 +449,7 @@ struct Block {
     }
 };
 
-// What the two kernels do with a block after load_logits(). `ahead`: see softmax().
+// What the kernels do with a block after load_logits(). `ahead`: see softmax().
 struct Reduce {
     double* sums;  // [levels, kStats, kLanes]
     BadLabels* bad;
@@ -357,8 +457,9 @@ struct Reduce {
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
+        block.list_labels();
         block.report(n, p, bad);
-        block.load_weights(block.problem.weight, n, p);
+        block.load_weights(block.problem.weight);
         block.template softmax<false>(ahead);
         block.accumulate(sums);
     }
@@ -366,14 +467,36 @@ struct Reduce {
 
 template <typename A>
 struct ReduceBackward {
-    const A* class_grads;  // [3, C]
+    const A* class_grads;
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
-        block.load_weights(class_grads + kS * block.classes, n, p);
+        block.list_labels();
+        block.load_weights(class_grads + kS * block.classes);
         block.template softmax<true>(ahead);
-        block.store_gradient(n, p, class_grads);
+        block.template store_gradient<false>(n, p, class_grads);
+    }
+};
+
+// Both, of one level.
+template <typename A>
+struct OnePass {
+    const A* class_grads;
+    double* sums;  // [kStats, kLanes]
+    BadLabels* bad;
+
+    template <typename T, int B>
+    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
+        block.load_target(n, p);
+        block.report(n, p, bad);
+        alignas(64) A logit[B];
+        block.template look_up<B>(block.x, logit);
+        block.template softmax<true>(ahead);
+        block.look_up_weights(block.problem.weight);
+        block.accumulate_one_level(logit, sums);
+        block.look_up_weights(class_grads + kS * block.classes);
+        block.template store_gradient<true>(n, p, class_grads);
     }
 };
 
@@ -432,6 +555,36 @@ IAL_TARGET void reduce_backward(const Problem<T>& problem, int64_t n, int64_t be
 #if IAL_X86_VECTORS
     _mm_sfence();  // nothing else orders streaming stores
 #endif
+}
+
+// reduce() and reduce_backward() of one level. stats: P2 and Q2 are 0.
+template <typename T>
+IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
+                         typename Problem<T>::A* buffer, const typename Problem<T>::A* class_grads,
+                         double* sums, double* stats, BadLabels* bad) {
+    for_blocks(problem, n, begin, end, buffer, OnePass<typename Problem<T>::A>{class_grads, sums, bad});
+    add_lanes(sums, kStats, stats);
+#if IAL_X86_VECTORS
+    _mm_sfence();
+#endif
+}
+
+// The sum of the weights of the pixels [begin, end) of image n. sums[kLanes]: zeros, to add up in.
+template <typename T>
+IAL_TARGET void sum_weights(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end, double* sums,
+                            double* weight, BadLabels* bad) {
+    const Layout& layout = problem.layout;
+    Block<T, kWide> block(problem, nullptr);
+    for (int64_t p = begin; p < end; p += block.count) {
+        const int64_t in_row = layout.row - p % layout.row;
+        const int64_t left = end - p < in_row ? end - p : in_row;
+        block.count = static_cast<int>(left < kWide ? left : kWide);
+        block.load_target(n, p);
+        block.report(n, p, bad);
+        block.look_up_weights(problem.weight);
+        block.add_valid(block.w, sums);
+    }
+    add_lanes(sums, 1, weight);
 }
 
 }  // namespace IAL_ISA

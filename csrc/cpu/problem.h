@@ -14,6 +14,7 @@ constexpr int kRowsAhead = 14;           // rows of a block that are prefetched 
 constexpr int kLanes = 16;               // lanes in which sums are kept
 constexpr int kStreamBytes = 32;         // written by a streaming store
 constexpr int kMaxListed = 4;            // classes of a block that are handled one by one, without look-ups
+constexpr int kSoft = 3;                 // the row of class_grads for label smoothing
 constexpr int kTile = 8;                 // pixels and classes that are transposed at once
 constexpr int kCells = 32;               // cells of a block of coarse logits
 constexpr int kCellPad = 16;             // padding of its rows, for the logit to the right of the last cell
@@ -45,11 +46,15 @@ struct Problem {
     const void* target;
     Label label;
     const A* weight;              // [C]
+    bool weighted;                // class weights are given: else all are 1
     const A* pixel_weight;        // null: all are 1
     const int32_t* class_levels;  // [C]
     int levels;
     int64_t ignore_index;
     bool stream;  // store past the caches
+    const A* smoothing;  // [C]: s_c = label_smoothing / C * weight; null without label smoothing
+    A all_smoothing;     // their sum
+    double hard;         // 1 - label_smoothing
     A cross;      // 1 for the exact gradient, 0 for the paper's: see PixelGradient
 };
 

@@ -1,4 +1,4 @@
-// reduce and reduce_backward of coarse logits, over a range of the rows of cells of one image.
+// reduce, reduce_backward and the one pass of coarse logits, over a range of the rows of cells of one image.
 // Compiled once per instruction set by dispatch.h.
 //
 // The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: in sweep k each
@@ -163,17 +163,11 @@ struct Cells {
             default:
                 load_labels(static_cast<const int64_t*>(problem.target) + line, labels.pixel, pixel);
         }
-        block.list_labels();
-    }
-
-    // See Block.
-    IAL_INLINE void load_weights(const A* by_class, int64_t n, int64_t y, const int32_t* pixel) {
-        block.template select<1>(by_class, block.w);
         if (!problem.pixel_weight) return;
         const Image& weights = coarse.up.pixel_weight;
         const A* from = problem.pixel_weight + weights.offset(n, y, 0);
         for (int i = 0; i < B; ++i)
-            if (block.label[i] >= 0) block.w[i] *= from[pixel[i] * weights.pixel];
+            block.pixel_weight[i] = pixel[i] < 0 ? A(0) : from[pixel[i] * weights.pixel];
     }
 
     // See Block.
@@ -229,8 +223,9 @@ struct ReduceCells {
 
     template <typename T, typename A>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int, const int32_t* pixel, const A*) const {
+        cells.block.list_labels();
         cells.report(n, y, pixel, bad);
-        cells.load_weights(cells.problem.weight, n, y, pixel);
+        cells.block.load_weights(cells.problem.weight);
         cells.block.template softmax<false>(nullptr);
         cells.block.accumulate(sums);
     }
@@ -238,19 +233,33 @@ struct ReduceCells {
     IAL_INLINE void line(Cells<T>&, int64_t, A) const {}
 };
 
-template <typename A>
-struct ReduceBackwardCells {
+// With one_level, sums and gradient; else the gradient alone.
+template <typename A, bool one_level>
+struct GradientCells {
     CellGradient<A> to;
+    double* sums;  // [kStats, kLanes]
+    BadLabels* bad;
 
     template <typename T>
     IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int k, const int32_t* pixel,
                           const A* f) const {
         constexpr int B = Cells<T>::B;
         auto& block = cells.block;
-        alignas(64) A scale[B], extra[B];
-        cells.load_weights(to.class_grads + kS * cells.classes, n, y, pixel);
-        block.template softmax<true>(nullptr);
-        block.differentiate(to.class_grads, scale, extra);
+        alignas(64) A logit[B], scale[B], extra[B];
+        const A* const by_class = to.class_grads + kS * cells.classes;
+        if constexpr (one_level) {
+            cells.report(n, y, pixel, bad);
+            block.template look_up<B>(block.x, logit);
+            block.template softmax<true>(nullptr);
+            block.look_up_weights(cells.problem.weight);
+            block.accumulate_one_level(logit, sums);
+            block.look_up_weights(by_class);
+        } else {
+            block.list_labels();
+            block.load_weights(by_class);
+            block.template softmax<true>(nullptr);
+        }
+        block.template differentiate<one_level>(to.class_grads, scale, extra);
         if (cells.careful)
             k == 0 ? add<true, true>(cells, f, scale, extra) : add<true, false>(cells, f, scale, extra);
         else
@@ -303,10 +312,10 @@ IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse,
 // The gradient of the coarse logits of the rows of cells [begin, end) of image n. The first row also needs
 // the cells above it: its part is left in `head`. The part of the row after the last cells is left in `tail`.
 // head, tail, work: [C, coarse.width].
-template <typename T, typename A>
-IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n,
-                                      int64_t begin, int64_t end, A* buffer, const A* class_grads, A* head,
-                                      A* tail, A* work) {
+template <bool one_level, typename T, typename A>
+IAL_INLINE void gradient_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
+                               int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
+                               double* sums, BadLabels* bad) {
     Cells<T> cells(problem, coarse, buffer);
     const int64_t size = problem.layout.classes * coarse.width;
     const Image& view = coarse.up.grad;
@@ -315,7 +324,7 @@ IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>
         A* const above = j == begin ? head : carried;
         if (j == begin) memset(above, 0, size * sizeof(A));
         memset(below, 0, size * sizeof(A));
-        cells.for_row(n, j, ReduceBackwardCells<A>{{class_grads, coarse.width, above, below}});
+        cells.for_row(n, j, GradientCells<A, one_level>{{class_grads, coarse.width, above, below}, sums, bad});
         if (j > begin) {
             for (int64_t c = 0; c < problem.layout.classes; ++c) {
                 T* const to = problem.grad + view.offset(n, j, 0) + c * view.channel;
@@ -328,6 +337,23 @@ IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>
         below = free;
     }
     if (carried != tail) memcpy(tail, carried, size * sizeof(A));
+}
+
+template <typename T, typename A>
+IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n,
+                                      int64_t begin, int64_t end, A* buffer, const A* class_grads, A* head,
+                                      A* tail, A* work) {
+    gradient_cells<false>(problem, coarse, n, begin, end, buffer, class_grads, head, tail, work, nullptr,
+                          nullptr);
+}
+
+// The same of one level, and its sums: see one_pass().
+template <typename T, typename A>
+IAL_TARGET void one_pass_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
+                               int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
+                               double* sums, double* stats, BadLabels* bad) {
+    gradient_cells<true>(problem, coarse, n, begin, end, buffer, class_grads, head, tail, work, sums, bad);
+    add_lanes(sums, kStats, stats);
 }
 
 }  // namespace IAL_ISA
