@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import backends, reference
+from .arguments import as_label
 from .hierarchy import Hierarchy, HierarchyLike
 from .options import (
     Backend,
@@ -379,7 +380,7 @@ def cross_entropy(
     """
     options = Options(
         FLAT,
-        ignore_index=ignore_index,
+        ignore_index=as_label(ignore_index, "ignore_index"),
         reduction=reduction,
         label_smoothing=label_smoothing,
         upsample=upsample,

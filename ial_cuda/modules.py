@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import functional
+from .arguments import as_label
 from .functional import FLAT, Components, ExpectedGradient
 from .hierarchy import Hierarchy, HierarchyLike
 from .options import (
@@ -274,6 +275,7 @@ class CrossEntropyLoss(Loss):
         super().__init__(weight, options)
 
     def _fitting(self, weight: object, options: Options) -> Tensor | None:
+        as_label(options.ignore_index, "ignore_index")  # None means nothing here
         return class_weight(weight, None)  # the logits say how many classes there are
 
     def forward(
