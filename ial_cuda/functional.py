@@ -311,6 +311,10 @@ class ExpectedGradient:
             self.states[device] = torch.ones(2, dtype=torch.float64, device=device)
         return self.states[device]
 
+    def __reduce__(self) -> tuple[type[ExpectedGradient], tuple[()]]:
+        """Copies and pickles learn anew: their device may be another one, or not be there."""
+        return ExpectedGradient, ()
+
     def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
         """One of its own at each call of a traced graph."""
         return tracer.create_node("call_function", ExpectedGradient, (), {})
