@@ -52,6 +52,23 @@ IAL_D void differentiate(Tile& tile, const BackwardClass<typename Tile::A>* by_c
     tile.store_gradient(to, channel, scale, target_grad);
 }
 
+// Reads the tile at `pixel` of an image, calls body(), and writes the gradient. All lanes of a warp must take
+// part.
+template <typename Tile, typename Body>
+IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64_t image,
+                              int64_t pixel, const BackwardClass<typename Tile::A>* by_class, bool exact,
+                              typename Tile::T* grad, const Body& body) {
+    const Layout& layout = tile.problem.layout;
+    const View& view = layout.grad;
+    const bool staged = is_staged(tile);
+    read_tile(tile, staging, image, pixel, [&] {
+        body();
+        differentiate(tile, by_class, exact,
+                      staged ? staging.row() : grad + layout.offset(view, image, pixel), view.channel);
+    });
+    if (staged) staging.store(grad + image * view.batch, pixel, layout.pixels);
+}
+
 // Grid (images x blocks). Images, and the tiles of a block, are taken in reverse: L2 still holds what reduce
 // read last. grad may be the logits: a thread reads its tile, or the classes of a pass, before it writes
 // them. grad_stats: [images, levels, kStats]. With grad_loss, grad_stats and grad are those of an incoming
@@ -77,21 +94,8 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
     Tile tile(problem);
     const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, index % problem.blocks);
-    const View &logits = problem.layout.logits, &view = problem.layout.grad;
-    for (int64_t i = loop.count - 1; i >= 0; --i) {
-        const int64_t pixel = loop.pixel(i);
-        const bool staged = Tile::V == 1 && problem.staged;
-        if (staged) staging.load(problem.logits + image * logits.batch, pixel, problem.layout.pixels);
-        if (pixel < problem.layout.pixels) {
-            tile.read(image, pixel,
-                      staged ? staging.row() : problem.logits + problem.layout.offset(logits, image, pixel),
-                      logits.channel);
-            differentiate(tile, by_class, exact,
-                          staged ? staging.row() : grad + problem.layout.offset(view, image, pixel),
-                          view.channel);
-        }
-        if (staged) staging.store(grad + image * view.batch, pixel, problem.layout.pixels);
-    }
+    for (int64_t i = loop.count - 1; i >= 0; --i)
+        differentiate_tile(tile, staging, image, loop.pixel(i), by_class, exact, grad, [] {});
 }
 
 }  // namespace ial::gpu

@@ -162,28 +162,4 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
     call.results.write(combine);
 }
 
-// The weight of the valid pixels, needed before the first wave: block b's share in weight[b]. Any grid.
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads)
-    weight_kernel(const __grid_constant__ Problem<T> problem, double* weight) {
-    extern __shared__ __align__(16) unsigned char ial_shared[];
-    auto* const of_warp = reinterpret_cast<double*>(ial_shared);
-    const Layout& layout = problem.layout;
-    const int64_t tiles = layout.pixels / V, step = int64_t(gridDim.x) * kThreads;
-    double total = 0;
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < layout.batch * tiles; i += step) {
-        Labels<T, V> labels;
-        labels.read(problem, i / tiles, i % tiles * V);
-        for (int j = 0; j < V; ++j)
-            if (labels.has(j)) total += problem.weight_of(labels.label[j]) * labels.pixel_weight(j);
-    }
-    total = warp_sum(total);
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    total = 0;
-    for (int i = 0; i < kThreads / kWarp; ++i) total += of_warp[i];
-    weight[blockIdx.x] = total;
-}
-
 }  // namespace ial::gpu

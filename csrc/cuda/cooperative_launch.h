@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cooperative.cuh"
-#include "launch.h"
+#include "one_pass_launch.h"
 
 namespace ial::gpu {
 
@@ -60,15 +60,9 @@ struct CooperativeLaunch {
         cooperative.partial = partial.template mutable_data_ptr<double>();
         Tensor weight;
         if (wave < layout.batch && combine_arguments.combine.reduction == Reduction::kMean) {
-            constexpr int kBlocks = 8;  // on a multiprocessor: enough threads to keep its memory busy
-            cooperative.weights = static_cast<int>(
-                std::min<int64_t>(launcher.multiprocessors() * kBlocks,
-                                  divide_up(layout.batch * (layout.pixels / Tile::V), kThreads)));
-            weight = at::empty({cooperative.weights}, stats.options());
-            double* const weights = weight.template mutable_data_ptr<double>();
-            cooperative.weight = weights;
-            launcher(weight_kernel<T, Tile::V>, dim3(cooperative.weights), kThreads,
-                     kThreads / kWarp * sizeof(double), problem, weights);
+            weight = launch_weights<T>(launcher, call.arguments);
+            cooperative.weights = static_cast<int>(weight.numel());
+            cooperative.weight = weight.template const_data_ptr<double>();
         }
         const CooperativeShared<Tile> shared(layout.classes, problem.levels, wave, cooperative.saved);
         launcher.cooperate(cooperative_kernel<Tile>, dim3(grid), threads, shared.end, problem, cooperative,

@@ -19,6 +19,11 @@ struct Kernels {
     static void reduce_backward(const Launcher& launcher, const Inputs& inputs, const Tensor& grad_stats,
                                 const OptionalTensor& grad_loss, bool exact, const Tensor& grad);
 
+    // One level: writes all results but the loss.
+    static void one_pass(const Launcher& launcher, const Inputs& inputs, Reduction reduction,
+                         const OptionalTensor& divisor, const OptionalTensor& expected,
+                         const OnePassResults& results);
+
     // Writes stats, grad_stats, grad and the results.
     static void loss_and_grad(const Launcher& launcher, const Inputs& inputs, const CombineArguments& combine,
                               bool exact, const Tensor& stats, const Tensor& grad_stats, const Tensor& grad,
@@ -49,6 +54,24 @@ void Kernels<T, Launcher>::reduce_backward(const Launcher& launcher, const Input
     call.with_tile(ReduceBackward<T, Launcher>{launcher, call, grad_stats,
                                                grad_loss ? incoming.template const_data_ptr<A>() : nullptr,
                                                exact, grad});
+}
+
+template <typename T, typename Launcher>
+void Kernels<T, Launcher>::one_pass(const Launcher& launcher, const Inputs& inputs, Reduction reduction,
+                                    const OptionalTensor& divisor, const OptionalTensor& expected,
+                                    const OnePassResults& results) {
+    OnePass<T> pass{};
+    pass.expected = expected ? expected->const_data_ptr<double>() : nullptr;
+    pass.exact = inputs.exact();
+    pass.grad_stats = results.grad_stats.mutable_data_ptr<double>();
+    pass.whole_divisor = results.divisor.mutable_data_ptr<double>();
+    pass.computed_for = results.computed_for.mutable_data_ptr<double>();
+    pass.grad = static_cast<T*>(results.grad.mutable_data_ptr());
+    Call<T> call(inputs, results.grad);
+    const Tensor parts = divisor_parts<T>(launcher, call.arguments, reduction, divisor);
+    pass.divisor = parts.defined() ? parts.template const_data_ptr<double>() : nullptr;
+    pass.parts = parts.defined() ? static_cast<int>(parts.numel()) : 0;
+    call.with_tile(OnePassLaunch<T, Launcher>{launcher, call, pass, results.stats});
 }
 
 template <typename T, typename Launcher>

@@ -62,6 +62,12 @@ inline bool in_vectors(const Layout& layout, const View& view, int64_t lanes) {
     return fits;
 }
 
+// Whether the labels of `lanes` adjacent pixels are always one aligned vector.
+inline bool has_dense_labels(const Layout& layout, const void* target, int64_t itemsize, int64_t lanes) {
+    return in_vectors(layout, layout.target, lanes) &&
+           aligned(target, std::min<size_t>(16, lanes * itemsize));
+}
+
 // The tensors of a call, as operands for kernels whose logits have type T. `inputs` refers to the other
 // members, so a copy would refer to those of the original.
 template <typename T>
@@ -116,9 +122,7 @@ struct Call {
                          is_channels_last(layout, layout.grad) &&
                          staging_bytes<T>(layout.classes) <= kStagingBytes;
         const int64_t lanes = !vectors ? 1 : layout.classes <= kWideClasses ? kLanes : kLanes / 2;
-        problem.dense_labels =
-            in_vectors(layout, layout.target, lanes) &&
-            aligned(problem.target, std::min<size_t>(16, lanes * inputs.target.itemsize()));
+        problem.dense_labels = has_dense_labels(layout, problem.target, inputs.target.itemsize(), lanes);
     }
 
     size_t staged_bytes() const { return problem.staged ? staging_bytes<T>(problem.layout.classes) : 0; }
@@ -167,6 +171,13 @@ int choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared, int64_
         std::clamp<int64_t>(divide_up(resident, images), 1, divide_up(threads, kThreads)));
 }
 
+// stats = the sums over the blocks of each row of `partial`.
+template <typename Launcher>
+void launch_sums(const Launcher& launcher, const Tensor& partial, int blocks, const Tensor& stats) {
+    launcher(sum_kernel, dim3(stats.numel()), kWarp, 0, partial.template const_data_ptr<double>(), blocks,
+             stats.template mutable_data_ptr<double>());
+}
+
 // Launches a reduce kernel, then sum_kernel. `staged_bytes`: shared memory that the kernel takes besides.
 template <typename Launcher, typename Problem>
 void launch_reduce(const Launcher& launcher, void (*kernel)(Problem, int, double*), Problem& problem,
@@ -181,10 +192,9 @@ void launch_reduce(const Launcher& launcher, void (*kernel)(Problem, int, double
     problem.blocks = choose_blocks(launcher, kernel, shared, images, threads);
 
     const Tensor partial = at::empty({sums * problem.blocks}, stats.options());
-    double* const rows = partial.template mutable_data_ptr<double>();
-    launcher(kernel, dim3(images * problem.blocks, groups), kThreads, shared, problem, block_levels, rows);
-    launcher(sum_kernel, dim3(sums), kWarp, 0, rows, problem.blocks,
-             stats.template mutable_data_ptr<double>());
+    launcher(kernel, dim3(images * problem.blocks, groups), kThreads, shared, problem, block_levels,
+             partial.template mutable_data_ptr<double>());
+    launch_sums(launcher, partial, problem.blocks, stats);
 }
 
 template <typename T, typename Launcher>

@@ -32,6 +32,20 @@ IAL_D double warp_sum(double value) {
     return value;
 }
 
+// The cross-entropy of pixel j of a tile, with weight w.
+template <typename Tile>
+IAL_D typename Tile::A cross_entropy(const Tile& tile, int j, typename Tile::A w) {
+    return w * (logarithm(tile.sum[j]) - tile.target[j]);
+}
+
+// The sum of a row of `Threads` values, added by the lanes of a warp.
+template <int Threads, typename A>
+IAL_D double sum_row(const A* row) {
+    double total = 0;
+    for (int i = threadIdx.x % kWarp; i < Threads; i += kWarp) total += row[i];
+    return warp_sum(total);
+}
+
 // sums[levels, kStats, Threads] in shared memory: each thread adds to its own column.
 template <typename A, int Threads>
 struct ThreadSums {
@@ -44,12 +58,9 @@ struct ThreadSums {
 
     // Writes the sum of row i to to[i * step], a warp for each row. Barriers before and after.
     IAL_D void total(double* to, int64_t step) const {
-        const int lane = threadIdx.x % kWarp;
         for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += Threads / kWarp) {
-            double total = 0;
-            for (int i = lane; i < Threads; i += kWarp) total += sums[slot * Threads + i];
-            total = warp_sum(total);
-            if (lane == 0) to[slot * step] = total;
+            const double total = sum_row<Threads>(sums + slot * Threads);
+            if (threadIdx.x % kWarp == 0) to[slot * step] = total;
         }
     }
 
@@ -74,7 +85,7 @@ struct LevelSums {
         for (int j = 0; j < Tile::V; ++j) {
             const ReduceClass<A> target = by_class[tile.labels.class_or_any(j)];
             const A w = target.weight * tile.labels.pixel_weight(j);
-            const A s = w * (logarithm(tile.sum[j]) - tile.target[j]);
+            const A s = cross_entropy(tile, j, w);
             const A pi = tile.target_exp(j) * reciprocal(tile.sum[j]);
             if (!tile.labels.has(j) || target.level < 0 || target.level >= levels) continue;
             if (target.level != level) {
@@ -140,23 +151,13 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     extern __shared__ __align__(16) unsigned char ial_shared[];
     const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
     const Staging<T> staging(ial_shared, problem.classes);
-    sum_levels(
-        problem, ial_shared + staged_bytes, block_levels, partial,
-        [&](int64_t image, int block, const auto& add) {
-            Tile tile(problem);
-            const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
-            const View& view = problem.layout.logits;
-            for (int64_t i = 0; i < loop.count; ++i) {
-                const int64_t pixel = loop.pixel(i);
-                const bool staged = Tile::V == 1 && problem.staged;
-                if (staged) staging.load(problem.logits + image * view.batch, pixel, problem.layout.pixels);
-                if (pixel >= problem.layout.pixels) continue;
-                tile.read(image, pixel,
-                          staged ? staging.row() : problem.logits + problem.layout.offset(view, image, pixel),
-                          view.channel);
-                add(tile);
-            }
-        });
+    sum_levels(problem, ial_shared + staged_bytes, block_levels, partial,
+               [&](int64_t image, int block, const auto& add) {
+                   Tile tile(problem);
+                   const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
+                   for (int64_t i = 0; i < loop.count; ++i)
+                       read_tile(tile, staging, image, loop.pixel(i), [&] { add(tile); });
+               });
 }
 
 // The sum of `blocks` partial sums, added by the lanes of a warp. The loads bypass L1, which may hold what

@@ -288,6 +288,28 @@ constexpr size_t staging_bytes(int64_t classes) {
     return kThreads * classes * sizeof(T);
 }
 
+// Whether tiles are read from and written to the block's shared memory instead of global memory.
+template <typename Tile>
+IAL_D bool is_staged(const Tile& tile) {
+    return Tile::V == 1 && tile.problem.staged;
+}
+
+// Calls body() with the tile at `pixel` of an image, if there is one: `pixel` may be beyond the image. All
+// lanes of a warp must take part.
+template <typename Tile, typename Body>
+IAL_D void read_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64_t image, int64_t pixel,
+                     const Body& body) {
+    const auto& problem = tile.problem;
+    const Layout& layout = problem.layout;
+    const View& view = layout.logits;
+    const bool staged = is_staged(tile);
+    if (staged) staging.load(problem.logits + image * view.batch, pixel, layout.pixels);
+    if (pixel >= layout.pixels) return;
+    tile.read(image, pixel, staged ? staging.row() : problem.logits + layout.offset(view, image, pixel),
+              view.channel);
+    body();
+}
+
 // A grid-stride loop over the tiles of an image: in each iteration, block b of `blocks` takes the next
 // `Threads` tiles after those of block b - 1. In the last iteration, pixel() may be beyond the image.
 template <int V, int Threads>
