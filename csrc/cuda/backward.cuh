@@ -12,6 +12,38 @@ struct alignas(16) BackwardClass {
     A weight;
 };
 
+// The incoming gradient of rescale_, whose grad_stats are for 1. Without grad_loss, grad_stats have it
+// already.
+template <typename A>
+struct Incoming {
+    const A* grad_loss;
+    const double* computed_for;  // what the gradient is for already
+    double* expected;            // [expected, last], or null
+
+    IAL_D double value() const { return grad_loss ? double(*grad_loss) : 1; }
+
+    // Whether there is nothing to compute. The first thread of the grid updates `expected`, which it alone
+    // reads: to what came in twice in a row.
+    IAL_D bool is_done() const {
+        if (!grad_loss) return false;
+        const double now = value();
+        if (expected && blockIdx.x == 0 && threadIdx.x == 0) {
+            if (now == expected[1] && now - now == 0) expected[0] = now;
+            expected[1] = now;
+        }
+        return now == *computed_for;
+    }
+};
+
+// The incoming gradient that loss_and_grad computes for: `expected`, or 1 if it is null.
+struct ComputedFor {
+    const double* expected;
+    double* computed_for;  // a copy of it: `expected` may change before the backward pass
+
+    IAL_D double value() const { return expected ? *expected : 1; }
+    IAL_D void write() const { *computed_for = value(); }
+};
+
 // Fills by_class[C] from the grad_stats of an image, [levels, kStats], times `scale`; a barrier must follow.
 template <int Threads, typename T, typename A>
 IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, double scale,
@@ -71,25 +103,24 @@ IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& stagi
 
 // Grid (images x blocks). Images, and the tiles of a block, are taken in reverse: L2 still holds what reduce
 // read last. grad may be the logits: a thread reads its tile, or the classes of a pass, before it writes
-// them. grad_stats: [images, levels, kStats]. With grad_loss, grad_stats and grad are those of an incoming
-// gradient of 1; if grad_loss is 1, grad stays as it is.
+// them. grad_stats: [images, levels, kStats].
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_backward_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
-                           const double* grad_stats, const typename Tile::A* grad_loss, bool exact,
+                           const double* grad_stats,
+                           const __grid_constant__ Incoming<typename Tile::A> incoming, bool exact,
                            typename Tile::T* grad) {
     using T = typename Tile::T;
     using A = typename Tile::A;
     extern __shared__ __align__(16) unsigned char ial_shared[];
     const unsigned index = gridDim.x - 1 - blockIdx.x;
     const int64_t image = index / problem.blocks;
-    const A incoming = grad_loss ? *grad_loss : A(1);
-    if (grad_loss && incoming == 1) return;
+    if (incoming.is_done()) return;
 
     const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
     const Staging<T> staging(ial_shared, problem.classes);
     auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared + staged_bytes);
-    load_classes<kThreads>(problem, grad_stats + image * problem.levels * kStats, incoming, by_class);
+    load_classes<kThreads>(problem, grad_stats + image * problem.levels * kStats, incoming.value(), by_class);
     __syncthreads();
 
     Tile tile(problem);

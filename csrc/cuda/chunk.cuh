@@ -112,8 +112,9 @@ struct ChunkLabels : LabelsBase<A, S * S> {
             problem.pixel_weight ? problem.pixel_weight + weights.offset(image, y.first, x.first) : nullptr;
     }
 
+    // Whether there is something to add. What a bad label adds is NaN.
     IAL_D bool any() const {
-        bool found = false;
+        bool found = this->bad;
         for (int j = 0; j < S * S; ++j) found |= this->has(j);
         return found;
     }
@@ -245,11 +246,14 @@ struct Chunk {
     A* extra;
     unsigned present;  // bit c % 32 is set where pixels have class c
 
-    IAL_D void start_backward(const BackwardClass<A>* by_class, bool exact, A* column) {
+    // Calls each(j) for each pixel.
+    template <typename Each>
+    IAL_D void start_backward(const BackwardClass<A>* by_class, bool exact, A* column, const Each& each) {
         extra = column;
         present = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
+            each(j);
             const PixelGradient<A> pixel = differentiate(*this, j, by_class, exact);
             scale[j] = pixel.scale;
             extra[j * kCellThreads] = pixel.extra;

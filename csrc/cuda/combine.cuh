@@ -2,7 +2,7 @@
 // One block, a thread for each image.
 #pragma once
 
-#include "tile.cuh"
+#include "backward.cuh"
 
 namespace ial::gpu {
 
@@ -46,14 +46,6 @@ struct Combined {
     }
 };
 
-template <typename L>
-__global__ void __launch_bounds__(kThreads)
-    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, Combined<L> to) {
-    c.lambdas = lambdas.value;
-    c.stats = stage_stats(c, fits);
-    to.write(c);
-}
-
 // Each thread of the block writes the rows of its images.
 template <typename Grads>
 IAL_D void write_grad_stats(const Combine& c, const Grads& grad_loss, double weight, double* grad_stats) {
@@ -62,6 +54,24 @@ IAL_D void write_grad_stats(const Combine& c, const Grads& grad_loss, double wei
             combine_backward(c, n, n + 1, grad_loss, weight, grad_stats);
     else if (threadIdx.x == 0)
         combine_backward(c, 0, c.batch, grad_loss, weight, grad_stats);
+}
+
+// dL/dloss = 1: the incoming gradient is not known yet.
+struct UnitGradient {
+    IAL_HD double operator[](int64_t) const { return 1; }
+};
+
+// grad_stats: null, or for loss_and_grad, which leaves the gradient to the backward pass.
+template <typename L>
+__global__ void __launch_bounds__(kThreads)
+    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, Combined<L> to,
+                   double* grad_stats, ComputedFor computed_for) {
+    c.lambdas = lambdas.value;
+    c.stats = stage_stats(c, fits);
+    to.write(c);
+    if (!grad_stats) return;
+    write_grad_stats(c, UnitGradient(), c.mean_divisor(), grad_stats);
+    if (threadIdx.x == 0) computed_for.write();
 }
 
 template <typename G>

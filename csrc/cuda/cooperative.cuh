@@ -20,11 +20,6 @@ __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid()
 template <typename Tile>
 constexpr int kCooperativeThreads = Tile::B * sizeof(Pack<typename Tile::T, Tile::V>) <= 192 ? 384 : 256;
 
-// dL/dloss = 1: the incoming gradient is not known yet.
-struct UnitGradient {
-    IAL_HD double operator[](int64_t) const { return 1; }
-};
-
 template <typename T>
 struct Cooperative {
     using A = typename Arithmetic<T>::A;
@@ -38,6 +33,7 @@ struct Cooperative {
     int64_t wave;   // images that are processed at a time
     int64_t saved;  // tiles of a thread that shared memory keeps from reduce to its backward
     bool exact;
+    ComputedFor computed_for;
     T* grad;
 };
 
@@ -133,15 +129,17 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
         combine.lambdas = lambdas.value;
         combine.stats = stats;
         combine.batch = images;
-        const double weight = call.weight ? sum_blocks(call.weight, call.weights) : combine.mean_divisor();
-        write_grad_stats(combine, UnitGradient(), weight, grad_stats);
+        const double divisor = call.weight ? sum_blocks(call.weight, call.weights) : combine.mean_divisor();
+        write_grad_stats(combine, UnitGradient(), divisor, grad_stats);
         __syncthreads();
         if (blockIdx.x == 0)
             for (int64_t i = threadIdx.x; i < images * sums; i += Threads) {
                 call.stats[first * sums + i] = stats[i];
                 call.grad_stats[first * sums + i] = grad_stats[i];
             }
-        if (count > 0) load_classes<Threads>(problem, grad_stats + own * sums, 1, backward_classes);
+        if (count > 0)
+            load_classes<Threads>(problem, grad_stats + own * sums, call.computed_for.value(),
+                                  backward_classes);
         __syncthreads();
 
         for (int64_t i = count - 1; i >= 0; --i) {
@@ -156,6 +154,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
         }
     }
     if (blockIdx.x > 0) return;
+    if (threadIdx.x == 0) call.computed_for.write();
     Combine combine = call.combine;
     combine.lambdas = lambdas.value;
     combine.stats = call.stats;

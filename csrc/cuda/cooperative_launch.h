@@ -29,8 +29,8 @@ struct CooperativeLaunch {
     const Launcher& launcher;
     Call<T>& call;
     const CombineArguments& combine_arguments;
-    bool exact;
-    const Tensor &stats, &grad_stats, &grad;
+    const OptionalTensor& expected;
+    const TrainingResults& to;
     const CombineResults& results;
 
     template <typename Tile>
@@ -48,18 +48,19 @@ struct CooperativeLaunch {
 
         Cooperative<T> cooperative{};
         cooperative.saved = std::min<int64_t>((room - least.end) / slot, iterations - 1);
-        cooperative.combine = combine_arguments.combine;
-        cooperative.stats = stats.template mutable_data_ptr<double>();
-        cooperative.grad_stats = grad_stats.template mutable_data_ptr<double>();
+        const Combine& combine = cooperative.combine = combine_arguments.combine;
+        cooperative.stats = to.stats.template mutable_data_ptr<double>();
+        cooperative.grad_stats = to.grad_stats.template mutable_data_ptr<double>();
         cooperative.results = results.template pointers<A>();
         cooperative.wave = wave;
-        cooperative.exact = exact;
-        cooperative.grad = static_cast<T*>(grad.mutable_data_ptr());
+        cooperative.exact = call.arguments.inputs.exact();
+        cooperative.computed_for = make_computed_for(expected, to.computed_for);
+        cooperative.grad = static_cast<T*>(to.grad.mutable_data_ptr());
         const int64_t grid = wave * problem.blocks;
-        const Tensor partial = at::empty({2 * grid * problem.levels * kStats}, stats.options());
+        const Tensor partial = at::empty({2 * grid * problem.levels * kStats}, to.stats.options());
         cooperative.partial = partial.template mutable_data_ptr<double>();
         Tensor weight;
-        if (wave < layout.batch && combine_arguments.combine.reduction == Reduction::kMean) {
+        if (wave < layout.batch && combine.reduction == Reduction::kMean && !combine.divisor) {
             weight = launch_weights<T>(launcher, call.arguments);
             cooperative.weights = static_cast<int>(weight.numel());
             cooperative.weight = weight.template const_data_ptr<double>();
@@ -74,7 +75,7 @@ struct CooperativeLaunch {
     int64_t images_of_a_wave(int threads) const {
         const int64_t batch = call.problem.layout.batch;
         if (combine_arguments.combine.pool_batch) return batch;
-        const int64_t bytes = grad.numel() * static_cast<int64_t>(sizeof(T));
+        const int64_t bytes = to.grad.numel() * static_cast<int64_t>(sizeof(T));
         const int64_t waves = std::clamp<int64_t>(divide_up(bytes, on_chip_bytes(launcher)), 1, batch);
         // The rows of stats and grad_stats take the place of a level's sums.
         const int64_t most = std::min<int64_t>(launcher.multiprocessors(), threads * sizeof(A) / 16);

@@ -15,19 +15,17 @@ struct Kernels {
 
     static void reduce(const Launcher& launcher, const Inputs& inputs, const Tensor& stats);
 
-    // With grad_loss, grad_stats and grad are those of an incoming gradient of 1.
     static void reduce_backward(const Launcher& launcher, const Inputs& inputs, const Tensor& grad_stats,
-                                const OptionalTensor& grad_loss, bool exact, const Tensor& grad);
+                                const Incoming<A>& incoming, const Tensor& grad);
 
-    // One level: writes all results but the loss.
-    static void one_pass(const Launcher& launcher, const Inputs& inputs, Reduction reduction,
-                         const OptionalTensor& divisor, const OptionalTensor& expected,
-                         const OnePassResults& results);
+    // One level: writes `to` and what the loss is divided by.
+    static void one_pass(const Launcher& launcher, const Inputs& inputs, const Combine& combine,
+                         const OptionalTensor& expected, const TrainingResults& to, const Tensor& divisor);
 
-    // Writes stats, grad_stats, grad and the results.
-    static void loss_and_grad(const Launcher& launcher, const Inputs& inputs, const CombineArguments& combine,
-                              bool exact, const Tensor& stats, const Tensor& grad_stats, const Tensor& grad,
-                              const CombineResults& results);
+    // The whole loss and its gradient in one launch: writes `to` and the results.
+    static void cooperate(const Launcher& launcher, const Inputs& inputs, const CombineArguments& combine,
+                          const OptionalTensor& expected, const TrainingResults& to,
+                          const CombineResults& results);
 };
 
 template <typename T, typename Launcher>
@@ -42,47 +40,39 @@ void Kernels<T, Launcher>::reduce(const Launcher& launcher, const Inputs& inputs
 
 template <typename T, typename Launcher>
 void Kernels<T, Launcher>::reduce_backward(const Launcher& launcher, const Inputs& inputs,
-                                           const Tensor& grad_stats, const OptionalTensor& grad_loss,
-                                           bool exact, const Tensor& grad) {
+                                           const Tensor& grad_stats, const Incoming<A>& incoming,
+                                           const Tensor& grad) {
+    const bool exact = inputs.exact();
     if (inputs.align_corners) {
         UpsampledCall<T> call(inputs, grad);
-        return call.with_chunk(ReduceBackwardUpsampled<T, Launcher>{launcher, call, grad_stats, exact, grad});
+        return call.with_chunk(
+            ReduceBackwardUpsampled<T, Launcher>{launcher, call, grad_stats, incoming, exact, grad});
     }
-    Tensor incoming;
-    if (grad_loss) incoming = grad_loss->to(c10::CppTypeToScalarType<A>::value).contiguous();
     Call<T> call(inputs, grad);
-    call.with_tile(ReduceBackward<T, Launcher>{launcher, call, grad_stats,
-                                               grad_loss ? incoming.template const_data_ptr<A>() : nullptr,
-                                               exact, grad});
+    call.with_tile(ReduceBackward<T, Launcher>{launcher, call, grad_stats, incoming, exact, grad});
 }
 
 template <typename T, typename Launcher>
-void Kernels<T, Launcher>::one_pass(const Launcher& launcher, const Inputs& inputs, Reduction reduction,
-                                    const OptionalTensor& divisor, const OptionalTensor& expected,
-                                    const OnePassResults& results) {
-    OnePass<T> pass{};
-    pass.expected = expected ? expected->const_data_ptr<double>() : nullptr;
-    pass.exact = inputs.exact();
-    pass.grad_stats = results.grad_stats.mutable_data_ptr<double>();
-    pass.whole_divisor = results.divisor.mutable_data_ptr<double>();
-    pass.computed_for = results.computed_for.mutable_data_ptr<double>();
-    pass.grad = static_cast<T*>(results.grad.mutable_data_ptr());
-    Call<T> call(inputs, results.grad);
-    const Tensor parts = divisor_parts<T>(launcher, call.arguments, reduction, divisor);
-    pass.divisor = parts.defined() ? parts.template const_data_ptr<double>() : nullptr;
-    pass.parts = parts.defined() ? static_cast<int>(parts.numel()) : 0;
-    call.with_tile(OnePassLaunch<T, Launcher>{launcher, call, pass, results.stats});
+void Kernels<T, Launcher>::one_pass(const Launcher& launcher, const Inputs& inputs, const Combine& combine,
+                                    const OptionalTensor& expected, const TrainingResults& to,
+                                    const Tensor& divisor) {
+    if (inputs.align_corners) {
+        UpsampledCall<T> call(inputs, to.grad);
+        const OnePassArguments<T> arguments(launcher, call.arguments, combine, expected, to, divisor);
+        return call.with_chunk(OnePassUpsampled<T, Launcher>{launcher, call, arguments});
+    }
+    Call<T> call(inputs, to.grad);
+    const OnePassArguments<T> arguments(launcher, call.arguments, combine, expected, to, divisor);
+    call.with_tile(OnePassLaunch<T, Launcher>{launcher, call, arguments});
 }
 
 template <typename T, typename Launcher>
-void Kernels<T, Launcher>::loss_and_grad(const Launcher& launcher, const Inputs& inputs,
-                                         const CombineArguments& combine, bool exact, const Tensor& stats,
-                                         const Tensor& grad_stats, const Tensor& grad,
-                                         const CombineResults& results) {
-    Call<T> call(inputs, grad);
+void Kernels<T, Launcher>::cooperate(const Launcher& launcher, const Inputs& inputs,
+                                     const CombineArguments& combine, const OptionalTensor& expected,
+                                     const TrainingResults& to, const CombineResults& results) {
+    Call<T> call(inputs, to.grad);
     TORCH_INTERNAL_ASSERT(call.vectors);
-    call.with_vectors(
-        CooperativeLaunch<T, Launcher>{launcher, call, combine, exact, stats, grad_stats, grad, results});
+    call.with_vectors(CooperativeLaunch<T, Launcher>{launcher, call, combine, expected, to, results});
 }
 
 }  // namespace ial::gpu

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <limits>
@@ -217,7 +218,7 @@ struct ReduceBackward {
     const Launcher& launcher;
     Call<T>& call;
     const Tensor& grad_stats;
-    const A* grad_loss;
+    Incoming<A> incoming;
     bool exact;
     const Tensor& grad;
 
@@ -229,7 +230,7 @@ struct ReduceBackward {
         problem.blocks =
             choose_blocks(launcher, kernel, shared, problem.layout.batch, call.template threads<Tile>());
         launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem,
-                 grad_stats.const_data_ptr<double>(), grad_loss, exact,
+                 grad_stats.const_data_ptr<double>(), incoming, exact,
                  static_cast<T*>(grad.mutable_data_ptr()));
     }
 };
@@ -269,5 +270,20 @@ struct CombineResults {
                 loss.mutable_data_ptr<L>()};
     }
 };
+
+// What loss_and_grad computes for the backward pass. grad: like the logits.
+struct TrainingResults {
+    Tensor stats, grad_stats, grad, computed_for;
+
+    TrainingResults(const Tensor& logits, int levels)
+        : stats(at::empty({logits.size(0), levels, kStats}, logits.options().dtype(at::kDouble))),
+          grad_stats(at::empty_like(stats)),
+          grad(at::empty_like(logits)),
+          computed_for(at::empty({}, stats.options())) {}
+};
+
+inline ComputedFor make_computed_for(const OptionalTensor& expected, const Tensor& computed_for) {
+    return {expected ? expected->const_data_ptr<double>() : nullptr, computed_for.mutable_data_ptr<double>()};
+}
 
 }  // namespace ial::gpu

@@ -39,11 +39,11 @@ template <typename T>
 struct OnePass {
     const double* divisor;  // [parts], which add up to what the loss is divided by, or null for 1
     int parts;
-    const double* expected;  // the incoming gradient, or null for 1
     bool exact;
+    ComputedFor computed_for;
     double* partial;     // [images, kStats, blocks]
     double* grad_stats;  // [images, 1, kStats], for an incoming gradient of 1
-    double *whole_divisor, *computed_for;
+    double* whole_divisor;
     T* grad;
 
     // Fills by_class[C]; a barrier must follow. The image's first block writes its row of grad_stats, that of
@@ -51,48 +51,54 @@ struct OnePass {
     template <int Threads, typename A>
     IAL_D void start(const Operands<T>& problem, int64_t image, int block, BackwardClass<A>* by_class) const {
         const double whole = divisor ? sum_blocks(divisor, parts) : 1;
-        const double ds = whole != 0 ? 1 / whole : 0, incoming = expected ? *expected : 1;
+        const double ds = whole != 0 ? 1 / whole : 0, incoming = computed_for.value();
         for (int c = threadIdx.x; c < problem.classes; c += Threads)
             by_class[c] = {A(incoming * ds), A(0), A(0), problem.weight_of(c)};
         if (threadIdx.x > 0 || block > 0) return;
         for (int s = 0; s < kStats; ++s) grad_stats[image * kStats + s] = s == kS ? ds : 0;
         if (image > 0) return;
         *whole_divisor = whole;
-        *computed_for = incoming;
+        computed_for.write();
     }
 };
 
-// What each thread has summed, in its column of [kRows, Threads] in shared memory: the loops over classes
-// need the registers. P2 and Q2 are left out: with one level there is no factor.
+// Sums over the pixels of a tile. P2 and Q2 are left out: with one level there is no factor.
+template <typename A>
+struct TileSums {
+    A s = 0, weight = 0;
+    int count = 0;
+
+    template <typename Tile>
+    IAL_D void add(const Tile& tile, int j, const BackwardClass<A>* by_class) {
+        const A w = by_class[tile.labels.class_or_any(j)].weight * tile.labels.pixel_weight(j);
+        const A term = cross_entropy(tile, j, w);
+        if (!tile.labels.has(j)) return;
+        s += term;
+        weight += w;
+        ++count;
+    }
+};
+
+// The sums of each thread's tiles, in its column of [kRows, Threads] in shared memory: the loops over classes
+// need the registers.
 template <typename A, int Threads>
 struct OneLevelSums {
     A* const sums;
     static constexpr int kRows = 3;  // S, pixels, weight
     static constexpr size_t kBytes = kRows * Threads * sizeof(A);
 
+    IAL_D A* end() const { return sums + kRows * Threads; }
     IAL_D A& at(int row) const { return sums[row * Threads + threadIdx.x]; }
 
     IAL_D void clear() const {
         for (int row = 0; row < kRows; ++row) at(row) = 0;
     }
 
-    template <typename Tile>
-    IAL_D void add(const Tile& tile, const BackwardClass<A>* by_class) const {
-        A s = 0, weight = 0;
-        int count = 0;
-#pragma unroll
-        for (int j = 0; j < Tile::V; ++j) {
-            const A w = by_class[tile.labels.class_or_any(j)].weight * tile.labels.pixel_weight(j);
-            const A term = cross_entropy(tile, j, w);
-            if (!tile.labels.has(j)) continue;
-            s += term;
-            ++count;
-            weight += w;
-        }
-        // A label that is neither a class nor ignore_index sets S to NaN: no gradient depends on it.
-        at(0) += tile.labels.bad ? A(NAN) : s;
-        at(1) += A(count);
-        at(2) += weight;
+    // A label that is neither a class nor ignore_index sets S to NaN: no gradient depends on it.
+    IAL_D void add(const TileSums<A>& tile, bool bad_label) const {
+        at(0) += bad_label ? A(NAN) : tile.s;
+        at(1) += A(tile.count);
+        at(2) += tile.weight;
     }
 
     // Writes the block's sums, each stat `step` after the one before. Barriers before and after.
@@ -130,8 +136,12 @@ __global__ void __launch_bounds__(kThreads, kOnePassBlocks<Tile>)
     Tile tile(problem);
     const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
     for (int64_t i = 0; i < loop.count; ++i)
-        differentiate_tile(tile, staging, image, loop.pixel(i), by_class, call.exact, call.grad,
-                           [&] { sums.add(tile, by_class); });
+        differentiate_tile(tile, staging, image, loop.pixel(i), by_class, call.exact, call.grad, [&] {
+            TileSums<A> of_tile;
+#pragma unroll
+            for (int j = 0; j < Tile::V; ++j) of_tile.add(tile, j, by_class);
+            sums.add(of_tile, tile.labels.bad);
+        });
     __syncthreads();
     sums.total(call.partial + image * kStats * problem.blocks + block, problem.blocks);
 }

@@ -1,24 +1,10 @@
 // The launches of one pass: the weight of the labels, then loss and gradient.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-
 #include "launch.h"
 #include "one_pass.cuh"
 
 namespace ial::gpu {
-
-// The results of one pass, on the device. `divisor` is what the loss is divided by.
-struct OnePassResults {
-    Tensor stats, grad_stats, grad, divisor, computed_for;
-
-    explicit OnePassResults(const Tensor& logits)
-        : stats(at::empty({logits.size(0), 1, kStats}, logits.options().dtype(at::kDouble))),
-          grad_stats(at::empty_like(stats)),
-          grad(at::empty_like(logits)),
-          divisor(at::empty({}, stats.options())),
-          computed_for(at::empty_like(divisor)) {}
-};
 
 // The weight of the batch's valid pixels in parts, which add up to it.
 template <typename T, typename Launcher>
@@ -31,9 +17,9 @@ Tensor launch_weights(const Launcher& launcher, const Arguments<T>& arguments) {
     const Tensor labels = in.target.unsqueeze(1).expand(shape);
     Problem<T> problem{};
     arguments.fill(problem);
-    problem.layout =
-        Inputs{labels, in.target, in.weight, in.pixel_weight, in.class_levels, in.ignore_index, in.gradient}
-            .layout(labels);
+    problem.layout = Inputs{labels,          in.target,       in.weight,   in.pixel_weight,
+                            in.class_levels, in.ignore_index, in.gradient, in.label_smoothing}
+                         .layout(labels);
     const Layout& layout = problem.layout;
     const int lanes = layout.row % kLanes == 0 ? kLanes : 1;
     problem.dense_labels = has_dense_labels(layout, problem.target, in.target.itemsize(), lanes);
@@ -45,13 +31,44 @@ Tensor launch_weights(const Launcher& launcher, const Arguments<T>& arguments) {
     return parts;
 }
 
-// What the loss is divided by: `given`, the weight of the valid pixels, or 1 (not defined) for a sum.
-template <typename T, typename Launcher>
-Tensor divisor_parts(const Launcher& launcher, const Arguments<T>& arguments, Reduction reduction,
-                     const OptionalTensor& given) {
-    if (reduction != Reduction::kMean) return {};
-    return given ? *given : launch_weights<T>(launcher, arguments);
-}
+// The arguments of one pass for any kernel. `divisor`: what the loss is divided by, which it writes.
+template <typename T>
+class OnePassArguments {
+ public:
+    template <typename Launcher>
+    OnePassArguments(const Launcher& launcher, const Arguments<T>& arguments, const Combine& combine,
+                     const OptionalTensor& expected, const TrainingResults& to, const Tensor& divisor)
+        : stats_(to.stats) {
+        if (combine.divisor) {
+            pass_.divisor = combine.divisor;
+            pass_.parts = 1;
+        } else if (combine.reduction == Reduction::kMean) {
+            weights_ = launch_weights<T>(launcher, arguments);
+            pass_.divisor = weights_.template const_data_ptr<double>();
+            pass_.parts = static_cast<int>(weights_.numel());
+        }
+        pass_.exact = arguments.inputs.exact();
+        pass_.computed_for = make_computed_for(expected, to.computed_for);
+        pass_.grad_stats = to.grad_stats.template mutable_data_ptr<double>();
+        pass_.whole_divisor = divisor.template mutable_data_ptr<double>();
+        pass_.grad = static_cast<T*>(to.grad.mutable_data_ptr());
+    }
+
+    // Calls launch(pass) for a kernel with so many blocks to an image, and sums what they write.
+    template <typename Launcher, typename Launch>
+    void run(const Launcher& launcher, int blocks, const Launch& launch) const {
+        const Tensor partial = at::empty({stats_.numel() * blocks}, stats_.options());
+        OnePass<T> pass = pass_;
+        pass.partial = partial.template mutable_data_ptr<double>();
+        launch(pass);
+        launch_sums(launcher, partial, blocks, stats_);
+    }
+
+ private:
+    const Tensor& stats_;
+    Tensor weights_;
+    OnePass<T> pass_{};
+};
 
 template <typename T, typename Launcher>
 struct OnePassLaunch {
@@ -59,8 +76,7 @@ struct OnePassLaunch {
 
     const Launcher& launcher;
     Call<T>& call;
-    OnePass<T> pass;
-    const Tensor& stats;
+    const OnePassArguments<T>& arguments;
 
     template <typename Tile>
     void run() const {
@@ -70,11 +86,9 @@ struct OnePassLaunch {
                               OneLevelSums<A, kThreads>::kBytes;
         const auto kernel = one_pass_kernel<Tile>;
         problem.blocks = choose_blocks(launcher, kernel, shared, images, call.template threads<Tile>());
-        const Tensor partial = at::empty({images * kStats * problem.blocks}, stats.options());
-        OnePass<T> with_sums = pass;
-        with_sums.partial = partial.template mutable_data_ptr<double>();
-        launcher(kernel, dim3(images * problem.blocks), kThreads, shared, problem, with_sums);
-        launch_sums(launcher, partial, problem.blocks, stats);
+        arguments.run(launcher, problem.blocks, [&](const OnePass<T>& pass) {
+            launcher(kernel, dim3(images * problem.blocks), kThreads, shared, problem, pass);
+        });
     }
 };
 

@@ -3,8 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -50,18 +48,26 @@ struct Operators {
     static Tensor reduce_backward(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
                                   std::optional<bool> align_corners) {
         Tensor grad = at::empty_like(logits);
-        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, grad_stats, {}, grad);
+        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, grad_stats, nullptr, grad);
         return grad;
     }
 
     static void reduce_backward_(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS) {
-        write_grad({logits, IAL_PIXEL_ARGUMENTS}, grad_stats, {}, logits);
+        write_grad({logits, IAL_PIXEL_ARGUMENTS}, grad_stats, nullptr, logits);
     }
 
     static void rescale_(const Tensor& grad, const Tensor& grad_loss, const Tensor& computed_for,
                          const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
                          std::optional<bool> align_corners, const OptionalTensor& expected) {
-        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, at::mul(grad_stats, grad_loss), {}, grad);
+        check_grad_loss(grad_loss, grad_stats, 1);
+        check_expected(expected, logits);
+        TORCH_CHECK_VALUE(computed_for.numel() == 1 && computed_for.scalar_type() == at::kDouble &&
+                              computed_for.device() == logits.device(),
+                          "computed_for has shape ", computed_for.sizes(), " of ", computed_for.scalar_type(),
+                          " on ", computed_for.device(), ", expected one value of Double on ",
+                          logits.device());
+        const Rescaling rescaling{grad_loss, computed_for, expected};
+        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, grad_stats, &rescaling, grad);
     }
 
     static std::tuple<Tensor, Tensor> combine(const Tensor& stats, IAL_COMBINE_PARAMETERS,
@@ -70,10 +76,7 @@ struct Operators {
         const Combine& c = arguments.combine;
         const Launcher launcher(stats);
         const CombineResults results(c, stats.options(), dtype);
-        AT_DISPATCH_FLOATING_TYPES(dtype, "ial_cuda::combine", [&] {
-            launcher(combine_kernel<scalar_t>, dim3(1), kThreads, arguments.shared, c, arguments.lambdas,
-                     arguments.fits, results.pointers<scalar_t>());
-        });
+        launch_combine(launcher, arguments, results, nullptr, {});
         return {results.loss, results.f};
     }
 
@@ -98,26 +101,40 @@ struct Operators {
                                      std::optional<bool> one_launch) {
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
         check_expected(expected, logits);
-        const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
-        const Tensor one = at::ones({}, stats.options());
-        const Tensor computed_for = expected ? expected->select(0, 0).clone() : one;
-        const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
-        const Tensor grad_stats = combine_backward(stats, one, IAL_COMBINE_ARGUMENTS);
-        Tensor grad = at::empty({0}, logits.options());
-        if (Inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners}.one_pass(expected))
-            grad = reduce_backward(logits, at::mul(grad_stats, computed_for), IAL_PIXEL_ARGUMENTS,
-                                   align_corners);
-        return {loss, f, stats, grad_stats, grad, computed_for};
-    }
-
-    // Whether one launch will be faster than several: an image, or all that are pooled, stay on the chip.
-    static bool fits_on_chip(const Tensor& logits, const Tensor& target, const OptionalTensor& pixel_weight,
-                             int64_t levels, std::string_view factor_scope) {
+        const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
+        inputs.check();
+        check_limits(logits.size(0), logits.size(1), inputs.levels());
         const Launcher launcher(logits);
-        return has_one_launch(launcher, logits, target, pixel_weight, levels, factor_scope) &&
-               static_cast<int64_t>(logits.nbytes()) / (is_pooled(factor_scope) ? 1 : logits.size(0)) <=
-                   on_chip_bytes(launcher);
+        const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+        const bool one_pass = inputs.one_pass(expected);
+        if (!one_pass && !cooperates(launcher, inputs, factor_scope, expected, one_launch)) {
+            // To compute the gradient now would save no pass over the logits.
+            const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
+            const Tensor grad_stats = at::empty_like(stats), computed_for = at::empty({}, stats.options());
+            const CombineArguments arguments(make_combine(stats, IAL_COMBINE_ARGUMENTS));
+            const CombineResults results(arguments.combine, stats.options(), dtype);
+            launch_combine(launcher, arguments, results, grad_stats.mutable_data_ptr<double>(),
+                           make_computed_for(expected, computed_for));
+            const Tensor none = at::empty({0}, logits.options());
+            return {results.loss, results.f, stats, grad_stats, none, computed_for};
+        }
+        const TrainingResults to(logits, inputs.levels());
+        CombineArguments arguments(make_combine(to.stats, IAL_COMBINE_ARGUMENTS));
+        const CombineResults results(arguments.combine, to.stats.options(), dtype);
+        const Tensor whole_divisor = at::empty({}, to.stats.options());
+        AT_DISPATCH_FLOATING_TYPES_AND2(
+            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
+                using Typed = Kernels<typename Native<scalar_t>::type, Launcher>;
+                if (one_pass)
+                    Typed::one_pass(launcher, inputs, arguments.combine, expected, to, whole_divisor);
+                else
+                    Typed::cooperate(launcher, inputs, arguments, expected, to, results);
+            });
+        if (one_pass) {
+            arguments.combine.divisor = whole_divisor.const_data_ptr<double>();
+            launch_combine(launcher, arguments, results, nullptr, {});
+        }
+        return {results.loss, results.f, to.stats, to.grad_stats, to.grad, to.computed_for};
     }
 
     static void implement(torch::Library& m) {
@@ -131,35 +148,73 @@ struct Operators {
     }
 
  private:
-    static void write_grad(const Inputs& inputs, const Tensor& grad_stats, const OptionalTensor& grad_loss,
+    // The tensors of rescale_.
+    struct Rescaling {
+        const Tensor &grad_loss, &computed_for;
+        const OptionalTensor& expected;
+    };
+
+    static void write_grad(const Inputs& inputs, const Tensor& grad_stats, const Rescaling* rescaling,
                            const Tensor& grad) {
         inputs.check();
         inputs.check_grad_stats(grad_stats);
         inputs.check_grad(grad);
-        if (grad_loss) check_grad_loss(*grad_loss, grad_stats, 1);
         check_limits(inputs.logits.size(0), inputs.logits.size(1), inputs.levels());
         const Launcher launcher(grad);
         if (grad.numel() == 0) return;
         AT_DISPATCH_FLOATING_TYPES_AND2(
             at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::reduce_backward", [&] {
-                Kernels<typename Native<scalar_t>::type, Launcher>::reduce_backward(
-                    launcher, inputs, grad_stats, grad_loss, inputs.exact(), grad);
+                using T = typename Native<scalar_t>::type;
+                using A = typename Arithmetic<T>::A;
+                Incoming<A> incoming{};
+                Tensor grad_loss;
+                if (rescaling) {
+                    grad_loss = rescaling->grad_loss.to(c10::CppTypeToScalarType<A>::value);
+                    incoming.grad_loss = grad_loss.const_data_ptr<A>();
+                    incoming.computed_for = rescaling->computed_for.template const_data_ptr<double>();
+                    if (rescaling->expected)
+                        incoming.expected = rescaling->expected->template mutable_data_ptr<double>();
+                }
+                Kernels<T, Launcher>::reduce_backward(launcher, inputs, grad_stats, incoming, grad);
             });
+    }
+
+    static void launch_combine(const Launcher& launcher, const CombineArguments& arguments,
+                               const CombineResults& results, double* grad_stats,
+                               const ComputedFor& computed_for) {
+        AT_DISPATCH_FLOATING_TYPES(results.loss.scalar_type(), "ial_cuda::combine", [&] {
+            launcher(combine_kernel<scalar_t>, dim3(1), kThreads, arguments.shared, arguments.combine,
+                     arguments.lambdas, arguments.fits, results.pointers<scalar_t>(), grad_stats,
+                     computed_for);
+        });
+    }
+
+    // Whether several levels take one launch: wherever one can do it, or where it is likely to be faster,
+    // which is where an image, or all that are pooled, stay on the chip. A loss of float16 logits is usually
+    // scaled, and its gradient recomputed.
+    static bool cooperates(const Launcher& launcher, const Inputs& inputs, std::string_view factor_scope,
+                           const OptionalTensor& expected, std::optional<bool> one_launch) {
+        const Tensor& logits = inputs.logits;
+        const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
+        if (!one_launch.value_or(true) || !has_one_launch(launcher, inputs, pooled_images)) return false;
+        return one_launch || ((logits.scalar_type() != at::kHalf || expected) &&
+                              static_cast<int64_t>(logits.nbytes()) / logits.size(0) * pooled_images <=
+                                  on_chip_bytes(launcher));
     }
 
     // Whether one launch can do it: each thread reads and writes vectors, all blocks are resident, and there
     // is room for their sums.
-    static bool has_one_launch(const Launcher& launcher, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& pixel_weight, int64_t levels,
-                               std::string_view factor_scope) {
-        const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
-        return logits.scalar_type() != at::kDouble && logits.numel() > 0 && logits.is_contiguous() &&
-               target.is_contiguous() && (!pixel_weight || pixel_weight->is_contiguous()) &&
+    static bool has_one_launch(const Launcher& launcher, const Inputs& inputs, int64_t pooled_images) {
+        const Tensor &logits = inputs.logits, &target = inputs.target;
+        const int64_t classes = logits.size(1);
+        return !inputs.align_corners && logits.scalar_type() != at::kDouble && logits.numel() > 0 &&
+               logits.is_contiguous() && target.is_contiguous() &&
+               (!inputs.pixel_weight || inputs.pixel_weight->is_contiguous()) &&
                target.numel() / logits.size(0) * logits.itemsize() % 16 == 0 &&
-               aligned(logits.const_data_ptr(), 16) && logits.size(1) <= kRegisterClasses &&
-               levels <= kMaxCooperativeLevels && launcher.cooperative() &&
+               aligned(logits.const_data_ptr(), 16) && classes <= kRegisterClasses &&
+               inputs.levels() <= kMaxCooperativeLevels && launcher.cooperative() &&
                pooled_images <= launcher.multiprocessors() &&
-               min_cooperative_bytes(logits.size(1), levels, pooled_images) <=
+               min_cooperative_bytes(classes, inputs.levels(), pooled_images) <=
                    static_cast<size_t>(launcher.shared_bytes());
     }
 };

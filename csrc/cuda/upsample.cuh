@@ -3,6 +3,7 @@
 #pragma once
 
 #include "chunk.cuh"
+#include "one_pass.cuh"
 
 namespace ial::gpu {
 
@@ -42,7 +43,8 @@ struct CellGrid {
     int pass_classes;   // that shared memory holds at a time
     int rows, columns;  // of rectangles
 
-    IAL_HD int cells() const { return kWarp / lanes; }  // in a row of a rectangle
+    IAL_HD int cells() const { return kWarp / lanes; }        // in a row of a rectangle
+    IAL_HD int rectangles() const { return rows * columns; }  // of an image
 };
 
 // What the threads of a block add to the corners of their cells, for the classes of a pass: [4, pass_classes,
@@ -76,29 +78,21 @@ struct CornerSums {
     static constexpr size_t bytes(int pass_classes) { return sizeof(A) * 4 * pass_classes * kCellThreads; }
 };
 
-// Grid (images x rectangles). grad_stats: [images, levels, kStats]
-template <typename Chunk>
-__global__ void __launch_bounds__(kCellThreads, 2)
-    reduce_backward_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
-                                     const __grid_constant__ CellGrid grid, const double* grad_stats,
-                                     bool exact, typename Chunk::T* grad) {
+// Writes the gradient of the logits of a block's rectangle. Calls count_chunk(chunk) once for each chunk of
+// the image that has labels, in one of the blocks with its cell. shared: [V, kCellThreads], then CornerSums.
+template <typename Chunk, typename Start>
+IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& problem, const CellGrid& grid,
+                               typename Chunk::A* shared, typename Chunk::T* grad, const Start& start) {
     using A = typename Chunk::A;
-    extern __shared__ __align__(16) unsigned char ial_shared[];
-    const int image = blockIdx.x / (grid.rows * grid.columns);
-    const int rectangle = blockIdx.x % (grid.rows * grid.columns);
+    const int image = blockIdx.x / grid.rectangles(), rectangle = blockIdx.x % grid.rectangles();
     const int row = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
     const int cell = lane / grid.lanes, lane_of_cell = lane % grid.lanes;
     const int y = rectangle / grid.columns * (kCellRows - 1) + row - 1;
     const int x = rectangle % grid.columns * (grid.cells() - 1) + cell - 1;
     const bool is_cell =
         cell < grid.cells() && y < problem.upsampling.y.coarse && x < problem.upsampling.x.coarse;
-
-    auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared);
-    load_classes<kCellThreads>(problem, grad_stats + int64_t(image) * problem.levels * kStats, 1, by_class);
-    A* const extra = reinterpret_cast<A*>(by_class + problem.classes) + threadIdx.x;
-    const CornerSums<A> sums{reinterpret_cast<A*>(by_class + problem.classes) + Chunk::V * kCellThreads,
-                             grid.pass_classes};
-    __syncthreads();
+    A* const extra = shared + threadIdx.x;
+    const CornerSums<A> sums{shared + Chunk::V * kCellThreads, grid.pass_classes};
 
     Chunk chunk(problem);
     const int parts = problem.parts_y * problem.parts_x;
@@ -113,7 +107,8 @@ __global__ void __launch_bounds__(kCellThreads, 2)
                 if (!chunk.labels.any()) continue;
                 if (is_new) {
                     chunk.softmax();
-                    chunk.start_backward(by_class, exact, extra);
+                    // The rectangles above and to the left have the first row and column too.
+                    start(chunk, extra, first == 0 && (row > 0 || y < 0) && (cell > 0 || x < 0));
                 }
                 if (chunk.careful) {
 #pragma unroll
@@ -136,6 +131,52 @@ __global__ void __launch_bounds__(kCellThreads, 2)
         }
         __syncthreads();
     }
+}
+
+// Grid (images x rectangles). grad_stats: [images, levels, kStats]
+template <typename Chunk>
+__global__ void __launch_bounds__(kCellThreads, 2)
+    reduce_backward_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
+                                     const __grid_constant__ CellGrid grid, const double* grad_stats,
+                                     const __grid_constant__ Incoming<typename Chunk::A> incoming, bool exact,
+                                     typename Chunk::T* grad) {
+    using A = typename Chunk::A;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    if (incoming.is_done()) return;
+    const int64_t image = blockIdx.x / grid.rectangles();
+    auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared);
+    load_classes<kCellThreads>(problem, grad_stats + image * problem.levels * kStats, incoming.value(),
+                               by_class);
+    __syncthreads();
+    differentiate_cells<Chunk>(
+        problem, grid, reinterpret_cast<A*>(by_class + problem.classes), grad,
+        [&](Chunk& chunk, A* extra, bool) { chunk.start_backward(by_class, exact, extra, [](int) {}); });
+}
+
+// The same grid, for one level.
+template <typename Chunk>
+__global__ void __launch_bounds__(kCellThreads, 2)
+    one_pass_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
+                              const __grid_constant__ CellGrid grid,
+                              const __grid_constant__ OnePass<typename Chunk::T> call) {
+    using A = typename Chunk::A;
+    extern __shared__ __align__(16) unsigned char ial_shared[];
+    const int64_t image = blockIdx.x / grid.rectangles();
+    const int rectangle = blockIdx.x % grid.rectangles();
+    auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared);
+    const OneLevelSums<A, kCellThreads> sums{reinterpret_cast<A*>(by_class + problem.classes)};
+    call.template start<kCellThreads>(problem, image, rectangle, by_class);
+    sums.clear();
+    __syncthreads();
+    differentiate_cells<Chunk>(problem, grid, sums.end(), call.grad,
+                               [&](Chunk& chunk, A* extra, bool is_own) {
+                                   TileSums<A> of_chunk;
+                                   chunk.start_backward(by_class, call.exact, extra, [&](int j) {
+                                       if (is_own) of_chunk.add(chunk, j, by_class);
+                                   });
+                                   if (is_own) sums.add(of_chunk, chunk.labels.bad);
+                               });
+    sums.total(call.partial + image * kStats * grid.rectangles() + rectangle, grid.rectangles());
 }
 
 }  // namespace ial::gpu

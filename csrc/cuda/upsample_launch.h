@@ -1,7 +1,7 @@
 // The launches of reduce and its backward for coarse logits: a chunk and a grid are chosen.
 #pragma once
 
-#include "launch.h"
+#include "one_pass_launch.h"
 #include "upsample.cuh"
 
 namespace ial::gpu {
@@ -58,34 +58,66 @@ struct ReduceUpsampled {
     }
 };
 
+// The rectangles of cells of reduce_backward and one pass. shared: what the kernel takes besides, and what it
+// takes.
+template <typename Chunk>
+CellGrid choose_cells(const UpsampledProblem<typename Chunk::T>& problem, size_t* shared) {
+    using A = typename Chunk::A;
+    constexpr int64_t kMaxLanes = 8;  // leaves four cells in a warp
+    *shared += problem.classes * sizeof(BackwardClass<A>) + Chunk::V * kCellThreads * sizeof(A);
+    const int most = (kSharedBytes - *shared) / CornerSums<A>::bytes(1);
+    CellGrid grid{};
+    grid.pass_classes = divide_up(problem.classes, divide_up(problem.classes, most));
+    grid.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMaxLanes));
+    grid.rows = divide_up(problem.upsampling.y.coarse, kCellRows - 1);
+    grid.columns = divide_up(problem.upsampling.x.coarse, grid.cells() - 1);
+    *shared += CornerSums<A>::bytes(grid.pass_classes);
+    TORCH_CHECK_VALUE(problem.upsampling.batch * grid.rows * grid.columns <= kMaxCount, "logits has ",
+                      problem.upsampling.batch, " images of ", problem.upsampling.y.coarse, " x ",
+                      problem.upsampling.x.coarse,
+                      " pixels, too many for one launch on CUDA, expected fewer at a time");
+    return grid;
+}
+
 template <typename T, typename Launcher>
 struct ReduceBackwardUpsampled {
+    using A = typename Arithmetic<T>::A;
+
     const Launcher& launcher;
     UpsampledCall<T>& call;
     const Tensor& grad_stats;
+    Incoming<A> incoming;
     bool exact;
     const Tensor& grad;
 
     template <typename Chunk>
     void run() const {
-        using A = typename Chunk::A;
-        constexpr int64_t kMaxLanes = 8;  // leaves four cells in a warp
         const UpsampledProblem<T>& problem = call.problem;
-        const size_t besides =
-            problem.classes * sizeof(BackwardClass<A>) + Chunk::V * kCellThreads * sizeof(A);
-        const int most = (kSharedBytes - besides) / CornerSums<A>::bytes(1);
-        CellGrid grid{};
-        grid.pass_classes = divide_up(problem.classes, divide_up(problem.classes, most));
-        grid.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMaxLanes));
-        grid.rows = divide_up(problem.upsampling.y.coarse, kCellRows - 1);
-        grid.columns = divide_up(problem.upsampling.x.coarse, grid.cells() - 1);
-        const int64_t blocks = problem.upsampling.batch * grid.rows * grid.columns;
-        TORCH_CHECK_VALUE(blocks <= kMaxCount, "logits has ", problem.upsampling.batch, " images of ",
-                          problem.upsampling.y.coarse, " x ", problem.upsampling.x.coarse,
-                          " pixels, too many for one launch on CUDA, expected fewer at a time");
-        launcher(reduce_backward_upsampled_kernel<Chunk>, dim3(blocks), kCellThreads,
-                 besides + CornerSums<A>::bytes(grid.pass_classes), problem, grid,
-                 grad_stats.const_data_ptr<double>(), exact, static_cast<T*>(grad.mutable_data_ptr()));
+        size_t shared = 0;
+        const CellGrid grid = choose_cells<Chunk>(problem, &shared);
+        launcher(reduce_backward_upsampled_kernel<Chunk>, dim3(problem.upsampling.batch * grid.rectangles()),
+                 kCellThreads, shared, problem, grid, grad_stats.const_data_ptr<double>(), incoming, exact,
+                 static_cast<T*>(grad.mutable_data_ptr()));
+    }
+};
+
+template <typename T, typename Launcher>
+struct OnePassUpsampled {
+    using A = typename Arithmetic<T>::A;
+
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const OnePassArguments<T>& arguments;
+
+    template <typename Chunk>
+    void run() const {
+        const UpsampledProblem<T>& problem = call.problem;
+        size_t shared = OneLevelSums<A, kCellThreads>::kBytes;
+        const CellGrid grid = choose_cells<Chunk>(problem, &shared);
+        arguments.run(launcher, grid.rectangles(), [&](const OnePass<T>& pass) {
+            launcher(one_pass_upsampled_kernel<Chunk>, dim3(problem.upsampling.batch * grid.rectangles()),
+                     kCellThreads, shared, problem, grid, pass);
+        });
     }
 };
 
