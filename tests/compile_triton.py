@@ -32,26 +32,35 @@ FLAT = (64, 64)
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
-def launches(logits: torch.Tensor, ratio: int | None = None) -> list[Launch]:
-    """The launches of a step of the loss, with four levels, class weights and pixel weights. With a ratio the
-    logits are coarse."""
+def launches(
+    logits: torch.Tensor, ratio: int | None = None, *, levels: int = 4, smoothing: float = 0.0
+) -> list[Launch]:
+    """The launches of a step of the loss, with class weights and pixel weights. With a ratio the logits are
+    coarse."""
     classes = logits.shape[1]
     spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
     align_corners = None if ratio is None else False
-    levels = [c % 4 for c in range(classes)]
     pixels = (logits.shape[0], *spatial)
     target = logits.new_empty(pixels, dtype=torch.uint8)
     weights = (logits.new_empty(classes, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.float32))
-    rest = (target, *weights, levels, 255, "exact")
-    options = ([0.5, 0.25, 0.5], 1.0, "mean", "mean", "image")
+    rest = (target, *weights, [c % levels for c in range(classes)], 255, "exact", smoothing)
+    options = (None, [0.5, 0.25, 0.5][: levels - 1], 1.0, "mean", "mean", "image")
     seen: list[Launch] = []
     launch.launch_kernel = lambda kernel, like, grid, *arguments, **constants: seen.append(
         (kernel, arguments, constants)
     )
+    expected = logits.new_empty(2, dtype=torch.float64)
+    loss, _, stats, grad_stats, grad, computed_for = operators.loss_and_grad(
+        logits, *rest, *options, align_corners, expected
+    )
+    if grad.numel() > 0:
+        incoming = (loss, computed_for, logits, grad_stats)
+        operators.rescale_(grad, *incoming, *rest, align_corners, expected)
+        return seen
+    operators.reduce_backward(logits, grad_stats, *rest, align_corners)
     stats = operators.reduce(logits, *rest, False, align_corners)
     loss, _ = operators.combine(stats, *options, torch.float32)
-    grad_stats = operators.combine_backward(stats, loss, *options)
-    operators.reduce_backward(logits, grad_stats, *rest, align_corners)
+    operators.combine_backward(stats, loss, *options)
     return seen
 
 

@@ -14,7 +14,15 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.autograd.function import Function, _SingleLevelFunction
 
 from ..validation import check_constant
-from .operators import combine, combine_backward, reduce, reduce_backward, reduce_backward_
+from .operators import (
+    combine,
+    combine_backward,
+    loss_and_grad,
+    reduce,
+    reduce_backward,
+    reduce_backward_,
+    rescale_,
+)
 
 # The messages are those of csrc/inputs.h and csrc/library.cpp.
 _DOUBLE_BACKWARD = (
@@ -24,15 +32,25 @@ _DOUBLE_BACKWARD = (
 _JVP = "ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='reference' has them"
 
 
+def _save_pixels(ctx: Any, logits: Tensor, pixels: tuple[Any, ...], *others: Tensor) -> None:
+    """Saves what reduce_backward takes. ``pixels``: the arguments from target to label_smoothing."""
+    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing = pixels
+    ctx.save_for_backward(logits, *tensors, *others)
+
+
+def _pixels(ctx: Any) -> tuple[Any, ...]:
+    return *ctx.saved_tensors[1:4], ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing
+
+
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.inplace = inputs[:8]
-    ctx.align_corners = inputs[8] if len(inputs) > 8 else None  # torch omits an argument that is the default
-    ctx.save_for_backward(*tensors)
+    _save_pixels(ctx, inputs[0], inputs[1:8])
+    # torch omits an argument that is the default
+    ctx.inplace, ctx.align_corners = (*inputs[8:], None)[:2]
 
 
 def _differentiate_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
-    logits, *rest = ctx.saved_tensors
-    arguments = (logits, grad_stats.contiguous(), *rest, ctx.class_levels, ctx.ignore_index, ctx.gradient)
+    logits = ctx.saved_tensors[0]
+    arguments = (logits, grad_stats.contiguous(), *_pixels(ctx))
     # With create_graph the gradient has a history, which needs the logits.
     if ctx.inplace and not torch.is_grad_enabled():
         reduce_backward_(*arguments)
@@ -43,13 +61,38 @@ def _differentiate_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, 
 
 
 def _save_combine(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    stats, *ctx.options, _ = inputs
-    ctx.save_for_backward(stats)
+    stats, divisor, *ctx.options, _ = inputs
+    ctx.save_for_backward(stats, divisor)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return combine_backward(*ctx.saved_tensors, grad_loss, *ctx.options), *[None] * (len(ctx.options) + 1)
+    stats, divisor = ctx.saved_tensors
+    grad = combine_backward(stats, grad_loss, divisor, *ctx.options)
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _save_loss_and_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, _, grad_stats, grad, computed_for = output
+    _save_pixels(ctx, inputs[0], inputs[1:8], grad_stats, computed_for)
+    # Not saved: the gradient is given away and `expected` is overwritten.
+    ctx.grad = grad if grad.dim() > 1 else None
+    ctx.align_corners, ctx.expected = (*inputs[14:], None, None)[:2]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate_loss_and_grad(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The first backward pass hands out the gradient of the forward pass, if there is one. A second pass, or
+    one with create_graph, computes another."""
+    logits, *_, grad_stats, computed_for = ctx.saved_tensors
+    if ctx.grad is None or torch.is_grad_enabled():
+        grad = reduce_backward(logits, grad_stats * grad_loss, *_pixels(ctx), ctx.align_corners)
+    else:
+        grad, ctx.grad = ctx.grad, None
+        rescale_(
+            grad, grad_loss, computed_for, logits, grad_stats, *_pixels(ctx), ctx.align_corners, ctx.expected
+        )
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -108,3 +151,5 @@ _register(combine, _save_combine, _differentiate_combine)
 _register(reduce_backward)
 _register(reduce_backward_, _save_written)
 _register(combine_backward)
+_register(loss_and_grad, _save_loss_and_grad, _differentiate_loss_and_grad)
+_register(rescale_, _save_written)

@@ -1,4 +1,5 @@
 """The Triton kernels of combine and combine_backward: the loss and its derivative, from the five sums.
+Also the derivative that one level needs before there are sums.
 
 The mathematics is that of csrc/loss.h. Each kernel is one program, since the sums are few.
 """
@@ -12,6 +13,8 @@ from .pixels import P2, PIXELS, Q2, STATS, WEIGHT, S, to_int64
 
 # Images in registers at a time.
 _IMAGES = tl.constexpr(128)
+# Terms of the divisor in registers at a time.
+_TERMS = tl.constexpr(1024)
 # Not specialised: Triton would compile once more for bits that are 1 or divisible by 16.
 _BITS = ["lambda_low", "lambda_high", "alpha_low", "alpha_high"]
 
@@ -41,6 +44,11 @@ def _or_one(divisor):
 
 
 @triton.jit
+def _mean(value, divisor):
+    return tl.where(divisor != 0, value / _or_one(divisor), 0)
+
+
+@triton.jit
 def _lambda(lambda_ptr, lambda_low, lambda_high, t, G: tl.constexpr):
     """lambda_t: the bits of the one value, or one of the values in memory."""
     if lambda_ptr is None:
@@ -61,11 +69,15 @@ def _factor(
 
 
 @triton.jit
-def _total_weight(stats_ptr, N, G: tl.constexpr):
-    total = tl.zeros([_IMAGES], tl.float64)
-    for k in range(G):
-        total += _stat(stats_ptr, tl.arange(0, _IMAGES), N, k, WEIGHT, G, True)
-    return tl.max(total, axis=0)
+def _mean_divisor(stats_ptr, divisor_ptr, N, G: tl.constexpr):
+    """What reduction="mean" divides by: what is given, or the weight of the valid pixels."""
+    if divisor_ptr is not None:
+        return tl.load(divisor_ptr)
+    else:
+        total = tl.zeros([_IMAGES], tl.float64)
+        for k in range(G):
+            total += _stat(stats_ptr, tl.arange(0, _IMAGES), N, k, WEIGHT, G, True)
+        return tl.max(total, axis=0)
 
 
 @triton.jit
@@ -77,6 +89,7 @@ def _below(n, t, bound):
 @triton.jit(do_not_specialize=_BITS)
 def combine_kernel(
     stats_ptr,  # [N, G, STATS]
+    divisor_ptr,  # [] of float64, or None
     lambda_ptr,  # [G - 1] or None
     f_ptr,  # [N or 1, G - 1]
     loss_ptr,  # [N] or []
@@ -119,37 +132,45 @@ def combine_kernel(
     if REDUCTION == "sum":
         tl.store(loss_ptr, tl.sum(total, axis=0))
     if REDUCTION == "mean":
-        weight = _total_weight(stats_ptr, N, G)
-        tl.store(loss_ptr, tl.where(weight != 0, tl.sum(total, axis=0) / _or_one(weight), 0))
+        divisor = _mean_divisor(stats_ptr, divisor_ptr, N, G)
+        tl.store(loss_ptr, tl.where(divisor != 0, tl.sum(total, axis=0) / _or_one(divisor), 0))
 
 
 @triton.jit
-def _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION: tl.constexpr):
+def _load_or_one(ptr):
+    if ptr is None:
+        return tl.full([], 1, tl.float64)
+    else:
+        return tl.load(ptr).to(tl.float64)
+
+
+@triton.jit
+def _image_gradient(grad_loss_ptr, n, N, divisor, REDUCTION: tl.constexpr):
     """dL/dIAL_n."""
     if REDUCTION == "none":
         return tl.load(grad_loss_ptr + n, mask=n < N, other=0).to(tl.float64)
     else:
-        value = tl.load(grad_loss_ptr).to(tl.float64)
+        value = _load_or_one(grad_loss_ptr)
         if REDUCTION == "mean":
-            value = tl.where(weight != 0, value / _or_one(weight), 0)
+            value = _mean(value, divisor)
         return tl.zeros(n.shape, tl.float64) + value
 
 
 @triton.jit
 def _incoming_s(
-    stats_ptr, grad_loss_ptr, n, N, t, weight, G: tl.constexpr, REDUCTION: tl.constexpr, POOL: tl.constexpr
+    stats_ptr, grad_loss_ptr, n, N, t, divisor, G: tl.constexpr, REDUCTION: tl.constexpr, POOL: tl.constexpr
 ):
     """G_n S_nt with G_n = dL/dIAL_n, of each image or summed over all images."""
     if POOL:
         total = tl.zeros(n.shape, tl.float64)
         for first in range(0, N, _IMAGES):
             m = first + tl.arange(0, _IMAGES)
-            total += _image_gradient(grad_loss_ptr, m, N, weight, REDUCTION) * _stat(
+            total += _image_gradient(grad_loss_ptr, m, N, divisor, REDUCTION) * _stat(
                 stats_ptr, m, N, t, S, G, False
             )
         return tl.zeros(n.shape, tl.float64) + tl.sum(total, axis=0)
     else:
-        return _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION) * _stat(
+        return _image_gradient(grad_loss_ptr, n, N, divisor, REDUCTION) * _stat(
             stats_ptr, n, N, t, S, G, False
         )
 
@@ -157,7 +178,8 @@ def _incoming_s(
 @triton.jit(do_not_specialize=_BITS)
 def combine_backward_kernel(
     stats_ptr,  # [N, G, STATS]
-    grad_loss_ptr,  # [N] or []
+    divisor_ptr,  # [] of float64, or None
+    grad_loss_ptr,  # [N] or [], or None for 1
     lambda_ptr,  # [G - 1] or None
     grad_stats_ptr,  # [N, G, STATS]
     N,
@@ -174,7 +196,7 @@ def combine_backward_kernel(
     T_{t+1} / Z_t in the last two columns of an image's rows, or of the first image's where images are pooled.
     The second loop goes up the levels and reads them. The third writes the zeros of these columns."""
     alpha = _float64(alpha_low, alpha_high)
-    weight = _total_weight(stats_ptr, N, G)
+    divisor = _mean_divisor(stats_ptr, divisor_ptr, N, G)
     rows = 1 if POOL else N
     for first in range(0, rows, _IMAGES):
         n = first + tl.arange(0, _IMAGES)
@@ -189,7 +211,7 @@ def combine_backward_kernel(
             tl.store(to + PIXELS, f + alpha, mask=n < rows)
             tl.store(to + WEIGHT, chain / z, mask=n < rows)
             chain = (
-                _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, weight, G, REDUCTION, POOL)
+                _incoming_s(stats_ptr, grad_loss_ptr, n, N, t, divisor, G, REDUCTION, POOL)
                 + (f + alpha) * chain
             )
     tl.debug_barrier()
@@ -197,7 +219,7 @@ def combine_backward_kernel(
     for first in range(0, N, _IMAGES):
         n = first + tl.arange(0, _IMAGES)
         row = tl.zeros_like(n) if POOL else n
-        incoming = _image_gradient(grad_loss_ptr, n, N, weight, REDUCTION)
+        incoming = _image_gradient(grad_loss_ptr, n, N, divisor, REDUCTION)
         lead = tl.full([_IMAGES], 1, tl.float64)
         dq2 = tl.zeros([_IMAGES], tl.float64)
         for k in range(G):
@@ -218,3 +240,87 @@ def combine_backward_kernel(
             to = grad_stats_ptr + (n.to(tl.int64) * G + k) * STATS
             tl.store(to + PIXELS, 0.0, mask=n < N)
             tl.store(to + WEIGHT, 0.0, mask=n < N)
+
+
+@triton.jit(do_not_specialize=_BITS)
+def combine_both_kernel(
+    stats_ptr,  # [N, G, STATS]
+    divisor_ptr,  # [] of float64, or None
+    expected_ptr,
+    lambda_ptr,  # [G - 1] or None
+    f_ptr,  # [N or 1, G - 1]
+    loss_ptr,  # []
+    grad_stats_ptr,  # [N, G, STATS]
+    computed_for_ptr,
+    N,
+    lambda_low,
+    lambda_high,
+    alpha_low,
+    alpha_high,
+    G: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    POOL: tl.constexpr,
+):
+    """The loss, and its derivative for an incoming gradient of 1, in one launch. `computed_for` is the
+    incoming gradient that is expected."""
+    combine_kernel(
+        stats_ptr,
+        divisor_ptr,
+        lambda_ptr,
+        f_ptr,
+        loss_ptr,
+        N,
+        lambda_low,
+        lambda_high,
+        alpha_low,
+        alpha_high,
+        G,
+        REDUCTION,
+        NORMALIZE,
+        POOL,
+    )
+    if N > 0:
+        combine_backward_kernel(
+            stats_ptr,
+            divisor_ptr,
+            None,
+            lambda_ptr,
+            grad_stats_ptr,
+            N,
+            lambda_low,
+            lambda_high,
+            alpha_low,
+            alpha_high,
+            G,
+            REDUCTION,
+            NORMALIZE,
+            POOL,
+        )
+    tl.store(computed_for_ptr, _load_or_one(expected_ptr))
+
+
+@triton.jit
+def one_level_gradient_of_s(
+    divisor_ptr, terms, expected_ptr, total_ptr, grad_stats_ptr, computed_for_ptr, blocks
+):
+    """dL/dS of one level for the expected incoming gradient. The first program of an image stores its row of
+    grad_stats, the first of all the divisor and `computed_for`."""
+    computed_for = _load_or_one(expected_ptr)
+    divisor = tl.full([], 1, tl.float64)
+    if divisor_ptr is not None:
+        each = tl.zeros([_TERMS], tl.float64)
+        for first in range(0, terms, _TERMS):
+            i = first + tl.arange(0, _TERMS)
+            each += tl.load(divisor_ptr + i, mask=i < terms, other=0)
+        divisor = tl.sum(each, axis=0)
+    ds = _mean(tl.full([], 1, tl.float64), divisor)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr, divisor)
+        tl.store(computed_for_ptr, computed_for)
+    if tl.program_id(0) % blocks == 0:
+        row_ptr = grad_stats_ptr + (tl.program_id(0) // blocks).to(tl.int64) * STATS
+        tl.store(row_ptr + S, ds)
+        for i in tl.static_range(S + 1, STATS):
+            tl.store(row_ptr + i, 0.0)
+    return ds * computed_for

@@ -1,12 +1,13 @@
-"""The Triton kernels for logits of full size: reduce, the sum of its partial sums, and reduce_backward.
+"""The Triton kernels for logits of full size: reduce, the sum of its partial sums, reduce_backward, and for
+one level the sums and the gradient in one pass.
 
 A program owns a tile of (THREADS, LANES) pixels. Where memory allows it, the LANES of a thread are adjacent,
-16 bytes of a row, so that its loads are wide. A sum over LANES stays in the thread. reduce_backward reads the
-logits twice, the second time from the caches.
+16 bytes of a row, so that its loads are wide. A sum over LANES stays in the thread. reduce_backward and the
+one pass read the logits twice, the second time from the caches.
 
 Sums are added in a fixed order, without atomics. Only THREADS of reduce_backward is tuned on the device: no
-sum depends on it. reduce is not tuned: the order of its sums, and so their last bits, would depend on a
-clock.
+sum depends on it. The other kernels are not tuned: the order of their sums, and so their last bits, would
+depend on a clock.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .combine import one_level_gradient_of_s
 from .pixels import (
     INTERPRETED,
     STATS,
@@ -21,10 +23,12 @@ from .pixels import (
     class_gradient,
     classify,
     config,
+    is_current,
     join,
     level_of,
     load_chunk,
     load_weights,
+    one_level_gradient,
     pixel_gradient,
     softmax,
     store_sums,
@@ -66,23 +70,84 @@ def _pixels(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.cons
 
 
 @triton.jit
-def _offset(p, P, DIMS: tl.constexpr, size0, size1, size2, stride0, stride1, stride2, stride3):
+def _offset(p, P, DIMS: tl.constexpr, sizes, strides):
     """The offset of pixel p. Dimensions are innermost first; the outermost one's size is not needed."""
     if DIMS == 1:
-        return p * stride0
+        return p * strides[0]
     else:
         # 32-bit divisions where P allows them. Then p may wrap outside the image, where nothing is loaded.
         rest = p.to(P.dtype)
-        offset = (rest % size0).to(tl.int64) * stride0
-        rest = rest // size0
+        offset = (rest % sizes[0]).to(tl.int64) * strides[0]
+        rest = rest // sizes[0]
         if DIMS > 2:
-            offset += (rest % size1).to(tl.int64) * stride1
-            rest = rest // size1
+            offset += (rest % sizes[1]).to(tl.int64) * strides[1]
+            rest = rest // sizes[1]
         if DIMS > 3:
-            offset += (rest % size2).to(tl.int64) * stride2
-            rest = rest // size2
-        outermost = stride1 if DIMS == 2 else stride2 if DIMS == 3 else stride3
-        return offset + rest.to(tl.int64) * outermost
+            offset += (rest % sizes[2]).to(tl.int64) * strides[2]
+            rest = rest // sizes[2]
+        return offset + rest.to(tl.int64) * strides[DIMS - 1]
+
+
+@triton.jit
+def _read_tile(
+    logits_ptr,
+    target_ptr,
+    weight_ptr,
+    pixel_weight_ptr,
+    n,
+    tile,
+    P,
+    ignore_index,
+    sizes,
+    batch,
+    channel,
+    strides,
+    C: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    DIMS: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """The pixels of a tile and what they hold: class, whether it is valid or bad, weights, where the logits
+    are, and softmax."""
+    A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
+    label, valid, bad = classify(target_ptr, n * P + p, inside, ignore_index, C)
+    ptrs = logits_ptr + n * batch
+    ptrs += _offset(p, P, DIMS, sizes, strides)
+    logits = (ptrs, to_int64(channel), inside)
+    pixel = softmax(load_chunk, _CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
+    weights = load_weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
+    return p, label, valid, bad, weights, logits, pixel
+
+
+@triton.jit
+def _gradient_chunk(
+    logits, to, to_channel, label, valid, max, gradient, weight_ptr, first, COUNT: tl.constexpr
+):
+    # Marked as the last use. Otherwise the compiler keeps what it loaded for the softmax, and spills.
+    x = load_chunk(logits, first, COUNT, max.dtype, "evict_first")
+    inside = logits[2]
+    for i in tl.static_range(COUNT):
+        value = class_gradient(x[i], first + i, label, valid, max, gradient, weight_ptr)
+        value = value.to(to.dtype.element_ty)
+        # Streamed past the caches: the gradient is not read again soon.
+        tl.store(to + to_channel * (first + i), value, mask=inside, cache_modifier=".cs")
+
+
+@triton.jit
+def _write_gradient(logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr):
+    """Classes in reverse order, for the L1 cache."""
+    WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
+    if WHOLE < C:
+        _gradient_chunk(
+            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE, C - WHOLE
+        )
+    for done in range(_CHUNK, WHOLE + _CHUNK, _CHUNK):
+        _gradient_chunk(
+            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE - done, _CHUNK
+        )
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
@@ -114,6 +179,7 @@ def reduce_kernel(
     BITS: tl.constexpr,
     HIGH: tl.constexpr,  # of the ints from P to stride3
     GROUP: tl.constexpr,  # levels that a program sums
+    SMOOTHING: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -129,14 +195,30 @@ def reduce_kernel(
     n = n.to(tl.int64)
     sums = zero_sums(GROUP, THREADS, A)
     for tile in range(block, num_tiles(P, THREADS * LANES), blocks):
-        p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
-        label, valid, bad = classify(target_ptr, n * P + p, inside, ignore_index, C)
-        ptrs = logits_ptr + n * batch
-        ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
-        max, sum, own = softmax(load_chunk, _CHUNK, (ptrs, to_int64(channel), inside), label, C, A)
-        w = load_weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
+        _, label, valid, bad, weights, _, pixel = _read_tile(
+            logits_ptr,
+            target_ptr,
+            weight_ptr,
+            pixel_weight_ptr,
+            n,
+            tile,
+            P,
+            ignore_index,
+            (size0, size1, size2),
+            batch,
+            channel,
+            (stride0, stride1, stride2, stride3),
+            C,
+            SMOOTHING,
+            DIMS,
+            THREADS,
+            LANES,
+            VECTOR,
+        )
         level = level_of(label, LEVELS, BITS)
-        sums = add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP)
+        sums = add_pixels(
+            sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True
+        )
     store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
@@ -158,22 +240,14 @@ def sum_kernel(
 # ---- reduce_backward ------------------------------------------------------------------------------------
 
 
-@triton.jit
-def _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, first, COUNT: tl.constexpr):
-    # Marked as the last use. Otherwise the compiler keeps what it loaded for the softmax, and spills.
-    x = load_chunk(logits, first, COUNT, max.dtype, "evict_first")
-    inside = logits[2]
-    for i in tl.static_range(COUNT):
-        value = class_gradient(x[i], first + i, label, valid, max, scale, extra).to(to.dtype.element_ty)
-        # Streamed past the caches: the gradient is not read again soon.
-        tl.store(to + to_channel * (first + i), value, mask=inside, cache_modifier=".cs")
-
-
 @triton.autotune(REDUCE_BACKWARD_CONFIGS, key=["C", "VECTOR", "DIMS"], restore_value=["grad_ptr"])
 @triton.jit
 def reduce_backward_kernel(
     logits_ptr,
     grad_stats_ptr,  # [N, G, STATS] of float64
+    scale_ptr,  # what multiplies it, or None
+    computed_for_ptr,  # where the gradient is already that for this factor, it stays; or None
+    expected_ptr,
     target_ptr,  # [N, P]
     weight_ptr,  # [C] or None
     pixel_weight_ptr,  # [N, P] or None
@@ -202,6 +276,7 @@ def reduce_backward_kernel(
     HIGH: tl.constexpr,  # of the ints from P to stride3
     GRAD_HIGH: tl.constexpr,  # of the ints after stride3
     EXACT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -214,26 +289,155 @@ def reduce_backward_kernel(
     grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3 = join(
         (grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3), GRAD_HIGH
     )
-    A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if computed_for_ptr is not None:
+        if is_current(scale_ptr, computed_for_ptr, expected_ptr):
+            return
     index = tl.num_programs(0) - 1 - tl.program_id(0)
     tiles = num_tiles(P, THREADS * LANES)
     n = (index // tiles).to(tl.int64)
-    p, inside = _pixels(index % tiles, P, THREADS, LANES, VECTOR)
-    label, valid, _ = classify(target_ptr, n * P + p, inside, ignore_index, C)
-    ptrs = logits_ptr + n * batch
-    ptrs += _offset(p, P, DIMS, size0, size1, size2, stride0, stride1, stride2, stride3)
-    logits = (ptrs, to_int64(channel), inside)
-    max, sum, own = softmax(load_chunk, _CHUNK, logits, label, C, A)
-    w = load_weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
+    sizes = (size0, size1, size2)
+    p, label, valid, _, weights, logits, pixel = _read_tile(
+        logits_ptr,
+        target_ptr,
+        weight_ptr,
+        pixel_weight_ptr,
+        n,
+        index % tiles,
+        P,
+        ignore_index,
+        sizes,
+        batch,
+        channel,
+        (stride0, stride1, stride2, stride3),
+        C,
+        SMOOTHING,
+        DIMS,
+        THREADS,
+        LANES,
+        VECTOR,
+    )
     row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
-    scale, extra = pixel_gradient(row_ptr, max, sum, own, w, EXACT)
+    gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
 
     to = grad_ptr + n * grad_batch
-    to += _offset(p, P, DIMS, size0, size1, size2, grad_stride0, grad_stride1, grad_stride2, grad_stride3)
-    to_channel = to_int64(grad_channel)
-    # In reverse order too, for the L1 cache.
-    WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
-    if WHOLE < C:
-        _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, WHOLE, C - WHOLE)
-    for done in range(_CHUNK, WHOLE + _CHUNK, _CHUNK):
-        _gradient_chunk(logits, to, to_channel, label, valid, max, scale, extra, WHOLE - done, _CHUNK)
+    to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
+    _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C)
+
+
+#: reduce_backward that leaves a gradient as it is where that is right. Tuning would time the early return.
+rescale_kernel = triton.autotune([REDUCE_CONFIG], key=[])(reduce_backward_kernel.fn)
+
+
+# ---- one level ------------------------------------------------------------------------------------------
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def weight_kernel(
+    target_ptr,  # [pixels]
+    weight_ptr,  # [C] or None
+    pixel_weight_ptr,  # [pixels] or None
+    partial_ptr,  # [programs] of float64
+    pixels,
+    ignore_index,
+    HIGH: tl.constexpr,
+    C: tl.constexpr,
+    DOUBLE: tl.constexpr,  # whether the arithmetic is in float64
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The weight of the valid pixels of all images. Grid (programs,)."""
+    pixels, ignore_index = join((pixels, ignore_index), HIGH)
+    total = tl.zeros([THREADS], tl.float64)
+    for tile in range(tl.program_id(0), num_tiles(pixels, THREADS * LANES), tl.num_programs(0)):
+        p, inside = _pixels(tile, pixels, THREADS, LANES, True)
+        label, valid, _ = classify(target_ptr, p, inside, ignore_index, C)
+        A: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+        w, _ = load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
+        total += tl.sum(w, axis=1).to(tl.float64)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def one_pass_kernel(
+    logits_ptr,
+    divisor_ptr,  # [terms]: their sum is the divisor of the loss; None for reduction="sum"
+    expected_ptr,
+    target_ptr,  # [N, P]
+    weight_ptr,  # [C] or None
+    pixel_weight_ptr,  # [N, P] or None
+    grad_ptr,
+    partial_ptr,  # [N, 1, STATS, blocks] of float64
+    total_ptr,
+    grad_stats_ptr,  # [N, 1, STATS] of float64
+    computed_for_ptr,
+    terms,
+    blocks,  # programs of an image
+    P,
+    ignore_index,
+    size0,
+    size1,
+    size2,
+    batch,
+    channel,
+    stride0,
+    stride1,
+    stride2,
+    stride3,
+    grad_batch,
+    grad_channel,
+    grad_stride0,
+    grad_stride1,
+    grad_stride2,
+    grad_stride3,
+    C: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from P to stride3
+    GRAD_HIGH: tl.constexpr,  # of the ints after stride3
+    SMOOTHING: tl.constexpr,
+    DIMS: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Grid (N blocks,)."""
+    P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3 = join(
+        (P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3), HIGH
+    )
+    grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3 = join(
+        (grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3), GRAD_HIGH
+    )
+    A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ds = one_level_gradient_of_s(
+        divisor_ptr, terms, expected_ptr, total_ptr, grad_stats_ptr, computed_for_ptr, blocks
+    ).to(A)
+    n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    sizes = (size0, size1, size2)
+    sums = zero_sums(1, THREADS, A)
+    for tile in range(block, num_tiles(P, THREADS * LANES), blocks):
+        p, label, valid, bad, weights, logits, pixel = _read_tile(
+            logits_ptr,
+            target_ptr,
+            weight_ptr,
+            pixel_weight_ptr,
+            n,
+            tile,
+            P,
+            ignore_index,
+            sizes,
+            batch,
+            channel,
+            (stride0, stride1, stride2, stride3),
+            C,
+            SMOOTHING,
+            DIMS,
+            THREADS,
+            LANES,
+            VECTOR,
+        )
+        sums = add_pixels(sums, pixel, weights, valid, bad, tl.zeros_like(label), 0, C, SMOOTHING, 1, False)
+        gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
+        to = grad_ptr + n * grad_batch
+        to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
+        _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C)
+    store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)

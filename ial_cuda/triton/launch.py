@@ -26,7 +26,7 @@ _PROGRAMS = 4
 
 
 class Inputs(NamedTuple):
-    """The arguments that reduce and reduce_backward share."""
+    """The arguments that reduce, reduce_backward and loss_and_grad share."""
 
     logits: Tensor
     target: Tensor
@@ -34,6 +34,8 @@ class Inputs(NamedTuple):
     pixel_weight: Tensor | None
     class_levels: list[int]
     ignore_index: int
+    gradient: str
+    label_smoothing: float
     align_corners: bool | None = None
 
     @property
@@ -45,6 +47,10 @@ class Inputs(NamedTuple):
         """The other tensors, contiguous as the kernels need them."""
         others = (self.target, self.weight, self.pixel_weight)
         return tuple(None if tensor is None else tensor.contiguous() for tensor in others)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
 
 
 @functools.lru_cache
@@ -173,7 +179,7 @@ def _upsampled(inputs: Inputs) -> _Pixels:
     return _Pixels((*low, *y, *x, patches, x_patches), constants, cells, patches)
 
 
-# ---- reduce and its backward ----------------------------------------------------------------------------
+# ---- reduce, its backward, and one pass -----------------------------------------------------------------
 
 
 def reduce(inputs: Inputs) -> Tensor:
@@ -185,10 +191,8 @@ def reduce(inputs: Inputs) -> Tensor:
         kernel, config, image = kernels.reduce_kernel, kernels.REDUCE_CONFIG, _full_size(inputs)
     else:
         kernel, config, image = upsample.upsampled_reduce_kernel, upsample.REDUCE_CONFIG, _upsampled(inputs)
-    tiles = image.patches * triton.cdiv(
-        image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1)
-    )
-    blocks = min(tiles, triton.cdiv(_PROGRAMS * _multiprocessors(logits), images))
+    tiles = image.patches * triton.cdiv(image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1))
+    blocks = _programs(logits, tiles, images)
     groups = triton.cdiv(levels, pixels.REGISTER_LEVELS)
     partial = logits.new_empty((images, levels, STATS, blocks), dtype=torch.float64)
     launch_kernel(
@@ -202,18 +206,23 @@ def reduce(inputs: Inputs) -> Tensor:
         *image.arguments,
         **_hierarchy(tuple(inputs.class_levels)),
         GROUP=triton.cdiv(levels, groups),
+        SMOOTHING=inputs.label_smoothing,
         **image.constants,
     )
-    stats = partial.new_empty((images, levels, STATS))
+    return _sum(partial)
+
+
+def _sum(partial: Tensor) -> Tensor:
+    stats = partial.new_empty(partial.shape[:-1])
     (rows,), high = pixels.split(stats.numel())
     launch_kernel(
         kernels.sum_kernel,
-        logits,
+        partial,
         (triton.cdiv(stats.numel(), kernels.SUM_ROWS),),
         partial,
         stats,
         rows,
-        blocks,
+        partial.shape[-1],
         HIGH=high,
         ROWS=kernels.SUM_ROWS,
         WIDTH=kernels.SUM_WIDTH,
@@ -221,49 +230,158 @@ def reduce(inputs: Inputs) -> Tensor:
     return stats
 
 
-def _multiprocessors(logits: Tensor) -> int:
-    return torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 1
+def _programs(like: Tensor, tiles: int, images: int = 1) -> int:
+    """Programs of an image, which share its tiles."""
+    multiprocessors = 1
+    if like.is_cuda:
+        multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
+    return int(min(tiles, triton.cdiv(_PROGRAMS * multiprocessors, images)))
 
 
-def reduce_backward(inputs: Inputs, grad_stats: Tensor, gradient: str, grad: Tensor) -> None:
-    """Writes dL/dlogits to ``grad``, which may be the logits where they are not upsampled."""
+class Incoming(NamedTuple):
+    """The incoming gradient of the loss, the one that a gradient was computed for, and the expected one."""
+
+    grad_loss: Tensor
+    computed_for: Tensor
+    expected: Tensor | None
+
+
+def reduce_backward(
+    inputs: Inputs, grad_stats: Tensor, grad: Tensor, incoming: Incoming | None = None
+) -> None:
+    """Writes dL/dlogits to ``grad``, which may be the logits where they are not upsampled. With ``incoming``
+    grad_stats is multiplied by it, and ``grad`` stays where it was computed for that."""
     logits, images = inputs.logits, inputs.logits.shape[0]
     if logits.numel() == 0:
         return
+    rescale = incoming is not None
+    scale = incoming or (None, None, None)
+    constants = _hierarchy(tuple(inputs.class_levels)) | {
+        "EXACT": inputs.gradient == "exact",
+        "SMOOTHING": inputs.label_smoothing,
+    }
     if inputs.align_corners is None:
         image = _full_size(inputs, grad)
         launch_kernel(
-            kernels.reduce_backward_kernel,
+            kernels.rescale_kernel if rescale else kernels.reduce_backward_kernel,
             logits,
-            lambda constants: (images * triton.cdiv(image.size, constants["THREADS"] * constants["LANES"]),),
+            lambda tuned: (images * triton.cdiv(image.size, tuned["THREADS"] * tuned["LANES"]),),
             logits,
             grad_stats,
+            *scale,
             *inputs.tensors,
             grad,
             *image.arguments,
-            **_hierarchy(tuple(inputs.class_levels)),
-            EXACT=gradient == "exact",
+            **constants,
             **image.constants,
         )
         return
     image = _upsampled(inputs)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    halves = logits.new_empty((2, *logits.shape), dtype=dtype)
+    halves = logits.new_empty((2, *logits.shape), dtype=inputs.arithmetic)
     launch_kernel(
-        upsample.upsampled_reduce_backward_kernel,
+        upsample.upsampled_rescale_kernel if rescale else upsample.upsampled_reduce_backward_kernel,
         logits,
-        lambda constants: (images * triton.cdiv(image.size - 1, constants["THREADS"] - 1),),
+        lambda tuned: (images * triton.cdiv(image.size - 1, tuned["THREADS"] - 1),),
         logits,
         grad_stats,
+        *scale,
         *inputs.tensors,
         halves,
         images,
         *image.arguments,
-        **_hierarchy(tuple(inputs.class_levels)),
-        EXACT=gradient == "exact",
+        **constants,
         **image.constants,
     )
-    torch.add(halves[0], halves[1], out=grad)
+    if incoming is None:
+        torch.add(halves[0], halves[1], out=grad)
+        return
+    arguments, high = pixels.split(logits.numel(), *logits.shape[2:], *grad.stride())
+    launch_kernel(
+        upsample.add_halves_kernel,
+        logits,
+        (triton.cdiv(logits.numel(), upsample.ADD_BLOCK),),
+        halves,
+        incoming.grad_loss,
+        incoming.computed_for,
+        grad,
+        *arguments,
+        HIGH=high,
+        C=logits.shape[1],
+        BLOCK=upsample.ADD_BLOCK,
+    )
+
+
+def one_pass(
+    inputs: Inputs, divisor: Tensor | None, reduction: str, expected: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """With one level: stats, the divisor of the loss, grad_stats, dL/dlogits for the expected incoming
+    gradient, and that number."""
+    logits, images = inputs.logits, inputs.logits.shape[0]
+    if reduction == "sum":
+        divisor = None
+    elif divisor is None:
+        divisor = _partial_weight(inputs)
+    grad = torch.empty_like(logits)
+    if inputs.align_corners is None:
+        kernel, image, to = kernels.one_pass_kernel, _full_size(inputs, grad), grad
+        tile = kernels.REDUCE_CONFIG.kwargs["THREADS"] * image.constants["LANES"]
+        tiles, count = triton.cdiv(image.size, tile), ()
+    else:
+        kernel, image = upsample.upsampled_one_pass_kernel, _upsampled(inputs)
+        to = logits.new_empty((2, *logits.shape), dtype=inputs.arithmetic)
+        tiles = triton.cdiv(image.size - 1, upsample.REDUCE_CONFIG.kwargs["THREADS"] - 1)
+        count = (images,)
+    blocks = _programs(logits, tiles, images)
+    partial = logits.new_empty((images, 1, STATS, blocks), dtype=torch.float64)
+    grad_stats = partial.new_empty((images, 1, STATS))
+    total, computed_for = partial.new_empty(()), partial.new_empty(())
+    launch_kernel(
+        kernel,
+        logits,
+        (images * blocks,),
+        logits,
+        divisor,
+        expected,
+        *inputs.tensors,
+        to,
+        partial,
+        total,
+        grad_stats,
+        computed_for,
+        1 if divisor is None else divisor.numel(),
+        blocks,
+        *count,
+        *image.arguments,
+        C=len(inputs.class_levels),
+        SMOOTHING=inputs.label_smoothing,
+        **image.constants,
+    )
+    if inputs.align_corners is not None:
+        torch.add(to[0], to[1], out=grad)
+    return _sum(partial), None if divisor is None else total, grad_stats, grad, computed_for
+
+
+def _partial_weight(inputs: Inputs) -> Tensor:
+    """The weight of the valid pixels, a term for each program."""
+    target = inputs.target
+    lanes = 16 // target.element_size()
+    tiles = triton.cdiv(target.numel(), kernels.REDUCE_CONFIG.kwargs["THREADS"] * lanes)
+    programs = _programs(target, tiles)
+    partial = target.new_empty(programs, dtype=torch.float64)
+    arguments, high = pixels.split(target.numel(), inputs.ignore_index)
+    launch_kernel(
+        kernels.weight_kernel,
+        target,
+        (programs,),
+        *inputs.tensors,
+        partial,
+        *arguments,
+        HIGH=high,
+        C=len(inputs.class_levels),
+        DOUBLE=inputs.arithmetic == torch.float64,
+        LANES=lanes,
+    )
+    return partial
 
 
 # ---- combine and its backward ---------------------------------------------------------------------------
@@ -273,6 +391,7 @@ class Combine(NamedTuple):
     """The arguments that combine and combine_backward share."""
 
     stats: Tensor
+    divisor: Tensor | None
     lambdas: list[float]
     alpha: float
     reduction: str
@@ -283,7 +402,7 @@ class Combine(NamedTuple):
     def pooled(self) -> bool:
         return self.factor_scope == "batch"
 
-    def launch(self, kernel: Any, read: list[Tensor], written: list[Tensor]) -> None:
+    def launch(self, kernel: Any, read: list[Tensor | None], written: list[Tensor]) -> None:
         """Runs a kernel on the sums and on what else it reads."""
         stats, values = self.stats, self.lambdas
         each, one = None, values[0] if values else 0.0
@@ -295,6 +414,7 @@ class Combine(NamedTuple):
             stats,
             (1,),
             stats,
+            self.divisor,
             *read,
             each,
             *written,
@@ -313,12 +433,17 @@ def _bits(value: float) -> tuple[int, int]:
     return struct.unpack("<ii", struct.pack("<d", value))
 
 
-def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss, and the factors."""
+def _results(problem: Combine, dtype: torch.dtype) -> list[Tensor]:
+    """The factors, and the loss."""
     images, levels, _ = problem.stats.shape
     factors = problem.stats.new_empty((1 if problem.pooled else images, levels - 1))
-    loss = problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)
-    problem.launch(combine_kernels.combine_kernel, [], [factors, loss])
+    return [factors, problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)]
+
+
+def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The loss, and the factors."""
+    factors, loss = results = _results(problem, dtype)
+    problem.launch(combine_kernels.combine_kernel, [], results)
     return loss, factors
 
 
@@ -327,3 +452,13 @@ def combine_backward(problem: Combine, grad_loss: Tensor) -> Tensor:
     if grad_stats.numel() > 0:  # the kernel writes to the row of its first image
         problem.launch(combine_kernels.combine_backward_kernel, [grad_loss.contiguous()], [grad_stats])
     return grad_stats
+
+
+def combine_both(
+    problem: Combine, dtype: torch.dtype, expected: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, the factors, dL/dstats for an incoming gradient of 1, and the expected incoming gradient."""
+    factors, loss = results = _results(problem, dtype)
+    grad_stats, computed_for = torch.empty_like(problem.stats), problem.stats.new_empty(())
+    problem.launch(combine_kernels.combine_both_kernel, [expected], [*results, grad_stats, computed_for])
+    return loss, factors, grad_stats, computed_for

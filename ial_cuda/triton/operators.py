@@ -19,7 +19,7 @@ from .launch import STATS, Combine, Inputs
 # ---- checks ---------------------------------------------------------------------------------------------
 
 
-def _check(inputs: Inputs, gradient: str) -> None:
+def _check(inputs: Inputs) -> None:
     logits, classes = inputs.logits, len(inputs.class_levels)
     class_weight(inputs.weight, classes)
     upsample = inputs.align_corners is not None
@@ -29,7 +29,44 @@ def _check(inputs: Inputs, gradient: str) -> None:
     for level in inputs.class_levels:
         if not 0 <= level < classes:
             raise ValueError(f"class_levels has level {level}, expected 0 to {classes - 1}")
-    check_choice(gradient, "gradient", GRADIENTS)
+    check_choice(inputs.gradient, "gradient", GRADIENTS)
+
+
+def _check_grad(grad: Tensor, logits: Tensor) -> None:
+    if grad.shape != logits.shape or grad.dtype != logits.dtype or grad.device != logits.device:
+        raise ValueError(
+            f"grad has shape {tuple(grad.shape)} of {grad.dtype} on {grad.device}, expected "
+            f"{tuple(logits.shape)} of {logits.dtype} on {logits.device} like logits"
+        )
+    _check_no_overlap(grad)
+
+
+def _check_no_overlap(written: Tensor) -> None:
+    if torch._debug_has_internal_overlap(written) == 1:
+        raise RuntimeError(
+            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
+
+
+def _check_doubles(name: str, tensor: Tensor | None, count: int, device: torch.device) -> None:
+    if tensor is not None and (
+        tensor.numel() != count
+        or not tensor.is_contiguous()
+        or tensor.dtype != torch.float64
+        or tensor.device != device
+    ):
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}, expected {count} "
+            f"value(s) of torch.float64, contiguous, on {device}"
+        )
+
+
+def _check_grad_loss(grad_loss: Tensor, values: int, device: torch.device) -> None:
+    if grad_loss.numel() != values:
+        raise ValueError(f"grad_loss has shape {tuple(grad_loss.shape)}, expected {values} value(s)")
+    if grad_loss.device != device:
+        raise ValueError(f"grad_loss is on {grad_loss.device}, expected {device} like stats")
 
 
 def _check_stats(name: str, stats: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -52,6 +89,7 @@ def _check_combine(problem: Combine) -> None:
             f"lambdas has {levels - 1} values, expected {stats.shape[1] - 1} for {stats.shape[1]} levels"
         )
     _check_stats("stats", stats, (*stats.shape[:1], levels, STATS), stats.device)
+    _check_doubles("divisor", problem.divisor, 1, stats.device)
     check_choice(problem.reduction, "reduction", REDUCTIONS)
     check_choice(problem.factor_normalization, "factor_normalization", FACTOR_NORMALIZATIONS)
     check_choice(problem.factor_scope, "factor_scope", FACTOR_SCOPES)
@@ -69,11 +107,13 @@ def reduce(
     class_levels: list[int],
     ignore_index: int,
     gradient: str,
+    label_smoothing: float,
     inplace: bool,
     align_corners: bool | None = None,
 ) -> Tensor:
-    inputs = Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners)
-    _check(inputs, gradient)
+    pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
+    inputs = Inputs(logits, *pixels, align_corners)
+    _check(inputs)
     return launch.reduce(inputs)
 
 
@@ -87,11 +127,12 @@ def reduce_backward(
     class_levels: list[int],
     ignore_index: int,
     gradient: str,
+    label_smoothing: float,
     align_corners: bool | None = None,
 ) -> Tensor:
+    pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
     grad = torch.empty_like(logits)
-    inputs = Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index, align_corners)
-    _reduce_backward(inputs, grad_stats, gradient, grad)
+    _reduce_backward(Inputs(logits, *pixels, align_corners), grad_stats, grad)
     return grad
 
 
@@ -105,26 +146,52 @@ def reduce_backward_(
     class_levels: list[int],
     ignore_index: int,
     gradient: str,
+    label_smoothing: float,
 ) -> None:
-    if torch._debug_has_internal_overlap(logits) == 1:
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a single memory "
-            "location. Please clone() the tensor before performing the operation."
-        )
-    inputs = Inputs(logits, target, weight, pixel_weight, class_levels, ignore_index)
-    _reduce_backward(inputs, grad_stats, gradient, logits)
+    pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
+    _check_no_overlap(logits)
+    _reduce_backward(Inputs(logits, *pixels), grad_stats, logits)
 
 
-def _reduce_backward(inputs: Inputs, grad_stats: Tensor, gradient: str, grad: Tensor) -> None:
-    _check(inputs, gradient)
+@triton_op("ial_triton::rescale_", mutates_args={"grad", "expected"})
+def rescale_(
+    grad: Tensor,
+    grad_loss: Tensor,
+    computed_for: Tensor,
+    logits: Tensor,
+    grad_stats: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    class_levels: list[int],
+    ignore_index: int,
+    gradient: str,
+    label_smoothing: float,
+    align_corners: bool | None = None,
+    expected: Tensor | None = None,
+) -> None:
+    pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
+    _check_grad(grad, logits)
+    _check_grad_loss(grad_loss, 1, logits.device)
+    _check_doubles("computed_for", computed_for, 1, logits.device)
+    _check_doubles("expected", expected, 2, logits.device)
+    incoming = launch.Incoming(grad_loss, computed_for, expected)
+    _reduce_backward(Inputs(logits, *pixels, align_corners), grad_stats, grad, incoming)
+
+
+def _reduce_backward(
+    inputs: Inputs, grad_stats: Tensor, grad: Tensor, incoming: launch.Incoming | None = None
+) -> None:
+    _check(inputs)
     shape = (inputs.logits.shape[0], inputs.levels, STATS)
     _check_stats("grad_stats", grad_stats, shape, inputs.logits.device)
-    launch.reduce_backward(inputs, grad_stats, gradient, grad)
+    launch.reduce_backward(inputs, grad_stats, grad, incoming)
 
 
 @triton_op("ial_triton::combine", mutates_args=())
 def combine(
     stats: Tensor,
+    divisor: Tensor | None,
     lambdas: list[float],
     alpha: float,
     reduction: str,
@@ -132,7 +199,7 @@ def combine(
     factor_scope: str,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    problem = Combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope)
+    problem = Combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope)
     _check_combine(problem)
     return launch.combine(problem, dtype)
 
@@ -141,23 +208,60 @@ def combine(
 def combine_backward(
     stats: Tensor,
     grad_loss: Tensor,
+    divisor: Tensor | None,
     lambdas: list[float],
     alpha: float,
     reduction: str,
     factor_normalization: str,
     factor_scope: str,
 ) -> Tensor:
-    problem = Combine(stats, lambdas, alpha, reduction, factor_normalization, factor_scope)
+    problem = Combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope)
     _check_combine(problem)
-    values = stats.shape[0] if reduction == "none" else 1
-    if grad_loss.numel() != values:
-        raise ValueError(
-            f"grad_loss has shape {tuple(grad_loss.shape)}, expected {values} value(s) for "
-            f"reduction={reduction!r}"
-        )
-    if grad_loss.device != stats.device:
-        raise ValueError(f"grad_loss is on {grad_loss.device}, expected {stats.device} like stats")
+    _check_grad_loss(grad_loss, stats.shape[0] if reduction == "none" else 1, stats.device)
     return launch.combine_backward(problem, grad_loss)
+
+
+@triton_op("ial_triton::loss_and_grad", mutates_args=())
+def loss_and_grad(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    class_levels: list[int],
+    ignore_index: int,
+    gradient: str,
+    label_smoothing: float,
+    divisor: Tensor | None,
+    lambdas: list[float],
+    alpha: float,
+    reduction: str,
+    factor_normalization: str,
+    factor_scope: str,
+    align_corners: bool | None = None,
+    expected: Tensor | None = None,
+    one_launch: bool | None = None,  # for backends with cooperative launches
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
+    inputs = Inputs(logits, *pixels, align_corners)
+    _check(inputs)
+    _check_doubles("expected", expected, 2, logits.device)
+    if reduction == "none":
+        raise ValueError("reduction is 'none', expected 'mean' or 'sum'")
+    options = (lambdas, alpha, reduction, factor_normalization, factor_scope)
+    # A loss of float16 logits is usually scaled. What the scale is, only `expected` knows.
+    computed = inputs.levels == 1 and (logits.dtype != torch.float16 or expected is not None)
+    if computed and logits.numel() > 0:
+        _check_doubles("divisor", divisor, 1, logits.device)
+        stats, divisor, grad_stats, grad, computed_for = launch.one_pass(inputs, divisor, reduction, expected)
+        problem = Combine(stats, divisor, *options)
+        _check_combine(problem)
+        loss, factors = launch.combine(problem, inputs.arithmetic)
+    else:
+        problem = Combine(launch.reduce(inputs), divisor, *options)
+        _check_combine(problem)
+        loss, factors, grad_stats, computed_for = launch.combine_both(problem, inputs.arithmetic, expected)
+        grad = logits.new_empty((0,))  # left to the backward pass
+    return loss, factors, problem.stats, grad_stats, grad, computed_for
 
 
 # Traced, a kernel would run: on meta tensors, and in the interpreter.

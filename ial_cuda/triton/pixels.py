@@ -86,12 +86,24 @@ def classify(target_ptr, at, inside, ignore_index, C: tl.constexpr):
 
 @triton.jit
 def load_weights(weight_ptr, pixel_weight_ptr, at, label, valid, A: tl.constexpr):
+    """The weight of each pixel, with that of its class and without."""
     w = valid.to(A)
+    v = w
     if weight_ptr is not None:
         w *= tl.load(weight_ptr + label, mask=valid, other=0).to(A)
     if pixel_weight_ptr is not None:
-        w *= tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
-    return w
+        pixel_weight = tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
+        w *= pixel_weight
+        v *= pixel_weight
+    return w, v
+
+
+@triton.jit
+def _class_weight(weight_ptr, c, A: tl.constexpr):
+    if weight_ptr is None:
+        return tl.full([], 1, A)
+    else:
+        return tl.load(weight_ptr + c).to(A)
 
 
 @triton.jit
@@ -117,7 +129,8 @@ def load_chunk(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.co
 
 
 @triton.jit
-def _softmax_chunk(x, COUNT: tl.constexpr, label, first, max, sum, own):
+def _softmax_chunk(x, COUNT: tl.constexpr, label, first, pixel, weight_ptr):
+    max, sum, own = pixel[0], pixel[1], pixel[2]
     seen = max
     for i in tl.static_range(COUNT):
         max = tl.maximum(max, x[i])
@@ -127,23 +140,57 @@ def _softmax_chunk(x, COUNT: tl.constexpr, label, first, max, sum, own):
     for i in tl.static_range(COUNT):
         sum += tl.exp(x[i] - shift)
         own = tl.where(label == first + i, x[i], own)
-    return max, sum, own
+    if len(pixel) == 3:
+        return max, sum, own
+    else:
+        dot, total = pixel[3], pixel[4]
+        dot -= total * (shift - tl.where(seen == float("-inf"), 0, seen))
+        for i in tl.static_range(COUNT):
+            w = _class_weight(weight_ptr, first + i, max.dtype)
+            dot += w * (x[i] - shift)
+            total += w
+        return max, sum, own, dot, total
 
 
 @triton.jit
-def softmax(LOAD: tl.constexpr, CHUNK: tl.constexpr, logits, label, C: tl.constexpr, A: tl.constexpr):
-    """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel. LOAD reads a chunk, as `load_chunk` does."""
-    max = tl.full(label.shape, float("-inf"), A)
-    sum = tl.zeros(label.shape, A)
-    own = tl.zeros(label.shape, A)
+def softmax(
+    LOAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    logits,
+    label,
+    weight_ptr,
+    C: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    A: tl.constexpr,
+):
+    """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel; with label smoothing also the sums of
+    w_c (x_c - max) and of w_c. LOAD reads a chunk, as `load_chunk` does."""
+    pixel = (tl.full(label.shape, float("-inf"), A), tl.zeros(label.shape, A), tl.zeros(label.shape, A))
+    if SMOOTHING != 0:
+        pixel += (tl.zeros(label.shape, A), tl.zeros([], A))
     WHOLE: tl.constexpr = C // CHUNK * CHUNK
     for first in range(0, WHOLE, CHUNK):
         x = LOAD(logits, first, CHUNK, A, "")
-        max, sum, own = _softmax_chunk(x, CHUNK, label, first, max, sum, own)
+        pixel = _softmax_chunk(x, CHUNK, label, first, pixel, weight_ptr)
     if WHOLE < C:
         x = LOAD(logits, WHOLE, C - WHOLE, A, "")
-        max, sum, own = _softmax_chunk(x, C - WHOLE, label, WHOLE, max, sum, own)
-    return max, sum, own
+        pixel = _softmax_chunk(x, C - WHOLE, label, WHOLE, pixel, weight_ptr)
+    return pixel
+
+
+@triton.jit
+def broadcast(x, y, z):
+    """Brings three tensors to one shape."""
+    x, y = tl.broadcast(x, y)
+    x, z = tl.broadcast(x, z)
+    y, z = tl.broadcast(y, z)
+    return x, y, z
+
+
+@triton.jit
+def fma(x, y, z):
+    """tl.fma of tensors whose shapes differ."""
+    return tl.fma(*broadcast(x, y, z))
 
 
 @triton.jit
@@ -177,17 +224,37 @@ def _thread_sums(x):
 
 
 @triton.jit
-def add_pixels(sums, max, sum, own, w, valid, bad, level, first_level, GROUP: tl.constexpr):
-    """A bad label makes S_0 of its image NaN. No gradient needs S_0."""
+def add_pixels(
+    sums,
+    pixel,
+    weights,
+    valid,
+    bad,
+    level,
+    first_level,
+    C: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    GROUP: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """A bad label makes S_0 of its image NaN. No gradient needs S_0. Without FACTORS, P2 and Q2 stay 0."""
+    max, sum, own = pixel[0], pixel[1], pixel[2]
+    w, v = weights
     pi = tl.exp(own - max) * reciprocal(sum)
-    s = tl.where(bad, float("nan"), w * (tl.log(sum) - (own - max)))
+    s = w * (tl.log(sum) - (own - max))
+    if SMOOTHING != 0:
+        s = (1 - SMOOTHING) * s + SMOOTHING / C * v * (pixel[4] * tl.log(sum) - pixel[3])
+    s = tl.where(bad, float("nan"), s)
     terms = (s, pi * pi, (1 - pi) * (1 - pi), valid.to(w.dtype), w)
     added = ()
     for k in tl.static_range(GROUP):
         here = valid & (level - first_level == k)
         for i in tl.static_range(STATS):
-            counts = here | (bad & (first_level + k == 0)) if i == S else here
-            added += (sums[k * STATS + i] + _thread_sums(tl.where(counts, terms[i], 0)),)
+            if FACTORS or (i != P2 and i != Q2):
+                counts = here | (bad & (first_level + k == 0)) if i == S else here
+                added += (sums[k * STATS + i] + _thread_sums(tl.where(counts, terms[i], 0)),)
+            else:
+                added += (sums[k * STATS + i],)
     return added
 
 
@@ -200,27 +267,86 @@ def store_sums(sums, partial_ptr, n, block, blocks, first_level, G: tl.constexpr
             tl.store(partial_ptr + row * blocks + block, total, mask=first_level + k < G)
 
 
-# ---- the gradient of reduce_backward --------------------------------------------------------------------
+# ---- the gradient ---------------------------------------------------------------------------------------
+#
+# The gradient of a pixel is a tuple: what multiplies exp(x_c - max), what is added for c = y, and with label
+# smoothing what multiplies -w_c. See PixelGradient of csrc/loss.h. Where an addition follows a product it is
+# a tl.fma, or else one compiler might round the product and another not.
 
 
 @triton.jit
-def pixel_gradient(row_ptr, max, sum, own, w, EXACT: tl.constexpr):
-    """dL/dx_c of a pixel is exp(x_c - max) times the first result, and for c = y plus the second. row_ptr
-    points to the row of grad_stats of the pixel's level. See PixelGradient of csrc/loss.h."""
-    A: tl.constexpr = w.dtype
+def _cross_entropy(ds, weights, SMOOTHING: tl.constexpr):
+    """`ce`: what the cross-entropy adds to dL/dx_c is ce (p_c - [c = y])."""
+    if SMOOTHING == 0:
+        return weights[0] * ds
+    else:
+        return weights[0] * ds * (1 - SMOOTHING)
+
+
+@triton.jit
+def _gradient(scale, extra, ds, inverse, pixel, weights, C: tl.constexpr, SMOOTHING: tl.constexpr):
+    if SMOOTHING == 0:
+        return scale * inverse, extra
+    else:
+        soft = weights[1] * ds * (SMOOTHING / C)
+        return fma(soft, pixel[4], scale) * inverse, extra, soft
+
+
+@triton.jit
+def _entry(ptr, scale_ptr, A: tl.constexpr):
+    """A number of grad_stats, multiplied before it is rounded."""
+    value = tl.load(ptr)
+    if scale_ptr is not None:
+        value *= tl.load(scale_ptr).to(tl.float64)
+    return value.to(A)
+
+
+@triton.jit
+def pixel_gradient(
+    row_ptr, scale_ptr, pixel, weights, C: tl.constexpr, SMOOTHING: tl.constexpr, EXACT: tl.constexpr
+):
+    """row_ptr points to the row of grad_stats of the pixel's level, scale_ptr to what multiplies it or
+    None."""
+    max, sum, own = pixel[0], pixel[1], pixel[2]
+    A: tl.constexpr = sum.dtype
     inverse = reciprocal(sum)
     pi = tl.exp(own - max) * inverse
-    factor_term = 2 * pi * (pi * tl.load(row_ptr + P2).to(A) - (1 - pi) * tl.load(row_ptr + Q2).to(A))
+    factor_term = 2 * pi * (pi * _entry(row_ptr + P2, scale_ptr, A) - (1 - pi) * _entry(row_ptr + Q2, scale_ptr, A))
     # Loaded last: before the exponential it would stay in a register, and Triton 3.6 would spill.
-    ce = w * tl.load(row_ptr + S).to(A)
+    ds = _entry(row_ptr + S, scale_ptr, A)
+    ce = _cross_entropy(ds, weights, SMOOTHING)
     if EXACT:
         scale, extra = ce - factor_term, factor_term - ce
     else:
         scale, extra = ce, factor_term * (1 - pi) - ce
-    return scale * inverse, extra
+    return _gradient(scale, extra, ds, inverse, pixel, weights, C, SMOOTHING)
 
 
 @triton.jit
-def class_gradient(x, c, label, valid, max, scale, extra):
+def one_level_gradient(ds, pixel, weights, C: tl.constexpr, SMOOTHING: tl.constexpr):
+    """`pixel_gradient` where dL/dP2 and dL/dQ2 are 0, to the same bits."""
+    ce = _cross_entropy(ds, weights, SMOOTHING)
+    return _gradient(ce, -ce, ds, reciprocal(pixel[1]), pixel, weights, C, SMOOTHING)
+
+
+@triton.jit
+def class_gradient(x, c, label, valid, max, gradient, weight_ptr):
     """dL/dx_c. A pixel without a class has gradient 0 whatever its logits are."""
-    return tl.where(valid, tl.exp(x - max) * scale + tl.where(label == c, extra, 0), 0)
+    value = tl.exp(x - max) * gradient[0] + tl.where(label == c, gradient[1], 0)
+    if len(gradient) == 3:
+        value = fma(-gradient[2], _class_weight(weight_ptr, c, max.dtype), value)
+    return tl.where(valid, value, 0)
+
+
+@triton.jit
+def is_current(grad_loss_ptr, computed_for_ptr, expected_ptr):
+    """Whether a gradient that was computed for one incoming gradient is that for another. The first program
+    updates `expected`, if given: two passes in a row with the same incoming gradient make it the next
+    one's."""
+    g = tl.load(grad_loss_ptr).to(tl.float64)
+    if expected_ptr is not None:
+        if tl.program_id(0) == 0:
+            again = (g == tl.load(expected_ptr + 1)) & (tl.abs(g) < float("inf"))
+            tl.store(expected_ptr, g, mask=again)
+            tl.store(expected_ptr + 1, g)
+    return g == tl.load(computed_for_ptr)

@@ -1,4 +1,5 @@
-"""The Triton kernels for coarse logits: reduce and reduce_backward, interpolated inside the kernel.
+"""The Triton kernels for coarse logits, interpolated inside the kernel: reduce, reduce_backward, and for one
+level the sums and the gradient in one pass.
 
 csrc/bilinear.h says where a pixel lies between coarse logits. Cells are numbered differently here: cell i of
 a line is what is between logits i - 1 and i. So cell 0 holds the pixels before the first logit, to which
@@ -14,7 +15,7 @@ and right.
 The fastest interpolation makes a pixel NaN where a logit of weight 0 is infinite. Then the program
 interpolates its pixels again, and leaves out logits of weight 0.
 
-reduce_backward sums over a cell the gradient of its four corners. It adds the right corners of a cell to the
+A gradient is summed over a cell for each of its four corners. reduce_backward adds the right corners of a cell to the
 left corners of the next cell. What a logit gets from the cells below it and from the cells above it goes to
 memory as two halves, in the precision of the arithmetic, and the operator adds the halves. A program's first
 cell is the last cell of the program before, read for its right corners only. The right corners of a row's
@@ -27,16 +28,21 @@ import triton
 import triton.language as tl
 from torch.torch_version import TorchVersion
 
+from .combine import one_level_gradient_of_s
 from .pixels import (
     INTERPRETED,
     STATS,
     add_pixels,
+    broadcast,
     class_gradient,
     classify,
     config,
+    fma,
+    is_current,
     join,
     level_of,
     load_weights,
+    one_level_gradient,
     pixel_gradient,
     reciprocal,
     softmax,
@@ -49,6 +55,8 @@ REDUCE_CONFIG = config(128)
 REDUCE_BACKWARD_CONFIGS = [REDUCE_CONFIG] if INTERPRETED else [config(threads) for threads in (64, 128)]
 #: The most rows and columns of a patch: of float32, and of float64. An interpreted patch is large.
 MAX_PATCH = ((16, 16), (16, 16)) if INTERPRETED else ((4, 2), (2, 1))
+#: Logits of a program of add_halves_kernel.
+ADD_BLOCK = 1024
 # Classes in registers at a time in the softmax, with their corners and their pixels.
 _REDUCE_CHUNK = _BACKWARD_CHUNK = tl.constexpr(2)
 if not INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
@@ -131,24 +139,15 @@ def _load_corners(logits, c, A: tl.constexpr, EVICT: tl.constexpr):
 @triton.jit
 def _lerp(a, b, f):
     """a + f (b - a). The difference is halved, since b - a may overflow."""
-    return tl.fma(*_broadcast(2 * f, 0.5 * b - 0.5 * a, a))
+    return fma(2 * f, 0.5 * b - 0.5 * a, a)
 
 
 @triton.jit
 def _safe_lerp(a, b, f):
     """`_lerp` that leaves out a or b where its weight is 0. Every use rounds the same: a pixel's own logit
     must equal that logit among all classes."""
-    f, b, a = _broadcast(f, b, a)
+    f, b, a = broadcast(f, b, a)
     return tl.where(f == 0, a, tl.where(f == 1, b, tl.fma(f, b, (1 - f) * a)))
-
-
-@triton.jit
-def _broadcast(x, y, z):
-    """Brings three tensors to one shape, which tl.fma does not do."""
-    x, y = tl.broadcast(x, y)
-    x, z = tl.broadcast(x, z)
-    y, z = tl.broadcast(y, z)
-    return x, y, z
 
 
 @triton.jit
@@ -177,13 +176,50 @@ def _safe_interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT
 
 
 @triton.jit
-def _upsampled_softmax(CHUNK: tl.constexpr, logits, label, valid, C: tl.constexpr, A: tl.constexpr):
+def _upsampled_softmax(
+    CHUNK: tl.constexpr,
+    logits,
+    label,
+    valid,
+    weight_ptr,
+    C: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    A: tl.constexpr,
+):
     """`softmax`, and whether it needed `_safe_interpolate`."""
-    max, sum, own = softmax(_interpolate, CHUNK, logits, label, C, A)
+    pixel = softmax(_interpolate, CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
+    sum = pixel[1]
     safe = tl.max(tl.ravel((valid & (sum != sum)).to(tl.int32)), axis=0) > 0
     if safe:
-        max, sum, own = softmax(_safe_interpolate, 1, logits, label, C, A)
-    return max, sum, own, safe
+        pixel = softmax(_safe_interpolate, 1, logits, label, weight_ptr, C, SMOOTHING, A)
+    return pixel, safe
+
+
+@triton.jit
+def _read_patch(
+    target_ptr,
+    weight_ptr,
+    pixel_weight_ptr,
+    n,
+    y_axis,
+    x_axis,
+    row,
+    column,
+    exists,
+    patch,
+    x_patches,
+    ignore_index,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    A: tl.constexpr,
+):
+    """The pixels of a patch of each cell: class, whether it is valid or bad, weights, and the weights of the
+    logits below and on the right."""
+    p, inside, fy, fx = _pixels(y_axis, x_axis, row, column, exists, patch, x_patches, ROWS, COLUMNS, A)
+    p += n * y_axis[1] * x_axis[1]
+    label, valid, bad = classify(target_ptr, p, inside, ignore_index, C)
+    return label, valid, bad, load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A), fy, fx
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
@@ -221,6 +257,7 @@ def upsampled_reduce_kernel(
     BITS: tl.constexpr,
     HIGH: tl.constexpr,  # of the ints from ignore_index to stride
     GROUP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -237,7 +274,11 @@ def upsampled_reduce_kernel(
     sums = zero_sums(GROUP, THREADS, A)
     for tile in range(block, tl.cdiv(cells, THREADS) * patches, blocks):
         row, column, exists = _cells(to_int64(tile) // patches * THREADS, cells, w + 1, THREADS, WIDE)
-        p, inside, fy, fx = _pixels(
+        label, valid, bad, weights, fy, fx = _read_patch(
+            target_ptr,
+            weight_ptr,
+            pixel_weight_ptr,
+            n,
             (h, H, step_y, origin_y, unit_y),
             (w, W, step_x, origin_x, unit_x),
             row,
@@ -245,18 +286,19 @@ def upsampled_reduce_kernel(
             exists,
             tile % patches,
             x_patches,
+            ignore_index,
+            C,
             ROWS,
             COLUMNS,
             A,
         )
-        p += n * H * W
-        label, valid, bad = classify(target_ptr, p, inside, ignore_index, C)
-        weight = load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
         logits = (corners, to_int64(channel), fy, fx)
-        max, sum, own, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, C, A)
+        pixel, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A)
         level = level_of(label, LEVELS, BITS)
-        sums = add_pixels(sums, max, sum, own, weight, valid, bad, level, first_level, GROUP)
+        sums = add_pixels(
+            sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True
+        )
     store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
@@ -278,11 +320,47 @@ def _accumulate(ptrs, value, mask, again):
     tl.store(ptrs, tl.load(ptrs, mask=mask & again, other=0) + value, mask=mask)
 
 
+@triton.jit
+def _halves(halves_ptr, n, N, row, column, exists, h, w, C: tl.constexpr):
+    """Pointers to both halves of the gradient, of class 0; from class to class; and which this program
+    owns."""
+    size = to_int64(h) * w
+    logit = (row - 1).to(tl.int64) * w + (column - 1)
+    owned = exists & (column > 0) & (tl.arange(0, row.shape[0]) > 0)
+    from_below = halves_ptr + n * C * size + logit
+    from_above = halves_ptr + (N + n) * C * size + logit + w
+    return from_below, from_above, size, owned
+
+
+@triton.jit
+def _add_gradient(
+    halves, patch, row, h, logits, safe, label, valid, max, gradient, weight_ptr, C: tl.constexpr
+):
+    """Adds the gradient of a patch of each cell to the halves."""
+    from_below, from_above, size, owned = halves
+    _, _, fy, fx = logits
+    again = tl.zeros_like(row) + patch > 0
+    for c in range(C):
+        if safe:
+            x = _safe_interpolate(logits, c, 1, max.dtype, "evict_first")
+        else:
+            x = _interpolate(logits, c, 1, max.dtype, "evict_first")
+        value = class_gradient(x[0], c, label, valid, max, gradient, weight_ptr)
+        below = tl.sum(value * fy[:, None, :], axis=0)
+        above = tl.sum(value, axis=0) - below
+        _accumulate(from_below + c * size, _to_logits(above, fx), owned & (row > 0), again)
+        _accumulate(from_above + c * size, _to_logits(below, fx), owned & (row < h), again)
+    tl.debug_barrier()
+
+
 @triton.autotune(REDUCE_BACKWARD_CONFIGS, key=["C", "ROWS", "COLUMNS"])
 @triton.jit
 def upsampled_reduce_backward_kernel(
     logits_ptr,
     grad_stats_ptr,  # [N, G, STATS] of float64
+    scale_ptr,  # what multiplies it, or None
+    computed_for_ptr,  # where the gradient is already that for this factor, nothing is done; or None
+    expected_ptr,
     target_ptr,  # [N, H, W]
     weight_ptr,  # [C] or None
     pixel_weight_ptr,  # [N, H, W] or None
@@ -311,6 +389,7 @@ def upsampled_reduce_backward_kernel(
     BITS: tl.constexpr,
     HIGH: tl.constexpr,  # of the ints from ignore_index to stride
     EXACT: tl.constexpr,
+    SMOOTHING: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -321,19 +400,21 @@ def upsampled_reduce_backward_kernel(
         (ignore_index, batch, channel, row_stride, stride), HIGH
     )
     A: tl.constexpr = halves_ptr.dtype.element_ty
+    if computed_for_ptr is not None:
+        if is_current(scale_ptr, computed_for_ptr, expected_ptr):
+            return
     cells = (to_int64(h) + 1) * (w + 1)
     tiles = tl.cdiv(cells - 1, THREADS - 1)
     n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     row, column, exists = _cells(tile * (THREADS - 1), cells, w + 1, THREADS, WIDE)
     corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
-
-    size = to_int64(h) * w
-    logit = (row - 1).to(tl.int64) * w + (column - 1)
-    owned = exists & (column > 0) & (tl.arange(0, THREADS) > 0)
-    from_below = halves_ptr + n * C * size + logit
-    from_above = halves_ptr + (N + n) * C * size + logit + w
+    halves = _halves(halves_ptr, n, N, row, column, exists, h, w, C)
     for patch in range(patches):
-        p, inside, fy, fx = _pixels(
+        label, valid, _, weights, fy, fx = _read_patch(
+            target_ptr,
+            weight_ptr,
+            pixel_weight_ptr,
+            n,
             (h, H, step_y, origin_y, unit_y),
             (w, W, step_x, origin_x, unit_x),
             row,
@@ -341,27 +422,145 @@ def upsampled_reduce_backward_kernel(
             exists,
             patch,
             x_patches,
+            ignore_index,
+            C,
             ROWS,
             COLUMNS,
             A,
         )
-        p += n * H * W
-        label, valid, _ = classify(target_ptr, p, inside, ignore_index, C)
-        weight = load_weights(weight_ptr, pixel_weight_ptr, p, label, valid, A)
         logits = (corners, to_int64(channel), fy, fx)
-        max, sum, own, safe = _upsampled_softmax(_BACKWARD_CHUNK, logits, label, valid, C, A)
+        pixel, safe = _upsampled_softmax(
+            _BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A
+        )
         row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
-        scale, extra = pixel_gradient(row_ptr, max, sum, own, weight, EXACT)
+        gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
+        _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
 
-        again = tl.zeros_like(row) + patch > 0
-        for c in range(C):
-            if safe:
-                x = _safe_interpolate(logits, c, 1, A, "evict_first")
-            else:
-                x = _interpolate(logits, c, 1, A, "evict_first")
-            value = class_gradient(x[0], c, label, valid, max, scale, extra)
-            below = tl.sum(value * fy[:, None, :], axis=0)
-            above = tl.sum(value, axis=0) - below
-            _accumulate(from_below + c * size, _to_logits(above, fx), owned & (row > 0), again)
-            _accumulate(from_above + c * size, _to_logits(below, fx), owned & (row < h), again)
-        tl.debug_barrier()
+
+#: As rescale_kernel of kernels.py.
+upsampled_rescale_kernel = triton.autotune([REDUCE_CONFIG], key=[])(upsampled_reduce_backward_kernel.fn)
+
+
+@triton.jit
+def add_halves_kernel(
+    halves_ptr,  # [2, size]
+    scale_ptr,
+    computed_for_ptr,
+    grad_ptr,  # [N, C, h, w]
+    size,
+    h,
+    w,
+    batch,
+    channel,
+    row_stride,
+    stride,
+    HIGH: tl.constexpr,  # of the ints from size
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient after upsampled_rescale_kernel. Grid (blocks of logits,)."""
+    if is_current(scale_ptr, computed_for_ptr, None):
+        return
+    size, h, w, batch, channel, row_stride, stride = join(
+        (size, h, w, batch, channel, row_stride, stride), HIGH
+    )
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < size
+    x, line = i % w, i // w
+    y, plane = line % h, line // h
+    to = grad_ptr + plane // C * batch + plane % C * channel + y * row_stride + x * stride
+    value = tl.load(halves_ptr + i, mask=inside) + tl.load(halves_ptr + size + i, mask=inside)
+    tl.store(to, value.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+# ---- one level ------------------------------------------------------------------------------------------
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def upsampled_one_pass_kernel(
+    logits_ptr,
+    divisor_ptr,  # [terms]: their sum is the divisor of the loss; None for reduction="sum"
+    expected_ptr,
+    target_ptr,  # [N, H, W]
+    weight_ptr,  # [C] or None
+    pixel_weight_ptr,  # [N, H, W] or None
+    halves_ptr,  # [2, N, C, h, w]
+    partial_ptr,  # [N, 1, STATS, blocks] of float64
+    total_ptr,
+    grad_stats_ptr,  # [N, 1, STATS] of float64
+    computed_for_ptr,
+    terms,
+    blocks,  # programs of an image
+    N,
+    ignore_index,
+    batch,
+    channel,
+    row_stride,
+    stride,
+    h,
+    H,
+    step_y,
+    origin_y,
+    unit_y,
+    w,
+    W,
+    step_x,
+    origin_x,
+    unit_x,
+    patches,
+    x_patches,
+    C: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
+    SMOOTHING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid (N blocks,)."""
+    ignore_index, batch, channel, row_stride, stride = join(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
+    A: tl.constexpr = halves_ptr.dtype.element_ty
+    ds = one_level_gradient_of_s(
+        divisor_ptr, terms, expected_ptr, total_ptr, grad_stats_ptr, computed_for_ptr, blocks
+    ).to(A)
+    n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    cells = (to_int64(h) + 1) * (w + 1)
+    sums = zero_sums(1, THREADS, A)
+    for tile in range(block, tl.cdiv(cells - 1, THREADS - 1), blocks):
+        row, column, exists = _cells(to_int64(tile) * (THREADS - 1), cells, w + 1, THREADS, WIDE)
+        corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
+        halves = _halves(halves_ptr, n, N, row, column, exists, h, w, C)
+        # A tile's first cell is also the last of the tile before.
+        summed = ((tl.arange(0, THREADS) > 0) | (tl.zeros_like(row) + tile == 0))[None, None, :]
+        for patch in range(patches):
+            label, valid, bad, weights, fy, fx = _read_patch(
+                target_ptr,
+                weight_ptr,
+                pixel_weight_ptr,
+                n,
+                (h, H, step_y, origin_y, unit_y),
+                (w, W, step_x, origin_x, unit_x),
+                row,
+                column,
+                exists,
+                patch,
+                x_patches,
+                ignore_index,
+                C,
+                ROWS,
+                COLUMNS,
+                A,
+            )
+            logits = (corners, to_int64(channel), fy, fx)
+            pixel, safe = _upsampled_softmax(
+                _BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A
+            )
+            sums = add_pixels(
+                sums, pixel, weights, valid & summed, bad & summed, tl.zeros_like(label), 0, C, SMOOTHING, 1, False
+            )
+            gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
+            _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
+    store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)
