@@ -56,7 +56,7 @@ def faults_of_gradients(count):
     for _ in range(count):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ops.ial_cuda.reduce_backward(
-            logits, table, target, None, None, HIERARCHY.class_levels, 255, "exact", None
+            logits, table, target, None, None, HIERARCHY.class_levels, 255, "exact", 0.0, None
         )
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     return faults
@@ -174,6 +174,7 @@ def test_memory_that_there_is_not():
             [0] * (1 << 20),
             255,
             "exact",
+            0.0,
             None,
         )
 

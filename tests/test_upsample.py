@@ -349,7 +349,7 @@ def test_a_line_too_long_for_32_bits(backend, size, dim):
                 logits, target, flat, upsample="bilinear", align_corners=align_corners, backend=backend
             )
         operators = backends.get(backend).operators()
-        pixels = (target, None, None, [0], 255, "exact")
+        pixels = (target, None, None, [0], 255, "exact", 0.0)
         grad_stats = torch.zeros(1, 1, 5, dtype=torch.float64, device=device)
         with pytest.raises(ValueError, match=message):
             operators.reduce(logits, *pixels, False, align_corners)
