@@ -27,8 +27,8 @@ class Backend:
             import statement, which torch.compile can trace, unlike importlib.
         missing: None where it can be used, else the reason and the remedy in a sentence.
         fallback: what "auto" warns of when it has nothing better.
-        one_launch: whether one launch computes the gradient with the loss: False for never, True wherever
-            it can, None where it is likely to be faster.
+        one_launch: whether one cooperative launch computes the gradient of several levels with the loss: False
+            for never, True wherever it can, None where it is likely to be faster.
     """
 
     name: str
@@ -136,8 +136,8 @@ def describe() -> str:
             lines[-1] += " ({cpu}, threads: {threads})".format(**extension.module.build_info())
     for device_type in ("cpu", "cuda"):
         best = _best(device_type)
-        in_training = ", in one launch in training where an image fits on the chip"
-        lines.append(f'backend="auto" on {device_type}: {best.name}{in_training * (best.one_launch is None)}')
+        several = ", several levels in one launch in training where an image fits on the chip"
+        lines.append(f'backend="auto" on {device_type}: {best.name}{several * (best.one_launch is None)}')
     return "\n".join(lines)
 
 
