@@ -6,18 +6,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from ial_cuda import Hierarchy, backends
+from ial_cuda.options import Options
 
 from .command import add_task, devices, make_parser, run
-from .common import WARM_UP_ROUNDS, peak_bytes
+from .common import WARM_UP_ROUNDS, Step, peak_bytes
 from .compare import examine_all, judge_all, right, time_all
 from .floor import Part, copy_parts, floor, step_bytes, with_speed
-from .inputs import IGNORE_INDEX, Inputs, hierarchy_of
+from .inputs import IGNORE_INDEX, Inputs
 from .libraries import make_libraries
 from .providers import (
     DTYPES,
@@ -28,6 +31,7 @@ from .providers import (
     make_ours,
     make_peers,
     options_of,
+    our_cross_entropy,
     our_loss,
     reference_loss,
 )
@@ -41,7 +45,7 @@ def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:
     """Ours, the best first, then the peers."""
     best, *_ = names = kernels(device)
     providers = make_ours(names, device, our_loss, reference_loss)
-    in_place, one_level = our_loss(best, inplace=True), our_loss(best, Hierarchy.flat)
+    in_place, one_level = our_loss(best, inplace=True), our_cross_entropy(best)
     providers.append(Provider(f"ial_cuda {best}, in place", in_place, reference_loss))
     providers.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy))
     for name, eager in zip(PEERS, (reference_loss, cross_entropy), strict=True):
@@ -51,30 +55,44 @@ def make_providers(device: str, *, compile_peers: bool) -> list[Provider]:
 
 
 def operator_parts(ops: Any, inputs: Inputs, *, one_launch: bool) -> dict[str, Part]:
-    """The operators that a step calls, one by one; and, where it is there, the one that does it all."""
+    """The operators that a step calls, one by one; and those that do it all: with one level in one pass and,
+    where it is there, with several in one launch."""
     target, weight = inputs.targets[torch.int64], inputs.weight
-    hierarchy = hierarchy_of(inputs.source.shape[1])
-    options = options_of(inputs.source.shape[1]).combine_arguments
-    pixels = (target, weight, None, hierarchy.class_levels, IGNORE_INDEX, "exact")
+    several = options_of(inputs.source.shape[1])
+    single = replace(several, hierarchy=Hierarchy.flat(inputs.source.shape[1]))
+    pixels, options = operator_arguments(several, target, weight)
     one = torch.ones((), device=weight.device)
     stats = ops.reduce(inputs.source, *pixels, False)
-    table = ops.combine_backward(stats, one, *options)
+    grad_stats = ops.combine_backward(stats, one, *options)
+
+    def in_one(given: Options, one_launch: bool | None) -> Step:
+        pixels, options = operator_arguments(given, target, weight)
+        return lambda logits: ops.loss_and_grad(logits.detach(), *pixels, *options, None, None, one_launch)
+
     write = inputs.source.nbytes
     read = write + target.nbytes
     parts = {
         "reduce (forward)": Part(lambda logits: ops.reduce(logits.detach(), *pixels, False), read),
-        "gradient": Part(lambda logits: ops.reduce_backward(logits.detach(), table, *pixels), read + write),
+        "gradient": Part(
+            lambda logits: ops.reduce_backward(logits.detach(), grad_stats, *pixels), read + write
+        ),
         "gradient, in place": Part(
-            lambda logits: ops.reduce_backward_(logits.detach(), table, *pixels), read + write
+            lambda logits: ops.reduce_backward_(logits.detach(), grad_stats, *pixels), read + write
         ),
         "combine": Part(lambda _: ops.combine(stats, *options, torch.float32)),
         "table": Part(lambda _: ops.combine_backward(stats, one, *options)),
+        "one level, one pass": Part(in_one(single, None), read + target.nbytes + write),
     }
     if one_launch:
-        parts["one launch"] = Part(
-            lambda logits: ops.loss_and_grad(logits.detach(), *pixels, *options), read + write
-        )
+        parts["one launch"] = Part(in_one(several, True), read + write)
     return parts
+
+
+def operator_arguments(options: Options, target: Tensor, weight: Tensor) -> tuple[tuple[Any, ...], ...]:
+    """Those of the operators on pixels, and of combine."""
+    levels = options.hierarchy.class_levels
+    pixels = (target, weight, None, levels, IGNORE_INDEX, options.gradient, options.label_smoothing)
+    return pixels, (None, *options.combine_arguments)
 
 
 def our_parts(names: Sequence[str], inputs: Inputs) -> dict[str, Part]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ial_cuda import Hierarchy, backends, importance_aware_loss, reference
+import ial_cuda
+from ial_cuda import backends, importance_aware_loss, reference
 from ial_cuda.options import Options
 
 from .common import InTwo, Result
@@ -55,8 +57,8 @@ def loss_and_gradient(loss: Loss, target: Tensor, weight: Tensor) -> InTwo:
     return InTwo(lambda logits: loss(logits, target, weight), backward)
 
 
-def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    return F.cross_entropy(logits, target, weight.to(logits.dtype), ignore_index=IGNORE_INDEX)
+def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(logits, target, weight.to(logits.dtype), ignore_index=IGNORE_INDEX, **options)
 
 
 def interpolated(loss: Loss) -> Loss:
@@ -80,12 +82,17 @@ def reference_loss(logits: Tensor, target: Tensor, weight: Tensor, **options: An
     return reference.importance_aware_loss(logits, target, given, weight=weight)[0]
 
 
-def our_loss(backend: str, hierarchy: Callable[[int], Hierarchy] = hierarchy_of, **options: Any) -> Loss:
+def our_cross_entropy(backend: str, **options: Any) -> Loss:
+    """`ial_cuda.cross_entropy`: one level of importance."""
+    return partial(ial_cuda.cross_entropy, ignore_index=IGNORE_INDEX, backend=backend, **options)
+
+
+def our_loss(backend: str, **options: Any) -> Loss:
     def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         return importance_aware_loss(
             logits,
             target,
-            hierarchy(logits.shape[1]),
+            hierarchy_of(logits.shape[1]),
             weight=weight,
             lambdas=LAMBDA,
             alpha=ALPHA,

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from ial_cuda import upsampled_cross_entropy
+from ial_cuda import cross_entropy
 
 from .command import make_plain_parser
 from .common import Step, describe_machine, write_json
@@ -48,7 +48,11 @@ def built_in(network: SegformerForSemanticSegmentation, images: Tensor, labels: 
 
 
 def ours(network: SegformerForSemanticSegmentation, images: Tensor, labels: Tensor) -> Tensor:
-    return upsampled_cross_entropy(network(images).logits, labels)
+    return ours_alone(network(images).logits, labels)
+
+
+def ours_alone(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, upsample="bilinear")
 
 
 def built_in_alone(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +63,7 @@ def built_in_alone(logits: Tensor, labels: Tensor) -> Tensor:
 
 BUILT_IN, OURS = "built-in loss", "ial_cuda"
 #: Each within or after the network's call, and alone, of its logits.
-LOSSES = {BUILT_IN: (built_in, built_in_alone), OURS: (ours, upsampled_cross_entropy)}
+LOSSES = {BUILT_IN: (built_in, built_in_alone), OURS: (ours, ours_alone)}
 
 
 class Training:

@@ -14,8 +14,6 @@ from functools import cached_property, partial
 import torch
 from rich.progress import Progress
 
-from ial_cuda import Hierarchy
-
 from .command import add_task, devices, make_parser, run
 from .common import WARM_UP_ROUNDS, free_bytes, peak_bytes
 from .compare import Judges, examine_all, judge_all, right, time_all
@@ -27,6 +25,7 @@ from .providers import (
     cross_entropy,
     kernels,
     make_peers,
+    our_cross_entropy,
     our_loss,
     reference_loss,
 )
@@ -108,7 +107,7 @@ class Kind:
         ours = [
             Provider(f"ial_cuda {name}", our_loss(name), reference_loss, labels) for name in (best, *others)
         ]
-        in_place, one_level = our_loss(best, inplace=True), our_loss(best, Hierarchy.flat)
+        in_place, one_level = our_loss(best, inplace=True), our_cross_entropy(best)
         ours.append(Provider(f"ial_cuda {best}, in place", in_place, reference_loss, labels))
         ours.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy, labels))
         peers = []

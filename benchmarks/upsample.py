@@ -12,12 +12,12 @@ from functools import partial
 import torch
 from rich.progress import Progress
 
-from ial_cuda import backends, upsampled_cross_entropy
+from ial_cuda import backends
 
 from .command import add_task, devices, make_parser, run
 from .common import WARM_UP_ROUNDS, peak_bytes, peak_process_bytes
 from .compare import examine_all, judge_all, right, time_all
-from .inputs import IGNORE_INDEX, Inputs
+from .inputs import Inputs
 from .libraries import make_libraries
 from .providers import (
     DTYPES,
@@ -28,6 +28,7 @@ from .providers import (
     kernels,
     make_ours,
     make_peers,
+    our_cross_entropy,
     our_loss,
     reference_loss,
 )
@@ -47,13 +48,9 @@ class Form:
     captured: bool = True  # two_steps, as a graph
 
 
-def our_cross_entropy(backend: str) -> Loss:
-    return partial(upsampled_cross_entropy, ignore_index=IGNORE_INDEX, backend=backend)
-
-
 #: The two steps of the IAL copy its levels from the host, which no graph can.
 FORMS = {
-    CROSS_ENTROPY: Form(our_cross_entropy, interpolated(cross_entropy)),
+    CROSS_ENTROPY: Form(partial(our_cross_entropy, upsample="bilinear"), interpolated(cross_entropy)),
     IAL: Form(
         partial(our_loss, upsample="bilinear"), partial(reference_loss, upsample="bilinear"), captured=False
     ),

@@ -633,7 +633,9 @@ def test_copies_of_the_module(backend, again):
     assert same_bits(loss, loss_of_other) and same_bits(grad, grad_of_other)
     other_step(8.0), other_step(8.0)
     if again is not copy.copy:
-        assert next(iter(criterion.expected.states.values())).tolist() == [0.25, 0.25], "each learns by itself"
+        assert next(iter(criterion.expected.states.values())).tolist() == [0.25, 0.25], (
+            "each learns by itself"
+        )
 
 
 @pytest.mark.parametrize("backend", KERNELS)

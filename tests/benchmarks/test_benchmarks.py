@@ -91,6 +91,7 @@ def test_a_wrong_gradient_has_no_speed(tmp_path, monkeypatch, capsys):
         return lambda logits, *rest: program.reference_loss(logits, *rest) + (logits - logits.detach()).sum()
 
     monkeypatch.setattr(program, "our_loss", wrong)
+    monkeypatch.setattr(program, "our_cross_entropy", wrong)
     assert program.main([*TINY, "--output", str(tmp_path)]) == 1
     case = read(tmp_path)["cases"][0]
     refused, others = case["providers"][:3], [row for row in case["providers"][3:] if not row["skipped"]]
