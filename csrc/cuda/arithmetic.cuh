@@ -54,6 +54,8 @@ IAL_D double larger(double a, double b) { return fmax(a, b); }
 // __fmul_rn is never contracted with an addition: the product does not depend on what uses it.
 IAL_D float to_unit(float x) { return __fmul_rn(x, 1.44269504f); }
 IAL_D double to_unit(double x) { return x; }
+IAL_D float from_unit(float x) { return x * 0.693147181f; }
+IAL_D double from_unit(double x) { return x; }
 IAL_D float power(float x) { return ex2_approx_ftz(x); }
 IAL_D double power(double x) { return exp(x); }
 

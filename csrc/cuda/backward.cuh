@@ -54,17 +54,28 @@ IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, do
     }
 }
 
-// The gradient of pixel j of a tile, whose `scale` is that of e^(x_c - max); 0 if it has no class.
+// dL/dX_c = scale e^(x_c - max) + [c = y] extra - soft w_c of a pixel of a tile, with the classes' weights
+// w_c.
+template <typename A>
+struct TileGradient : PixelGradient<A> {
+    A soft = 0;  // if the tile is smooth
+};
+
+// That of pixel j of a tile. Without a class, scale and soft are 0.
 template <typename Tile>
-IAL_D PixelGradient<typename Tile::A> differentiate(const Tile& tile, int j,
-                                                    const BackwardClass<typename Tile::A>* by_class,
-                                                    bool exact) {
+IAL_D TileGradient<typename Tile::A> differentiate(const Tile& tile, int j,
+                                                   const BackwardClass<typename Tile::A>* by_class,
+                                                   bool exact) {
     using A = typename Tile::A;
     const BackwardClass<A> target = by_class[tile.labels.class_or_any(j)];
     const A inverse = reciprocal(tile.sum[j]);
-    const A w = target.weight * tile.labels.pixel_weight(j);
-    PixelGradient<A> pixel(w * target.ds, target.dp2, target.dq2, tile.target_exp(j) * inverse,
-                           exact ? A(1) : A(0));
+    const A v = tile.labels.pixel_weight(j), ce = target.weight * v * target.ds;
+    TileGradient<A> pixel{PixelGradient<A>(Tile::kSmooth ? tile.problem.target_share * ce : ce, target.dp2,
+                                           target.dq2, tile.target_exp(j) * inverse, exact ? A(1) : A(0))};
+    if constexpr (Tile::kSmooth) {
+        pixel.soft = tile.labels.has(j) ? tile.problem.class_share * (v * target.ds) : A(0);
+        pixel.scale = multiply_add(pixel.soft, tile.weights, pixel.scale);
+    }
     pixel.scale = tile.labels.has(j) ? pixel.scale * inverse : A(0);
     return pixel;
 }
@@ -74,14 +85,18 @@ template <typename Tile>
 IAL_D void differentiate(Tile& tile, const BackwardClass<typename Tile::A>* by_class, bool exact,
                          typename Tile::T* to, int64_t channel) {
     using A = typename Tile::A;
-    A scale[Tile::V], target_grad[Tile::V];
+    A scale[Tile::V], soft[Tile::V], target_grad[Tile::V];
 #pragma unroll
     for (int j = 0; j < Tile::V; ++j) {
-        const PixelGradient<A> pixel = differentiate(tile, j, by_class, exact);
+        TileGradient<A> pixel = differentiate(tile, j, by_class, exact);
+        if constexpr (Tile::kSmooth)
+            pixel.extra =
+                multiply_add(-pixel.soft, by_class[tile.labels.class_or_any(j)].weight, pixel.extra);
         scale[j] = pixel.scale;
+        soft[j] = pixel.soft;
         target_grad[j] = tile.target_exp(j) * pixel.scale + pixel.extra;
     }
-    tile.store_gradient(to, channel, scale, target_grad);
+    tile.store_gradient(to, channel, scale, soft, target_grad, by_class);
 }
 
 // Reads the tile at `pixel` of an image, calls body(), and writes the gradient. All lanes of a warp must take
@@ -93,7 +108,7 @@ IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& stagi
     const Layout& layout = tile.problem.layout;
     const View& view = layout.grad;
     const bool staged = is_staged(tile);
-    read_tile(tile, staging, image, pixel, [&] {
+    read_tile(tile, staging, image, pixel, by_class, [&] {
         body();
         differentiate(tile, by_class, exact,
                       staged ? staging.row() : grad + layout.offset(view, image, pixel), view.channel);

@@ -130,11 +130,12 @@ struct ChunkLabels : LabelsBase<A, S * S> {
 // Where a logit is infinite, NaN or huge, interpolate() may be wrong. Then the chunk starts again with
 // interpolate_carefully(): it is `careful`.
 // Logits are in the unit of `power`; in a careful chunk, where they may be too large for that, natural.
-template <typename T_, int S_>
+template <typename T_, int S_, bool Smooth = false>
 struct Chunk {
     using T = T_;
     using A = typename Arithmetic<T>::A;
     static constexpr int S = S_, V = S * S;
+    static constexpr bool kSmooth = Smooth;  // with label smoothing
     // How far a pixel's target logit may be below the largest.
     static constexpr float kFar = 44, kFarSum = 0x1p64f;  // e^44
 
@@ -148,6 +149,8 @@ struct Chunk {
     A target[V];   // x_y - shift, natural
     unsigned far;  // bit j is set where target[j] is not 0
     bool careful;  // shift is natural
+    A smooth[V];   // if smooth: sum_c w_c (x_c - shift), natural, with the classes' weights,
+    A weights;     // and their sum
 
     IAL_D explicit Chunk(const UpsampledProblem<T>& problem) : problem(problem) {}
 
@@ -181,7 +184,8 @@ struct Chunk {
 
     // Subtracts a pixel's target logit from the others. It is needed anyway, and mostly it is the largest, so
     // a pass that finds the largest is saved.
-    IAL_D void softmax() {
+    template <typename Class>
+    IAL_D void softmax(const Class* by_class) {
         Corners<A> around{};
         int last = -1;  // neighbouring pixels tend to have the same class
 #pragma unroll
@@ -189,27 +193,37 @@ struct Chunk {
             const int label = labels.label[j];
             if (label >= 0 && label != last) around = corners(last = label);
             shift[j] = label < 0 ? A(HUGE_VALF) : interpolate(around, j);
-            sum[j] = target[j] = 0;
+            sum[j] = target[j] = smooth[j] = 0;
         }
+        weights = 0;
         A differences = 0;
 #pragma unroll 1
         for (int c = 0; c < problem.classes; ++c) {
             around = corners(c);
             differences = around.add_differences(differences, y.fraction[0], y.fraction[S - 1]);
-            for (int j = 0; j < V; ++j) sum[j] += power(interpolate(around, j) - shift[j]);
+            for (int j = 0; j < V; ++j) {
+                const A x = interpolate(around, j) - shift[j];
+                sum[j] += power(x);
+                if (Smooth) smooth[j] = multiply_add(by_class[c].weight, x, smooth[j]);
+            }
+            if (Smooth) weights += by_class[c].weight;
         }
         far = 0;
         careful = !(differences - differences == 0);
 #pragma unroll
-        for (int j = 0; j < V; ++j) careful |= sum[j] > kFarSum;
+        for (int j = 0; j < V; ++j) {
+            careful |= sum[j] > kFarSum;
+            if (Smooth) smooth[j] = from_unit(smooth[j]);
+        }
         if (!careful) return;
 #pragma unroll
-        for (int i = 0; i < S; ++i) careful_softmax(i);
+        for (int i = 0; i < S; ++i) careful_softmax(i, by_class);
     }
 
     // The softmax of row i of a careful chunk: a logit is not finite, or huge, or far larger than a pixel's
     // target logit. All rows at a time would not fit the registers.
-    IAL_D void careful_softmax(int i) {
+    template <typename Class>
+    IAL_D void careful_softmax(int i, const Class* by_class) {
 #pragma unroll
         for (int j = i * S; j < (i + 1) * S; ++j) sum[j] = -HUGE_VALF;
 #pragma unroll 1
@@ -226,39 +240,51 @@ struct Chunk {
             if (!near) far |= 1u << j;
             shift[j] = near ? x_y : sum[j];
             target[j] = x_y - shift[j];
-            sum[j] = 0;
+            sum[j] = smooth[j] = 0;
         }
 #pragma unroll 1
         for (int c = 0; c < problem.classes; ++c) {
             const Corners<A> around = natural_corners(c);
 #pragma unroll
-            for (int j = i * S; j < (i + 1) * S; ++j)
-                sum[j] += exponential(interpolate_carefully(around, j) - shift[j]);
+            for (int j = i * S; j < (i + 1) * S; ++j) {
+                const A x = interpolate_carefully(around, j) - shift[j];
+                sum[j] += exponential(x);
+                if (Smooth) smooth[j] = multiply_add(by_class[c].weight, x, smooth[j]);
+            }
         }
     }
 
     // e^target, which is 1 or less than e^-44: 0 then.
     IAL_D A target_exp(int j) const { return far >> j & 1 ? A(0) : A(1); }
 
-    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra. Few classes need `extra`, so it stays in shared
-    // memory: in the thread's column of [V, kCellThreads].
-    A scale[V];
+    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra - soft w_c. Few classes need `extra`, so it stays in
+    // shared memory: in the thread's column of [V, kCellThreads].
+    A scale[V], soft[V];
     A* extra;
+    const BackwardClass<A>* by_class;
     unsigned present;  // bit c % 32 is set where pixels have class c
 
-    // Calls each(j) for each pixel.
+    // Calls each(j) for each pixel j.
     template <typename Each>
-    IAL_D void start_backward(const BackwardClass<A>* by_class, bool exact, A* column, const Each& each) {
+    IAL_D void start_backward(const BackwardClass<A>* classes, bool exact, A* column, const Each& each) {
+        by_class = classes;
         extra = column;
         present = 0;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
             each(j);
-            const PixelGradient<A> pixel = differentiate(*this, j, by_class, exact);
+            const TileGradient<A> pixel = differentiate(*this, j, by_class, exact);
             scale[j] = pixel.scale;
+            soft[j] = pixel.soft;
             extra[j * kCellThreads] = pixel.extra;
             if (labels.has(j)) present |= 1u << labels.label[j] % 32;
         }
+    }
+
+    // That of pixel j and class c without `extra`. e: e^(x_c - shift)
+    IAL_D A gradient_of(A e, int j, int c) const {
+        if constexpr (Smooth) return multiply_add(e, scale[j], -soft[j] * by_class[c].weight);
+        return e * scale[j];
     }
 
     // What row i of a careful chunk adds to the gradient of the logits of class c around the cell.
@@ -267,7 +293,7 @@ struct Chunk {
         A left = 0, right = 0;
 #pragma unroll
         for (int j = i * S; j < (i + 1) * S; ++j) {
-            A g = exponential(interpolate_carefully(around, j) - shift[j]) * scale[j];
+            A g = gradient_of(exponential(interpolate_carefully(around, j) - shift[j]), j, c);
             if (labels.label[j] == c) g += extra[j * kCellThreads];
             if (!labels.has(j)) continue;
             left += Corners<A>::share(1 - x.fraction[j % S], g);
@@ -282,7 +308,7 @@ struct Chunk {
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
         A g[V];
-        for (int j = 0; j < V; ++j) g[j] = power(interpolate(around, j) - shift[j]) * scale[j];
+        for (int j = 0; j < V; ++j) g[j] = gradient_of(power(interpolate(around, j) - shift[j]), j, c);
         if (present >> c % 32 & 1)
             for (int j = 0; j < V; ++j)
                 if (labels.label[j] == c) g[j] += extra[j * kCellThreads];

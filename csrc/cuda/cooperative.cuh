@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
         for (int64_t i = 0; i < count; ++i) {
             const int64_t pixel = loop.pixel(i);
             if (pixel >= layout.pixels) break;
-            tile.read(image, pixel, logits(pixel), layout.logits.channel);
+            tile.read(image, pixel, logits(pixel), layout.logits.channel, reduce_classes);
             bad_label |= tile.labels.bad;
             level_sums.add(tile, reduce_classes);
             if (i < call.saved) tile.store_logits(slot(i), Threads * Tile::V);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
             const bool saved = i < call.saved;
             if (i < count - 1)
                 tile.read(image, pixel, saved ? slot(i) : logits(pixel),
-                          saved ? Threads * Tile::V : layout.logits.channel);
+                          saved ? Threads * Tile::V : layout.logits.channel, backward_classes);
             differentiate(tile, backward_classes, call.exact,
                           call.grad + layout.offset(layout.grad, image, pixel), layout.grad.channel);
         }

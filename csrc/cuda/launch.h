@@ -98,6 +98,8 @@ struct Arguments {
         operands.label = inputs.label();
         operands.classes = static_cast<int>(inputs.logits.size(1));
         operands.levels = inputs.levels();
+        operands.target_share = 1 - inputs.label_smoothing;
+        operands.class_share = inputs.label_smoothing / operands.classes;
         std::copy(inputs.class_levels.begin(), inputs.class_levels.end(), operands.class_levels);
     }
 };
@@ -135,11 +137,13 @@ struct Call {
     }
 
     // Calls launch.run<Tile>() with the Tile that fits the number of classes and the layout: exactly for the
-    // common 11 and 19.
+    // common 11 and 19 without label smoothing.
     template <typename Launch>
     void with_tile(const Launch& launch) const {
         if (vectors)
             with_vectors(launch);
+        else if (problem.class_share > 0)
+            launch.template run<Tile<T, 1, kRegisterClasses, true>>();
         else
             launch.template run<Tile<T, 1, kRegisterClasses>>();
     }
@@ -148,7 +152,12 @@ struct Call {
     void with_vectors(const Launch& launch) const {
         if constexpr (kLanes > 2) {
             const int64_t classes = problem.layout.classes;
-            if (classes <= 11)
+            if (problem.class_share > 0) {
+                if (classes <= kWideClasses)
+                    launch.template run<Tile<T, kLanes, kWideClasses, true>>();
+                else
+                    launch.template run<Tile<T, kLanes / 2, kRegisterClasses, true>>();
+            } else if (classes <= 11)
                 launch.template run<Tile<T, kLanes, 11>>();
             else if (classes <= 19)
                 launch.template run<Tile<T, kLanes, 19>>();

@@ -32,10 +32,15 @@ IAL_D double warp_sum(double value) {
     return value;
 }
 
-// The cross-entropy of pixel j of a tile, with weight w.
+// The weighted cross-entropy of pixel j of a tile. w: the weight of the pixel and its class.
 template <typename Tile>
 IAL_D typename Tile::A cross_entropy(const Tile& tile, int j, typename Tile::A w) {
-    return w * (logarithm(tile.sum[j]) - tile.target[j]);
+    using A = typename Tile::A;
+    const A log_sum = logarithm(tile.sum[j]), of_target = w * (log_sum - tile.target[j]);
+    if constexpr (!Tile::kSmooth) return of_target;
+    const A of_classes = multiply_add(tile.weights, log_sum, -tile.smooth[j]);
+    return multiply_add(tile.problem.class_share * tile.labels.pixel_weight(j), of_classes,
+                        tile.problem.target_share * of_target);
 }
 
 // The sum of a row of `Threads` values, added by the lanes of a warp.
@@ -112,8 +117,8 @@ struct LevelSums {
 };
 
 // The common part of the reduce kernels. Grid (images x blocks, groups of levels): a block has shared memory
-// for `block_levels` levels, and each further group reads the logits again. body(image, block, add) calls
-// add(tile) for each tile of the thread. partial: [images, levels, kStats, blocks].
+// for `block_levels` levels, and each further group reads the logits again. body(image, block, by_class, add)
+// calls add(tile) for each tile of the thread. partial: [images, levels, kStats, blocks].
 template <typename T, typename Body>
 IAL_D void sum_levels(const Operands<T>& problem, unsigned char* shared, int block_levels, double* partial,
                       const Body& body) {
@@ -132,7 +137,7 @@ IAL_D void sum_levels(const Operands<T>& problem, unsigned char* shared, int blo
 
     LevelSums<A, kThreads> level_sums(thread_sums);
     bool bad_label = false;
-    body(image, block, [&](const auto& tile) {
+    body(image, block, by_class, [&](const auto& tile) {
         bad_label |= tile.labels.bad;
         level_sums.add(tile, by_class);
     });
@@ -152,11 +157,11 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
     const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
     const Staging<T> staging(ial_shared, problem.classes);
     sum_levels(problem, ial_shared + staged_bytes, block_levels, partial,
-               [&](int64_t image, int block, const auto& add) {
+               [&](int64_t image, int block, const auto* by_class, const auto& add) {
                    Tile tile(problem);
                    const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
                    for (int64_t i = 0; i < loop.count; ++i)
-                       read_tile(tile, staging, image, loop.pixel(i), [&] { add(tile); });
+                       read_tile(tile, staging, image, loop.pixel(i), by_class, [&] { add(tile); });
                });
 }
 

@@ -27,6 +27,9 @@ struct Operands {
     Label label;
     int classes, levels;
     int blocks;  // of an image
+    // Label smoothing: the parts of a pixel's cross-entropy that the target and each class have, 1 - eps and
+    // eps / C. Used where a tile is smooth.
+    A target_share, class_share;
     uint8_t class_levels[kMaxClasses];
 
     IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
@@ -118,11 +121,12 @@ constexpr int kRegisterClasses = 32;
 // pixel is wherever its strides say.
 // The number of classes is never a constant to the compiler: given one, it widens all classes at once and
 // runs out of registers.
-template <typename T_, int V_, int B_>
+template <typename T_, int V_, int B_, bool Smooth = false>
 struct Tile {
     using T = T_;
     using A = typename Arithmetic<T>::A;
     static constexpr int V = V_, B = B_;
+    static constexpr bool kSmooth = Smooth;  // with label smoothing
     static constexpr bool kHasPasses = B == kRegisterClasses;
 
     const Problem<T>& problem;
@@ -133,19 +137,22 @@ struct Tile {
     Pack<T, V> x[B];
     A max[V], sum[V];  // max_c x_c, sum_c exp(x_c - max)
     A target[V];       // x_y - max
+    A smooth[V];       // if smooth: sum_c w_c (x_c - max), with the classes' weights,
+    A weights;         // and their sum
 
     IAL_D explicit Tile(const Problem<T>& problem) : problem(problem), classes(problem.classes) {}
 
     // Reads the pixels from `pixel` of an image, whose logits are at `from`. Logits are loaded first: labels
     // and weights arrive during the wait for them.
-    IAL_D void read(int64_t image, int64_t pixel, const T* from_, int64_t channel_) {
+    template <typename Class>
+    IAL_D void read(int64_t image, int64_t pixel, const T* from_, int64_t channel_, const Class* by_class) {
         from = from_;
         channel = channel_;
         load_logits(0);
         labels.read(problem, image, pixel);
         T x_y[V];
         for (int j = 0; j < V; ++j) x_y[j] = from[j + labels.class_or_any(j) * channel];
-        softmax();
+        softmax(by_class);
         for (int j = 0; j < V; ++j) target[j] = widen(x_y[j]) - max[j];
     }
 
@@ -181,12 +188,14 @@ struct Tile {
 
     // While all logits so far are -inf, the shift is 0, and their terms are exp(-inf - 0) = 0. A shift of
     // -inf would make them NaN, though a finite logit may follow.
-    IAL_D void softmax() {
+    template <typename Class>
+    IAL_D void softmax(const Class* by_class) {
         Pack<T, V> running_max;
         for (int j = 0; j < V; ++j) {
             narrow(-HUGE_VALF, &running_max.lane[j]);
-            sum[j] = 0;
+            sum[j] = smooth[j] = 0;
         }
+        weights = 0;
         for_passes([&](int first) {
             if (first > 0) load_logits(first);
             A before[V], shift[V];
@@ -196,10 +205,20 @@ struct Tile {
                 max[j] = widen(running_max, j);
                 shift[j] = max[j] == -HUGE_VALF ? A(0) : max[j];
                 if (first > 0) sum[j] *= exponential(before[j] - shift[j]);
+                if (Smooth && first > 0)
+                    smooth[j] = multiply_add(weights, (before[j] == -HUGE_VALF ? A(0) : before[j]) - shift[j],
+                                             smooth[j]);
             }
             for_classes(first, [&](int i) {
                 for (int j = 0; j < V; ++j) sum[j] += exponential(widen(x[i], j) - shift[j]);
             });
+            if constexpr (Smooth)
+                for_classes(first, [&](int i) {
+                    const A w = by_class[first + i].weight;
+                    for (int j = 0; j < V; ++j)
+                        smooth[j] = multiply_add(w, widen(x[i], j) - shift[j], smooth[j]);
+                    weights += w;
+                });
         });
     }
 
@@ -211,9 +230,12 @@ struct Tile {
         });
     }
 
-    // Writes dL/dX_c = scale e^(x_c - max) and, for the target class, `target_grad`. A pixel without a class
-    // has scale 0. Where its logits are not finite they are replaced by 0, since 0 times e^x would be NaN.
-    IAL_D void store_gradient(T* to, int64_t step, const A* scale, const A* target_grad) {
+    // Writes dL/dX_c = scale e^(x_c - max) - soft w_c and, for the target class, `target_grad`. A pixel
+    // without a class has scale and soft 0. Where its logits are not finite they are replaced by 0, since 0
+    // times e^x would be NaN. soft: if smooth.
+    template <typename Class>
+    IAL_D void store_gradient(T* to, int64_t step, const A* scale, const A* soft, const A* target_grad,
+                              const Class* by_class) {
         Pack<T, V> at_target;
         bool non_finite = false;
         for (int j = 0; j < V; ++j) {
@@ -227,8 +249,13 @@ struct Tile {
             for_classes(first, [&](int i) {
                 Pack<T, V> g;
                 forget_widened(x[i]);
-                for (int j = 0; j < V; ++j)
-                    narrow(exponential(widen(x[i], j) - max[j]) * scale[j], &g.lane[j]);
+                for (int j = 0; j < V; ++j) {
+                    const A e = exponential(widen(x[i], j) - max[j]);
+                    if constexpr (Smooth)
+                        narrow(multiply_add(e, scale[j], -soft[j] * by_class[first + i].weight), &g.lane[j]);
+                    else
+                        narrow(e * scale[j], &g.lane[j]);
+                }
                 target_class.replace(g, at_target, i);
                 stream_pack(to, g);
                 to += step;
@@ -296,9 +323,9 @@ IAL_D bool is_staged(const Tile& tile) {
 
 // Calls body() with the tile at `pixel` of an image, if there is one: `pixel` may be beyond the image. All
 // lanes of a warp must take part.
-template <typename Tile, typename Body>
+template <typename Tile, typename Class, typename Body>
 IAL_D void read_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64_t image, int64_t pixel,
-                     const Body& body) {
+                     const Class* by_class, const Body& body) {
     const auto& problem = tile.problem;
     const Layout& layout = problem.layout;
     const View& view = layout.logits;
@@ -306,7 +333,7 @@ IAL_D void read_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64
     if (staged) staging.load(problem.logits + image * view.batch, pixel, layout.pixels);
     if (pixel >= layout.pixels) return;
     tile.read(image, pixel, staged ? staging.row() : problem.logits + layout.offset(view, image, pixel),
-              view.channel);
+              view.channel, by_class);
     body();
 }
 

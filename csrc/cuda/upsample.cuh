@@ -18,19 +18,21 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks)
     reduce_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
                             int block_levels, double* partial) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
-    sum_levels(problem, ial_shared, block_levels, partial, [&](int64_t image, int block, const auto& add) {
-        Chunk chunk(problem);
-        const int parts_y = problem.parts_y, parts_x = problem.parts_x;
-        const int64_t columns = (problem.upsampling.x.coarse + 1) * parts_x;
-        const int64_t chunks = (problem.upsampling.y.coarse + 1) * parts_y * columns;
-        const int64_t step = int64_t(problem.blocks) * kThreads;
-        for (int64_t i = int64_t(block) * kThreads + threadIdx.x; i < chunks; i += step) {
-            const int64_t row = i / columns, column = i % columns;
-            chunk.read(image, row / parts_y - 1, row % parts_y, column / parts_x - 1, column % parts_x);
-            chunk.softmax();
-            add(chunk);
-        }
-    });
+    sum_levels(problem, ial_shared, block_levels, partial,
+               [&](int64_t image, int block, const auto* by_class, const auto& add) {
+                   Chunk chunk(problem);
+                   const int parts_y = problem.parts_y, parts_x = problem.parts_x;
+                   const int64_t columns = (problem.upsampling.x.coarse + 1) * parts_x;
+                   const int64_t chunks = (problem.upsampling.y.coarse + 1) * parts_y * columns;
+                   const int64_t step = int64_t(problem.blocks) * kThreads;
+                   for (int64_t i = int64_t(block) * kThreads + threadIdx.x; i < chunks; i += step) {
+                       const int64_t row = i / columns, column = i % columns;
+                       chunk.read(image, row / parts_y - 1, row % parts_y, column / parts_x - 1,
+                                  column % parts_x);
+                       chunk.softmax(by_class);
+                       add(chunk);
+                   }
+               });
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -78,8 +80,9 @@ struct CornerSums {
     static constexpr size_t bytes(int pass_classes) { return sizeof(A) * 4 * pass_classes * kCellThreads; }
 };
 
-// Writes the gradient of the logits of a block's rectangle. Calls count_chunk(chunk) once for each chunk of
-// the image that has labels, in one of the blocks with its cell. shared: [V, kCellThreads], then CornerSums.
+// Writes the gradient of the logits of a block's rectangle. start(chunk, extra, is_own) begins the backward
+// of a chunk that has labels. is_own is set once for each chunk of the image, in one block that has its cell.
+// shared: [V, kCellThreads] for `extra`, then CornerSums.
 template <typename Chunk, typename Start>
 IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& problem, const CellGrid& grid,
                                typename Chunk::A* shared, typename Chunk::T* grad, const Start& start) {
@@ -105,11 +108,8 @@ IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& proble
                 const bool is_new = first == 0 || parts > grid.lanes;
                 if (is_new) chunk.read(image, y, part / problem.parts_x, x, part % problem.parts_x);
                 if (!chunk.labels.any()) continue;
-                if (is_new) {
-                    chunk.softmax();
-                    // The rectangles above and to the left have the first row and column too.
-                    start(chunk, extra, first == 0 && (row > 0 || y < 0) && (cell > 0 || x < 0));
-                }
+                // The rectangles above and to the left have the first row and column too.
+                if (is_new) start(chunk, extra, first == 0 && (row > 0 || y < 0) && (cell > 0 || x < 0));
                 if (chunk.careful) {
 #pragma unroll
                     for (int j = 0; j < Chunk::S; ++j)
@@ -148,9 +148,11 @@ __global__ void __launch_bounds__(kCellThreads, 2)
     load_classes<kCellThreads>(problem, grad_stats + image * problem.levels * kStats, incoming.value(),
                                by_class);
     __syncthreads();
-    differentiate_cells<Chunk>(
-        problem, grid, reinterpret_cast<A*>(by_class + problem.classes), grad,
-        [&](Chunk& chunk, A* extra, bool) { chunk.start_backward(by_class, exact, extra, [](int) {}); });
+    differentiate_cells<Chunk>(problem, grid, reinterpret_cast<A*>(by_class + problem.classes), grad,
+                               [&](Chunk& chunk, A* extra, bool) {
+                                   chunk.softmax(by_class);
+                                   chunk.start_backward(by_class, exact, extra, [](int) {});
+                               });
 }
 
 // The same grid, for one level.
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(kCellThreads, 2)
     __syncthreads();
     differentiate_cells<Chunk>(problem, grid, sums.end(), call.grad,
                                [&](Chunk& chunk, A* extra, bool is_own) {
+                                   chunk.softmax(by_class);
                                    TileSums<A> of_chunk;
                                    chunk.start_backward(by_class, call.exact, extra, [&](int j) {
                                        if (is_own) of_chunk.add(chunk, j, by_class);

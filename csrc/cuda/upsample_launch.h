@@ -19,10 +19,11 @@ struct UpsampledCall {
         arguments.fill(problem);
     }
 
-    // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels of double would not fit the
-    // registers.
+    // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels of double, or with label
+    // smoothing, would not fit the registers.
     template <typename Launch>
     void with_chunk(const Launch& launch) {
+        if (problem.class_share > 0) return run<Chunk<T, 2, true>>(launch);
         if constexpr (!std::is_same_v<A, double>)
             if (std::max(most_pixels(problem.upsampling.y), most_pixels(problem.upsampling.x)) > 2)
                 return run<Chunk<T, 4>>(launch);
