@@ -155,8 +155,9 @@ def compile_flags(plan: Plan) -> dict[str, list[str]]:
         # The vectoriser needs these. Results stay those of IEEE 754, with NaN and infinity.
         cxx += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
         if "clang" not in compiler():
-            # Keeps loops that clear a few hundred bytes: "rep stos" takes long to start.
-            cxx.append("-fno-tree-loop-distribute-patterns")
+            # The first keeps loops that clear a few hundred bytes: "rep stos" takes long to start. The second
+            # keeps the vectors of loops over pixels inside loops over classes.
+            cxx += ["-fno-tree-loop-distribute-patterns", "-fno-loop-unroll-and-jam"]
     # Files are compiled in parallel. Where that leaves cores idle, so are the architectures of a file.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, min(jobs // len(glob(CUDA_SOURCES)), len(plan.arch_list))) if plan.cuda else 1

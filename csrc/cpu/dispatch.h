@@ -22,7 +22,7 @@
 #define IAL_UNROLL _Pragma("GCC unroll 8")
 
 // upsample.h includes pixels.h, which includes simd.h. IAL_ISA is their namespace, IAL_TARGET enables the
-// instruction set for each function.
+// instruction set for each function. IAL_X86_VECTORS: the bits of its vectors.
 #define IAL_ISA baseline
 #define IAL_TARGET
 #define IAL_X86_VECTORS 0
@@ -32,13 +32,15 @@
 #undef IAL_X86_VECTORS
 
 #ifdef IAL_X86
-#define IAL_X86_VECTORS 1
+#define IAL_X86_VECTORS 256
 #define IAL_ISA avx2
 #define IAL_TARGET __attribute__((target("avx2,fma,f16c")))
 #include "upsample.h"
 #undef IAL_ISA
 #undef IAL_TARGET
 
+#undef IAL_X86_VECTORS
+#define IAL_X86_VECTORS 512
 #define IAL_ISA avx512
 #ifdef __clang__
 #define IAL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))

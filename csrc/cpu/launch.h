@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <vector>
 
@@ -68,6 +69,33 @@ struct Buffer {
 // cache would still hold the lines when the network's next step writes there again.
 constexpr size_t kStreamFrom = 2 << 20;
 
+// Tensors (N, C, *spatial) or (N, *spatial) with their spatial dimensions in the order in which the logits lie
+// in memory: the pixels of a row are to be neighbours there, whatever the order of the others.
+struct Spatial {
+    at::DimVector order;  // of the logits' dimensions
+    bool moved;
+
+    explicit Spatial(const Tensor& logits) : order(logits.dim()) {
+        std::iota(order.begin(), order.end(), 0);
+        const auto stride = [&](int64_t d) {  // one of 0 is the outermost
+            return logits.stride(d) ? logits.stride(d) : std::numeric_limits<int64_t>::max();
+        };
+        if (logits.dim() > 2)
+            std::stable_sort(order.begin() + 2, order.end(),
+                             [&](int64_t a, int64_t b) { return stride(a) > stride(b); });
+        moved = !std::is_sorted(order.begin(), order.end());
+    }
+    Tensor operator()(const Tensor& tensor) const {
+        if (!moved) return tensor;
+        at::DimVector dims(order);
+        if (tensor.dim() < static_cast<int64_t>(order.size())) {  // no classes
+            dims.erase(dims.begin() + 1);
+            for (int64_t& d : dims) d -= d > 0;
+        }
+        return tensor.permute(dims);
+    }
+};
+
 // Problem<T>, and what it points to.
 template <typename T>
 struct Call {
@@ -89,19 +117,24 @@ struct Call {
         }
         if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
 
-        const Inputs converted{inputs.logits,   inputs.target,          inputs.weight,
-                               pixel_weight,    inputs.class_levels,    inputs.ignore_index,
-                               inputs.gradient, inputs.label_smoothing, inputs.align_corners};
+        const auto with = [&](const Tensor& logits, const Tensor& target, const OptionalTensor& weights) {
+            return Inputs{logits,          target,
+                          inputs.weight,   weights,
+                          inputs.class_levels, inputs.ignore_index,
+                          inputs.gradient, inputs.label_smoothing,
+                          inputs.align_corners};
+        };
         if (inputs.align_corners) {
-            upsampling = converted.upsampling(grad);
+            upsampling = with(inputs.logits, inputs.target, pixel_weight).upsampling(grad);
             const Tensor pixels = inputs.target.unsqueeze(1);
-            const Inputs of_labels{pixels,          inputs.target,       inputs.weight,
-                                   pixel_weight,    inputs.class_levels, inputs.ignore_index,
-                                   inputs.gradient, inputs.label_smoothing};
-            problem.layout = of_labels.layout(pixels);
+            problem.layout = with(pixels, inputs.target, pixel_weight).layout(pixels);
             problem.layout.classes = upsampling.classes;
         } else {
-            problem.layout = converted.layout(grad);
+            const Spatial spatial(inputs.logits);
+            const Tensor logits = spatial(inputs.logits), target = spatial(inputs.target);
+            OptionalTensor weights;
+            if (pixel_weight) weights = spatial(*pixel_weight);
+            problem.layout = with(logits, target, weights).layout(spatial(grad));
         }
         problem.logits = inputs.logits.const_data_ptr<T>();
         problem.target = inputs.target.const_data_ptr();
@@ -167,54 +200,53 @@ struct CoarseCall {
     int64_t buffer() const { return coarse.up.classes * (4 * kCells + 3 * (kCells + kCellPad)); }
 };
 
-// With the message of ial_cuda.validate_target.
-[[noreturn]] inline void throw_bad_labels(const BadLabels& bad, const Inputs& inputs) {
+// Of a target with labels that are neither a class nor ignore_index: with the message of
+// ial_cuda.validate_target.
+[[noreturn]] inline void throw_bad_labels(const Inputs& inputs) {
+    const Tensor target = inputs.target.to(at::kLong).contiguous();
+    const int64_t* const labels = target.const_data_ptr<int64_t>();
+    const int64_t classes = inputs.logits.size(1), pixels = target.numel();
+    const auto is_bad = [&](int64_t y) { return (y < 0 || y >= classes) && y != inputs.ignore_index; };
+    const int64_t* const found = std::find_if(labels, labels + pixels, is_bad);
+    const int64_t label = *found, count = std::count_if(found, labels + pixels, is_bad);
     std::string position;
-    int64_t pixel = bad.pixel;
-    for (int64_t d = inputs.target.dim() - 1; d > 0; --d) {
-        position = ", " + std::to_string(pixel % inputs.target.size(d)) + position;
-        pixel /= inputs.target.size(d);
+    int64_t pixel = found - labels;
+    for (int64_t d = target.dim() - 1; d >= 0; --d) {
+        position = std::to_string(pixel % target.size(d)) + (position.empty() ? "" : ", " + position);
+        pixel /= target.size(d);
     }
-    if (position.empty()) position = ",";
-    const int64_t classes = inputs.logits.size(1);
+    if (target.dim() == 1) position += ",";
     std::string hint;
-    if (bad.label == -100 || bad.label == -1 || bad.label == 255)
-        hint = ": pass ignore_index=" + std::to_string(bad.label) + " where that is the label of void";
+    if (label == -100 || label == -1 || label == 255)
+        hint = ": pass ignore_index=" + std::to_string(label) + " where that is the label of void";
     else if (classes == 1)
         hint = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)";
-    TORCH_CHECK_VALUE(false, "target has label ", bad.label, " at (", bad.image, position, "), the first of ",
-                      bad.count, " bad pixels, expected labels 0 to ", classes - 1,
-                      " or ignore_index=", inputs.ignore_index, hint);
+    TORCH_CHECK_VALUE(false, "target has label ", label, " at (", position, "), the first of ", count,
+                      " bad pixels, expected labels 0 to ", classes - 1, " or ignore_index=",
+                      inputs.ignore_index, hint);
 }
 
 // -------------------------------------------------------------------------------------------------
 // reduce
-
-inline void check_labels(const std::vector<BadLabels>& bad, const Inputs& inputs) {
-    BadLabels all;
-    for (const BadLabels& some : bad) {
-        if (some.count && !all.count) all = BadLabels{0, some.label, some.image, some.pixel};
-        all.count += some.count;
-    }
-    if (all.count) throw_bad_labels(all, inputs);
-}
 
 // stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
 template <typename A, typename Reduce>
 Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_size, const Reduce& reduce) {
     const int64_t row = inputs.levels() * kStats;
     std::vector<double> sums(chunks.count * row);
-    std::vector<BadLabels> bad(chunks.count);
+    std::atomic<bool> any_bad{false};
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(buffer_size);
         Buffer<double> lanes(row * kLanes);
+        bool bad = false;
         for (int64_t i = first; i < last; ++i) {
             std::fill_n(lanes.aligned(), row * kLanes, 0.0);
-            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], &bad[i]);
+            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], &bad);
         }
+        if (bad) any_bad = true;
     });
+    if (any_bad) throw_bad_labels(inputs);
 
-    check_labels(bad, inputs);
     const int64_t images = inputs.logits.size(0);
     Tensor stats = at::empty({images, inputs.levels(), kStats}, inputs.logits.options().dtype(at::kDouble));
     double* to = stats.mutable_data_ptr<double>();
@@ -235,14 +267,14 @@ Tensor launch_reduce(const Inputs& inputs) {
         const CoarseCall<T> coarse(call.upsampling);
         const Chunks chunks = Chunks::of_rows(call.upsampling);
         return reduce_chunks<A>(inputs, chunks, coarse.buffer(),
-                                [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                                [&](int64_t i, A* buffer, double* lanes, double* sums, bool* bad) {
                                     IAL_DISPATCH(reduce_cells, problem, coarse.coarse, chunks.image(i),
                                                  chunks.begin(i), chunks.end(i), buffer, lanes, sums, bad);
                                 });
     }
     const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
     return reduce_chunks<A>(inputs, chunks, 2 * problem.layout.classes * kWide,
-                            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                            [&](int64_t i, A* buffer, double* lanes, double* sums, bool* bad) {
                                 IAL_DISPATCH(reduce, problem, chunks.image(i), chunks.begin(i), chunks.end(i),
                                              buffer, lanes, sums, bad);
                             });
@@ -360,15 +392,17 @@ double sum_weights(const Call<T>& call, const Inputs& inputs) {
     const Problem<T>& problem = call.problem;
     const Chunks chunks = Chunks::of_labels(problem.layout);
     std::vector<double> sums(chunks.count);
-    std::vector<BadLabels> bad(chunks.count);
+    std::atomic<bool> any_bad{false};
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        bool bad = false;
         for (int64_t i = first; i < last; ++i) {
             alignas(64) double lanes[kLanes] = {};
             IAL_DISPATCH(sum_weights, problem, chunks.image(i), chunks.begin(i), chunks.end(i), lanes,
-                         &sums[i], &bad[i]);
+                         &sums[i], &bad);
         }
+        if (bad) any_bad = true;
     });
-    check_labels(bad, inputs);
+    if (any_bad) throw_bad_labels(inputs);
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
@@ -387,7 +421,7 @@ Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& 
         const Chunks& chunks = shared.chunks;
         const Tensor stats = reduce_chunks<A>(
             inputs, chunks, coarse.buffer() + shared.row,
-            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+            [&](int64_t i, A* buffer, double* lanes, double* sums, bool* bad) {
                 IAL_DISPATCH(one_pass_cells, problem, coarse.coarse, chunks.image(i), chunks.begin(i),
                              chunks.end(i), buffer, class_grads.data(), shared.head(i), shared.tail(i),
                              buffer + coarse.buffer(), lanes, sums, bad);
@@ -397,7 +431,7 @@ Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& 
     }
     const Chunks chunks = Chunks::of_one_pass(problem.layout);
     return reduce_chunks<A>(inputs, chunks, 2 * classes * kWide,
-                            [&](int64_t i, A* buffer, double* lanes, double* sums, BadLabels* bad) {
+                            [&](int64_t i, A* buffer, double* lanes, double* sums, bool* bad) {
                                 IAL_DISPATCH(one_pass, problem, chunks.image(i), chunks.begin(i),
                                              chunks.end(i), buffer, class_grads.data(), lanes, sums, bad);
                             });

@@ -49,17 +49,23 @@ struct Block {
             for (int c = 0; c < classes; ++c) load_row(from + c * view.channel, x + c * B, max);
             return;
         }
-        if (in_tiles(view)) {
-            if constexpr (kTiles)
-                for (int j = 0; j < B; j += kTile)
-                    for (int i = 0; i < classes; i += kTile) {
-                        const int c = last_tile(i);
-                        transpose(from + j * view.pixel + c, view.pixel, x + c * B + j, B);
-                    }
-        } else {
-            for (int j = 0; j < count; ++j)
+        int j = 0;
+        if constexpr (kTiles)
+            for (; in_tiles(view) && j + kTile <= count; j += kTile)
+                for (int i = 0; i < classes; i += kTile) {
+                    const int c = last_tile(i);
+                    transpose(from + j * view.pixel + c, view.pixel, x + c * B + j, B);
+                }
+        if (view.pixel == 1) {
+            for (int c = 0; c < classes; ++c) widen_some(from + c * view.channel, x + c * B, count);
+        } else if (view.channel < view.pixel) {
+            for (; j < count; ++j)
                 for (int c = 0; c < classes; ++c)
                     x[c * B + j] = widen(from[j * view.pixel + c * view.channel]);
+        } else {
+            for (int c = 0; c < classes; ++c)
+                for (int k = 0; k < count; ++k)
+                    x[c * B + k] = widen(from[k * view.pixel + c * view.channel]);
         }
         for (int c = 0; c < classes; ++c) {
             A* row = x + c * B;
@@ -67,10 +73,8 @@ struct Block {
         }
     }
 
-    // Whether the block can be transposed in tiles.
-    IAL_INLINE bool in_tiles(const View& view) const {
-        return kTiles && count == B && view.channel == 1 && classes >= kTile;
-    }
+    // Whether pixels can be transposed in tiles.
+    IAL_INLINE bool in_tiles(const View& view) const { return view.channel == 1 && classes >= kTile; }
 
     // The first class of the tile at c. The last tile moves back to end with the last class: classes may
     // repeat.
@@ -79,6 +83,16 @@ struct Block {
     IAL_INLINE void load_row(const T* from, A* row, A* max) {
         widen_lanes(from, row, B);
         IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
+    }
+
+    // Of a row of fewer pixels than B.
+    IAL_INLINE static void widen_some(const T* from, A* to, int lanes) {
+        IAL_SIMD for (int j = 0; j < B; ++j) to[j] = j < lanes ? widen(from[j]) : A(0);
+    }
+
+    IAL_INLINE static void narrow_some(const A* from, T* to, int lanes) {
+        IAL_SIMD for (int j = 0; j < B; ++j)
+            if (j < lanes) narrow(from[j], to + j);
     }
 
     template <typename U>
@@ -184,6 +198,17 @@ struct Block {
     // select() without the list of classes.
     template <int lanes, typename V, typename U>
     IAL_INLINE void look_up(const V* values, U* to) const {
+        if (classes <= kMaxCompared) {
+            IAL_SIMD for (int j = 0; j < B; ++j) to[j] = values[j % lanes];
+            for (I c = 1; c < classes; ++c) {
+                const V* row = values + c * lanes;
+                IAL_SIMD for (int j = 0; j < B; ++j) {
+                    const U value = row[j % lanes];
+                    to[j] = label[j] == c ? value : to[j];
+                }
+            }
+            return;
+        }
         alignas(64) I some_class[B];
         IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
         for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
@@ -229,17 +254,6 @@ struct Block {
     IAL_INLINE void weigh_pixels() {
         if (!problem.pixel_weight) return;
         IAL_SIMD for (int j = 0; j < B; ++j) w[j] *= pixel_weight[j];
-    }
-
-    // Adds the labels that are neither a class nor ignore_index.
-    IAL_INLINE void report(int64_t n, int64_t p, BadLabels* bad) const {
-        if (!bad_labels) return;
-        const View& labels = problem.layout.target;
-        const int64_t first = problem.layout.offset(labels, n, p);
-        for (int j = 0; j < count; ++j) {
-            const int64_t y = load_label(problem.target, problem.label, first + j * labels.pixel);
-            if (label[j] < 0 && y != problem.ignore_index) bad->add(y, n, p + j);
-        }
     }
 
     // sum[j] = sum_c exp(x_c - max). With `keep`, the exponentials stay in x.
@@ -434,17 +448,23 @@ struct Block {
             }
         }
         if (dense) return;
-        if (in_tiles(view)) {
-            if constexpr (kTiles)
-                for (int j = 0; j < B; j += kTile)
-                    for (int i = 0; i < classes; i += kTile) {
-                        const int c = last_tile(i);
-                        transpose(x + c * B + j, B, to + j * view.pixel + c, view.pixel);
-                    }
-        } else {
-            for (int j = 0; j < count; ++j)
+        int j = 0;
+        if constexpr (kTiles)
+            for (; in_tiles(view) && j + kTile <= count; j += kTile)
+                for (int i = 0; i < classes; i += kTile) {
+                    const int c = last_tile(i);
+                    transpose(x + c * B + j, B, to + j * view.pixel + c, view.pixel);
+                }
+        if (view.pixel == 1) {
+            for (int c = 0; c < classes; ++c) narrow_some(x + c * B, to + c * view.channel, count);
+        } else if (view.channel < view.pixel) {
+            for (; j < count; ++j)
                 for (int c = 0; c < classes; ++c)
                     narrow(x[c * B + j], to + j * view.pixel + c * view.channel);
+        } else {
+            for (int c = 0; c < classes; ++c)
+                for (int k = 0; k < count; ++k)
+                    narrow(x[c * B + k], to + k * view.pixel + c * view.channel);
         }
     }
 };
@@ -452,13 +472,13 @@ struct Block {
 // What the kernels do with a block after load_logits(). `ahead`: see softmax().
 struct Reduce {
     double* sums;  // [levels, kStats, kLanes]
-    BadLabels* bad;
+    bool* bad;
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
         block.list_labels();
-        block.report(n, p, bad);
+        *bad |= block.bad_labels;
         block.load_weights(block.problem.weight);
         block.template softmax<false>(ahead);
         block.accumulate(sums);
@@ -484,12 +504,12 @@ template <typename A>
 struct OnePass {
     const A* class_grads;
     double* sums;  // [kStats, kLanes]
-    BadLabels* bad;
+    bool* bad;
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
         block.load_target(n, p);
-        block.report(n, p, bad);
+        *bad |= block.bad_labels;
         alignas(64) A logit[B];
         block.template look_up<B>(block.x, logit);
         block.template softmax<true>(ahead);
@@ -501,8 +521,8 @@ struct OnePass {
 };
 
 // Runs `kernel` on the pixels [begin, end) of image n. Blocks end at the end of a row and of the range, where
-// the remaining pixels go in narrow blocks. So the lane of a pixel depends on the shapes alone, not on the
-// number of threads. buffer: [2, C, kWide].
+// the remaining pixels go in a wide block, or in narrow ones if there are few. So the lane of a pixel depends
+// on the shapes alone, not on the number of threads. buffer: [2, C, kWide].
 template <typename T, typename Kernel>
 IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                            typename Problem<T>::A* buffer, const Kernel& kernel) {
@@ -510,19 +530,14 @@ IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, 
     for (int64_t p = begin; p < end;) {
         const int64_t in_row = layout.row - p % layout.row;
         const int64_t stop = p + (end - p < in_row ? end - p : in_row);
-        if (stop - p >= kWide) {
+        if (stop - p > kFew) {
             Block<T, kWide> block(problem, buffer);
-            block.load_logits(n, p, kWide);
-            for (; stop - p >= kWide; p += kWide) {
-                const bool more = stop - p >= 2 * kWide;
-                const bool dense = layout.logits.pixel == 1;
-                kernel.run(
-                    block, n, p,
-                    more && dense ? problem.logits + layout.offset(layout.logits, n, p + kWide) : nullptr);
-                if (more && dense)
-                    block.advance();
-                else if (more)
-                    block.load_logits(n, p + kWide, kWide);
+            for (bool loaded = false; stop - p > kFew; p += block.count) {
+                if (!loaded) block.load_logits(n, p, static_cast<int>(stop - p < kWide ? stop - p : kWide));
+                loaded = layout.logits.pixel == 1 && stop - p >= 2 * kWide;
+                kernel.run(block, n, p,
+                           loaded ? problem.logits + layout.offset(layout.logits, n, p + kWide) : nullptr);
+                if (loaded) block.advance();
             }
         }
         for (Block<T, kNarrow> block(problem, buffer); p < stop; p += block.count) {
@@ -543,7 +558,7 @@ IAL_INLINE void add_lanes(const double* sums, int64_t rows, double* stats) {
 // Writes stats[levels, kStats] of the range. sums[levels, kStats, kLanes]: zeros, to add up in.
 template <typename T>
 IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
-                       typename Problem<T>::A* buffer, double* sums, double* stats, BadLabels* bad) {
+                       typename Problem<T>::A* buffer, double* sums, double* stats, bool* bad) {
     for_blocks(problem, n, begin, end, buffer, Reduce{sums, bad});
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
 }
@@ -561,7 +576,7 @@ IAL_TARGET void reduce_backward(const Problem<T>& problem, int64_t n, int64_t be
 template <typename T>
 IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                          typename Problem<T>::A* buffer, const typename Problem<T>::A* class_grads,
-                         double* sums, double* stats, BadLabels* bad) {
+                         double* sums, double* stats, bool* bad) {
     for_blocks(problem, n, begin, end, buffer, OnePass<typename Problem<T>::A>{class_grads, sums, bad});
     add_lanes(sums, kStats, stats);
 #if IAL_X86_VECTORS
@@ -572,7 +587,7 @@ IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, in
 // The sum of the weights of the pixels [begin, end) of image n. sums[kLanes]: zeros, to add up in.
 template <typename T>
 IAL_TARGET void sum_weights(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end, double* sums,
-                            double* weight, BadLabels* bad) {
+                            double* weight, bool* bad) {
     const Layout& layout = problem.layout;
     Block<T, kWide> block(problem, nullptr);
     for (int64_t p = begin; p < end; p += block.count) {
@@ -580,7 +595,7 @@ IAL_TARGET void sum_weights(const Problem<T>& problem, int64_t n, int64_t begin,
         const int64_t left = end - p < in_row ? end - p : in_row;
         block.count = static_cast<int>(left < kWide ? left : kWide);
         block.load_target(n, p);
-        block.report(n, p, bad);
+        *bad |= block.bad_labels;
         block.look_up_weights(problem.weight);
         block.add_valid(block.w, sums);
     }

@@ -10,10 +10,12 @@
 namespace ial {
 
 constexpr int kWide = 64, kNarrow = 16;  // pixels of a block, and of a block where fewer are left of a row
+constexpr int kFew = 32;                 // so few pixels that are left of a row go in narrow blocks
 constexpr int kRowsAhead = 14;           // rows of a block that are prefetched ahead of the one being read
 constexpr int kLanes = 16;               // lanes in which sums are kept
 constexpr int kStreamBytes = 32;         // written by a streaming store
 constexpr int kMaxListed = 4;            // classes of a block that are handled one by one, without look-ups
+constexpr int kMaxCompared = 8;          // classes whose labels are compared, which takes less than look-ups
 constexpr int kSoft = 3;                 // the row of class_grads for label smoothing
 constexpr int kTile = 8;                 // pixels and classes that are transposed at once
 constexpr int kCells = 32;               // cells of a block of coarse logits
@@ -86,18 +88,5 @@ void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, 
         }
     }
 }
-
-// Labels that are neither a class nor ignore_index: how many, and the first.
-struct BadLabels {
-    int64_t count = 0, label = 0, image = 0, pixel = 0;
-
-    // All of one image.
-    void add(int64_t y, int64_t n, int64_t p) {
-        if (count++ > 0 && pixel < p) return;
-        label = y;
-        image = n;
-        pixel = p;
-    }
-};
 
 }  // namespace ial

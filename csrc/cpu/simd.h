@@ -104,7 +104,14 @@ IAL_INLINE void narrow(float x, c10::BFloat16* to) {
 // Half precision uses F16C where the instruction set has it. Compilers leave the conversion scalar.
 #if IAL_X86_VECTORS
 IAL_INLINE void widen_lanes(const c10::Half* from, float* to, int lanes) {
-    for (int j = 0; j < lanes; j += 8)
+    int j = 0;
+#if IAL_X86_VECTORS == 512
+    for (; j + 16 <= lanes; j += 16) {  // a load of 512 bits would wait for two stores of 256
+        const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j));
+        _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(0xffff, half));
+    }
+#endif
+    for (; j < lanes; j += 8)
         _mm256_storeu_ps(to + j,
                          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j))));
 }

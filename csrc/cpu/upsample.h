@@ -170,18 +170,6 @@ struct Cells {
             block.pixel_weight[i] = pixel[i] < 0 ? A(0) : from[pixel[i] * weights.pixel];
     }
 
-    // See Block.
-    IAL_INLINE void report(int64_t n, int64_t y, const int32_t* pixel, BadLabels* bad) const {
-        if (!block.bad_labels) return;
-        const Image& labels = coarse.up.target;
-        for (int i = 0; i < B; ++i) {
-            if (pixel[i] < 0) continue;
-            const int64_t label = load_label(problem.target, problem.label, labels.offset(n, y, pixel[i]));
-            if (block.label[i] < 0 && label != problem.ignore_index)
-                bad->add(label, n, y * coarse.up.x.fine + pixel[i]);
-        }
-    }
-
     // Calls kernel.sweep for the pixels of the row of cells j: block by block, line by line, sweep by sweep.
     // After each line, or each kSweeps sweeps of it, calls kernel.line with the block's first cell.
     template <typename Kernel>
@@ -208,7 +196,7 @@ struct Cells {
                         careful ? load_sweep<true>(fraction + k * step)
                                 : load_sweep<false>(fraction + k * step);
                         load_target(n, y, pixel + k * step);
-                        kernel.sweep(*this, n, y, k, pixel + k * step, fraction + k * step);
+                        kernel.sweep(*this, k, fraction + k * step);
                     }
                     kernel.line(*this, first, f);
                 }
@@ -219,12 +207,12 @@ struct Cells {
 
 struct ReduceCells {
     double* sums;  // [levels, kStats, kLanes]
-    BadLabels* bad;
+    bool* bad;
 
     template <typename T, typename A>
-    IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int, const int32_t* pixel, const A*) const {
+    IAL_INLINE void sweep(Cells<T>& cells, int, const A*) const {
         cells.block.list_labels();
-        cells.report(n, y, pixel, bad);
+        *bad |= cells.block.bad_labels;
         cells.block.load_weights(cells.problem.weight);
         cells.block.template softmax<false>(nullptr);
         cells.block.accumulate(sums);
@@ -238,17 +226,16 @@ template <typename A, bool one_level>
 struct GradientCells {
     CellGradient<A> to;
     double* sums;  // [kStats, kLanes]
-    BadLabels* bad;
+    bool* bad;
 
     template <typename T>
-    IAL_INLINE void sweep(Cells<T>& cells, int64_t n, int64_t y, int k, const int32_t* pixel,
-                          const A* f) const {
+    IAL_INLINE void sweep(Cells<T>& cells, int k, const A* f) const {
         constexpr int B = Cells<T>::B;
         auto& block = cells.block;
         alignas(64) A logit[B], scale[B], extra[B];
         const A* const by_class = to.class_grads + kS * cells.classes;
         if constexpr (one_level) {
-            cells.report(n, y, pixel, bad);
+            *bad |= block.bad_labels;
             block.template look_up<B>(block.x, logit);
             block.template softmax<true>(nullptr);
             block.look_up_weights(cells.problem.weight);
@@ -303,7 +290,7 @@ struct GradientCells {
 template <typename T>
 IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                              int64_t end, typename Problem<T>::A* buffer, double* sums, double* stats,
-                             BadLabels* bad) {
+                             bool* bad) {
     Cells<T> cells(problem, coarse, buffer);
     for (int64_t j = begin; j < end; ++j) cells.for_row(n, j, ReduceCells{sums, bad});
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
@@ -315,7 +302,7 @@ IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse,
 template <bool one_level, typename T, typename A>
 IAL_INLINE void gradient_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                                int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
-                               double* sums, BadLabels* bad) {
+                               double* sums, bool* bad) {
     Cells<T> cells(problem, coarse, buffer);
     const int64_t size = problem.layout.classes * coarse.width;
     const Image& view = coarse.up.grad;
@@ -351,7 +338,7 @@ IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>
 template <typename T, typename A>
 IAL_TARGET void one_pass_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                                int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
-                               double* sums, double* stats, BadLabels* bad) {
+                               double* sums, double* stats, bool* bad) {
     gradient_cells<true>(problem, coarse, n, begin, end, buffer, class_grads, head, tail, work, sums, bad);
     add_lanes(sums, kStats, stats);
 }
