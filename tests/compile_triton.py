@@ -6,6 +6,7 @@ It is a process of its own because interpreted kernels cannot be compiled.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -120,6 +121,14 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
         yield f"{dtype} C=32", launches(torch.empty((2, 32, *FLAT), dtype=dtype)), NVIDIA
     cityscapes = torch.empty((2, 19, *FLAT), dtype=bfloat16)
     yield "channels_last", launches(cityscapes.to(memory_format=torch.channels_last)), hopper
+    for dtype in (bfloat16, torch.float32, torch.float16, torch.float64):
+        logits = torch.empty((2, 19, *FLAT), dtype=dtype)
+        targets = NVIDIA if dtype == torch.float32 else NVIDIA | AMD if dtype == bfloat16 else hopper
+        for levels, ratio, smoothing in itertools.product((4, 1), (None, 4), (0.0, 0.1)):
+            if levels == 4 and smoothing == 0:
+                continue
+            case = [f"{dtype} C=19", *[f"{levels} levels"], *[f"upsampled {ratio}"] * (ratio is not None), *["smooth"] * (smoothing > 0)]
+            yield " ".join(case), launches(logits, ratio, levels=levels, smoothing=smoothing), targets
     yield "odd", launches(torch.empty((2, 32, 63, 63), dtype=bfloat16)), hopper
     yield "C=150", launches(torch.empty((2, 150, *FLAT), dtype=bfloat16)), hopper
     cropped = torch.empty((2, 19, 7, 6, 5, 80), dtype=bfloat16)[:, :, 1:5, 1:5, 1:5, 8:72]
@@ -139,7 +148,7 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
         for launched in seen:
             for target, gpu in targets.items():
                 for name, source, options in sources(launched, gpu):
-                    if "reduce" in name:
+                    if re.search("reduce|one_pass", name):
                         tuned = name.endswith((" 64", " 256"))
                         if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):
                             continue

@@ -47,8 +47,6 @@ STRIDED_LANES = 2
 #: The most spatial dimensions, after merging, that a kernel takes.
 MAX_DIMS = 4
 
-# Classes in registers at a time.
-_CHUNK = tl.constexpr(4)
 
 
 # ---- a tile ---------------------------------------------------------------------------------------------
@@ -104,6 +102,7 @@ def _read_tile(
     strides,
     C: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -117,7 +116,7 @@ def _read_tile(
     ptrs = logits_ptr + n * batch
     ptrs += _offset(p, P, DIMS, sizes, strides)
     logits = (ptrs, to_int64(channel), inside)
-    pixel = softmax(load_chunk, _CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
+    pixel = softmax(load_chunk, CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
     weights = load_weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
     return p, label, valid, bad, weights, logits, pixel
 
@@ -137,16 +136,16 @@ def _gradient_chunk(
 
 
 @triton.jit
-def _write_gradient(logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr):
+def _write_gradient(logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr, CHUNK: tl.constexpr):
     """Classes in reverse order, for the L1 cache."""
-    WHOLE: tl.constexpr = C // _CHUNK * _CHUNK
+    WHOLE: tl.constexpr = C // CHUNK * CHUNK
     if WHOLE < C:
         _gradient_chunk(
             logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE, C - WHOLE
         )
-    for done in range(_CHUNK, WHOLE + _CHUNK, _CHUNK):
+    for done in range(CHUNK, WHOLE + CHUNK, CHUNK):
         _gradient_chunk(
-            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE - done, _CHUNK
+            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE - done, CHUNK
         )
 
 
@@ -180,6 +179,7 @@ def reduce_kernel(
     HIGH: tl.constexpr,  # of the ints from P to stride3
     GROUP: tl.constexpr,  # levels that a program sums
     SMOOTHING: tl.constexpr,
+    CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -210,6 +210,7 @@ def reduce_kernel(
             (stride0, stride1, stride2, stride3),
             C,
             SMOOTHING,
+            CHUNK,
             DIMS,
             THREADS,
             LANES,
@@ -277,6 +278,7 @@ def reduce_backward_kernel(
     GRAD_HIGH: tl.constexpr,  # of the ints after stride3
     EXACT: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -311,6 +313,7 @@ def reduce_backward_kernel(
         (stride0, stride1, stride2, stride3),
         C,
         SMOOTHING,
+        CHUNK,
         DIMS,
         THREADS,
         LANES,
@@ -321,7 +324,7 @@ def reduce_backward_kernel(
 
     to = grad_ptr + n * grad_batch
     to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
-    _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C)
+    _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK)
 
 
 #: reduce_backward that leaves a gradient as it is where that is right. Tuning would time the early return.
@@ -395,6 +398,7 @@ def one_pass_kernel(
     HIGH: tl.constexpr,  # of the ints from P to stride3
     GRAD_HIGH: tl.constexpr,  # of the ints after stride3
     SMOOTHING: tl.constexpr,
+    CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
@@ -430,6 +434,7 @@ def one_pass_kernel(
             (stride0, stride1, stride2, stride3),
             C,
             SMOOTHING,
+            CHUNK,
             DIMS,
             THREADS,
             LANES,
@@ -439,5 +444,5 @@ def one_pass_kernel(
         gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
         to = grad_ptr + n * grad_batch
         to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
-        _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C)
+        _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK)
     store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)

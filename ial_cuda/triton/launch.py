@@ -100,6 +100,8 @@ def _full_size(inputs: Inputs, grad: Tensor | None = None) -> _Pixels:
         "DIMS": dims,
         "LANES": 16 // inputs.logits.element_size() if vector else kernels.STRIDED_LANES,
         "VECTOR": vector,
+        # Classes in registers at a time. With label smoothing a class needs more of them.
+        "CHUNK": 2 if inputs.label_smoothing and inputs.logits.element_size() == 2 else 4,
     }
     if grad is not None:
         low, constants["GRAD_HIGH"] = pixels.split(*padded[1])

@@ -92,9 +92,8 @@ def load_weights(weight_ptr, pixel_weight_ptr, at, label, valid, A: tl.constexpr
     if weight_ptr is not None:
         w *= tl.load(weight_ptr + label, mask=valid, other=0).to(A)
     if pixel_weight_ptr is not None:
-        pixel_weight = tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
-        w *= pixel_weight
-        v *= pixel_weight
+        v = tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
+        w *= v
     return w, v
 
 

@@ -187,7 +187,8 @@ def _upsampled_softmax(
     A: tl.constexpr,
 ):
     """`softmax`, and whether it needed `_safe_interpolate`."""
-    pixel = softmax(_interpolate, CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
+    COUNT: tl.constexpr = CHUNK if SMOOTHING == 0 else 1  # which takes registers
+    pixel = softmax(_interpolate, COUNT, logits, label, weight_ptr, C, SMOOTHING, A)
     sum = pixel[1]
     safe = tl.max(tl.ravel((valid & (sum != sum)).to(tl.int32)), axis=0) > 0
     if safe:
