@@ -14,7 +14,7 @@ import torch
 from cases import make_logits, make_target
 
 import ial_cuda
-from ial_cuda import Hierarchy, backends, importance_aware_loss
+from ial_cuda import CrossEntropyLoss, Hierarchy, backends, importance_aware_loss
 
 resource = pytest.importorskip("resource", reason="page faults are counted on Unix only")
 pytestmark = [
@@ -235,3 +235,73 @@ def test_nothing_is_kept_where_addresses_are_limited_or_the_environment_says_so(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert child.stdout.strip() == expected
+
+
+# ---- the peak of a training step ------------------------------------------------------------------------
+
+
+class Head(torch.autograd.Function):
+    """Logits of full size from one parameter: a layer that needs no memory of their size beside them."""
+
+    @staticmethod
+    def forward(ctx, parameter):
+        return parameter.expand(1, CLASSES, 256, 256).clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.sum()
+
+
+def peak_of_step(criterion, heads, at_once):
+    """The most bytes that are allocated at once in forward and backward pass, in logits of one head.
+
+    at_once: whether all heads come before the first loss, as the outputs of a network do. Else the logits of
+    a head are dropped when its loss is there.
+    """
+    parameters = [torch.zeros((), requires_grad=True) for _ in range(heads)]
+    target = make_target((1, 256, 256), CLASSES, ignore_index=-100)
+
+    def step():
+        outputs = (Head.apply(parameter) for parameter in parameters)
+        outputs = list(outputs) if at_once else outputs
+        sum(criterion(logits, target) for logits in outputs).backward()
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    held = peak = 0
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / (4 * CLASSES * 256 * 256)
+
+
+#: Of one head and of three: at once, and one after another.
+PEAKS = {
+    "F.cross_entropy": (
+        torch.nn.CrossEntropyLoss(),
+        {(1, True): 4, (1, False): 3, (3, True): 8, (3, False): 5},
+    ),
+    "in forward": (
+        CrossEntropyLoss(backend="cpu"),
+        {(1, True): 2, (1, False): 2, (3, True): 6, (3, False): 6},
+    ),
+    "in backward": (
+        CrossEntropyLoss(backend="cpu", grad_in_forward=False),
+        {(1, True): 2, (1, False): 2, (3, True): 6, (3, False): 4},
+    ),
+    "in place": (
+        CrossEntropyLoss(backend="cpu", inplace=True),
+        {(1, True): 1, (1, False): 1, (3, True): 3, (3, False): 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_the_peak_of_a_training_step(name):
+    """Logits, and beside them: ours a gradient, of each head where the forward pass computes it; PyTorch's
+    the log-softmax of each head and, one after another, two tensors of its backward pass."""
+    criterion, expected = PEAKS[name]
+    found = {case: peak_of_step(criterion, *case) for case in expected}
+    # Sums, and what PyTorch stores of each pixel, are under a tenth of the logits.
+    assert all(expected[case] <= peak < expected[case] + 0.1 for case, peak in found.items()), found
