@@ -38,8 +38,11 @@ def _save_pixels(ctx: Any, logits: Tensor, pixels: tuple[Any, ...], *others: Ten
     ctx.save_for_backward(logits, *tensors, *others)
 
 
-def _pixels(ctx: Any) -> tuple[Any, ...]:
-    return *ctx.saved_tensors[1:4], ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing
+def _saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], tuple[Tensor, ...]]:
+    """What `_save_pixels` was given. To be read once: torch.utils.checkpoint unpacks a tensor once."""
+    logits, target, weight, pixel_weight, *others = ctx.saved_tensors
+    options = (ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing)
+    return logits, (target, weight, pixel_weight, *options), tuple(others)
 
 
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -49,8 +52,8 @@ def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
-    logits = ctx.saved_tensors[0]
-    arguments = (logits, grad_stats.contiguous(), *_pixels(ctx))
+    logits, pixels, _ = _saved(ctx)
+    arguments = (logits, grad_stats.contiguous(), *pixels)
     # With create_graph the gradient has a history, which needs the logits.
     if ctx.inplace and not torch.is_grad_enabled():
         reduce_backward_(*arguments)
@@ -84,14 +87,12 @@ def _save_loss_and_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 def _differentiate_loss_and_grad(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     """The first backward pass hands out the gradient of the forward pass, if there is one. A second pass, or
     one with create_graph, computes another."""
-    logits, *_, grad_stats, computed_for = ctx.saved_tensors
+    logits, pixels, (grad_stats, computed_for) = _saved(ctx)
     if ctx.grad is None or torch.is_grad_enabled():
-        grad = reduce_backward(logits, grad_stats * grad_loss, *_pixels(ctx), ctx.align_corners)
+        grad = reduce_backward(logits, grad_stats * grad_loss, *pixels, ctx.align_corners)
     else:
         grad, ctx.grad = ctx.grad, None
-        rescale_(
-            grad, grad_loss, computed_for, logits, grad_stats, *_pixels(ctx), ctx.align_corners, ctx.expected
-        )
+        rescale_(grad, grad_loss, computed_for, logits, grad_stats, *pixels, ctx.align_corners, ctx.expected)
     return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
