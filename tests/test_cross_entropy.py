@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -523,9 +524,16 @@ def gradient(loss_of, leaf, target, incoming):
     return loss.detach(), grad
 
 
-@pytest.mark.parametrize("backend", KERNELS)
+#: Few cases where the kernels are emulated.
+SMOOTHED = [
+    pytest.param(*backend.values, smoothing, marks=backend.marks)
+    for backend in KERNELS
+    for smoothing in ((0.1,) if backend.values[0] in EMULATED else (0.0, 0.1))
+]
+
+
+@pytest.mark.parametrize(("backend", "smoothing"), SMOOTHED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("upsample", [None, "bilinear"])
 def test_scaled_losses_have_the_gradient_of_two_passes(backend, dtype, smoothing, upsample):
     device = device_of(backend)
@@ -534,14 +542,18 @@ def test_scaled_losses_have_the_gradient_of_two_passes(backend, dtype, smoothing
         logits = logits[:, :, ::2, ::2].contiguous()
     leaf, target = logits.to(device).requires_grad_(), target.to(device)
     options = dict(label_smoothing=smoothing, upsample=upsample)
+    # The gradients of coarse logits are rounded by torch or by Triton, whose interpreter truncates them.
+    truncated = backend == "triton" and backend in EMULATED and upsample and dtype == torch.bfloat16
+    same = partial(torch.allclose, rtol=2**-7, equal_nan=True) if truncated else same_bits
+    scales = INCOMING if backend in EMULATED else [*INCOMING, *INCOMING]
     for loss_of, two_passes in zip(
         losses(backend, **options), losses(backend, grad_in_forward=False, **options), strict=True
     ):
-        for incoming in [*INCOMING, *INCOMING]:  # some are expected, others not
-            expected, expected_grad = gradient(two_passes, leaf, target, incoming)
+        for scale in scales:  # some are expected, others not
+            expected, expected_grad = gradient(two_passes, leaf, target, scale)
             for _ in range(3):
-                loss, grad = gradient(loss_of, leaf, target, incoming)
-                assert same_bits(grad, expected_grad), incoming
+                loss, grad = gradient(loss_of, leaf, target, scale)
+                assert same(grad, expected_grad), scale
             assert_close(loss.cpu(), expected.double().cpu())
 
 
