@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import simt
 import torch
-from cases import DTYPES, HIERARCHY, KERNELS, LAUNCHED, check, device_of, make_logits, make_target, run
+from cases import (
+    DTYPES,
+    HIERARCHY,
+    KERNELS,
+    LAUNCHED,
+    check,
+    device_of,
+    make_logits,
+    make_target,
+    poisoned,
+    run,
+)
 
 from ial_cuda import Hierarchy, backends, importance_aware_loss
 
@@ -15,25 +28,52 @@ CLASSES = (
     if simt.SANITIZED
     else [1, 8, 9, 11, 12, 16, 19, 20, 24, 25, 32, 33, 59, 171, 1000]
 )
+LAYOUTS = ["contiguous", "cropped", "channels_last"]
 ONE_LAUNCH = [backend for backend in LAUNCHED if backends.get(backend.values[0]).one_launch]
+
+
+def levelled(classes, levels):
+    return Hierarchy([list(range(k, classes, levels)) for k in range(min(levels, classes))])
+
+
+def tiled(dtype, classes, layout):
+    """Logits and target."""
+    logits = make_logits((2, classes, 4, 64), dtype)
+    target = make_target((2, 4, 64), classes, ignore_index=-1)
+    if layout == "cropped":
+        return logits[..., 1:4, 8:56], target[..., 1:4, 8:56]
+    if layout == "channels_last":
+        return logits.to(memory_format=torch.channels_last), target
+    return logits, target
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("layout", ["contiguous", "cropped", "channels_last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tile(backend, dtype, classes, layout):
     """Rows that can be cut into vectors, for every number of classes, contiguous and in a larger image."""
-    hierarchy = Hierarchy([list(range(k, classes, 4)) for k in range(min(4, classes))])
-    logits, target = (
-        make_logits((2, classes, 4, 64), dtype),
-        make_target((2, 4, 64), classes, ignore_index=-1),
-    )
-    if layout == "cropped":
-        logits, target = logits[..., 1:4, 8:56], target[..., 1:4, 8:56]
-    if layout == "channels_last":
-        logits = logits.to(memory_format=torch.channels_last)
-    check(backend, logits, target, hierarchy, ignore_index=-1)
+    logits, target = tiled(dtype, classes, layout)
+    check(backend, logits, target, levelled(classes, 4), ignore_index=-1)
+
+
+@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_tile_of_one_pass(backend, dtype, classes, layout):
+    logits, target = tiled(dtype, classes, layout)
+    check(backend, logits, target, Hierarchy.flat(classes), ignore_index=-1)
+
+
+@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 24, 33, 65])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("levels", [1, 4])
+def test_every_tile_with_label_smoothing(backend, dtype, classes, layout, levels):
+    logits, target = tiled(dtype, classes, layout)
+    check(backend, logits, target, levelled(classes, levels), ignore_index=-1, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("backend", ONE_LAUNCH)
@@ -80,6 +120,124 @@ def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
         atol = 1e-6 * float(grad.abs().max())
         torch.testing.assert_close(grad, expected, rtol=2 * torch.finfo(dtype).eps, atol=atol)
     assert torch.equal(*grads[backend][1:])
+
+
+class Step:
+    """The operators of a training step with one level, by default with every kind of weight."""
+
+    def __init__(self, backend, dtype, size, *, smoothing=0.0, reduction="mean", corners=None, **changes):
+        self.operators, device = backends.get(backend).operators(), device_of(backend)
+        shape = changes.pop("shape", (2, 5, 16, 32))
+        generator = torch.Generator().manual_seed(1)
+        self.logits = make_logits(shape, dtype).to(device)
+        target = make_target((shape[0], *size), shape[1]).to(device)
+        weight = (torch.rand(shape[1], generator=generator) + 0.5).to(device)
+        pixel_weight = torch.rand(target.shape, generator=generator).to(device)
+        levels = [0] * shape[1]
+        self.pixels = (target, weight, pixel_weight, levels, 255, "exact", smoothing)
+        self.options, self.corners = ([], 1.0, reduction, "mean", "image"), corners
+
+    def forward(self, expected=None, divisor=None):
+        return self.operators.loss_and_grad(
+            self.logits, *self.pixels, divisor, *self.options, self.corners, expected, None
+        )
+
+    def rescale_(self, grad, incoming, results, expected=None):
+        loss, _, _, grad_stats, _, computed_for = results
+        grad_loss = torch.full_like(loss, incoming)
+        self.operators.rescale_(
+            grad, grad_loss, computed_for, self.logits, grad_stats, *self.pixels, self.corners, expected
+        )
+
+    def backward(self, grad_stats):
+        return self.operators.reduce_backward(self.logits, grad_stats, *self.pixels, self.corners)
+
+
+SIZES = pytest.mark.parametrize(
+    ("size", "corners"), [((16, 32), None), ((64, 128), False), ((33, 17), True)], ids=str
+)
+
+
+@pytest.mark.parametrize("backend", [b for b in LAUNCHED if b not in ONE_LAUNCH])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@SIZES
+def test_the_gradient_of_one_pass_has_the_bits_of_reduce_backward(backend, dtype, smoothing, size, corners):
+    step = Step(backend, dtype, size, smoothing=smoothing, corners=corners)
+    state = torch.tensor([0.3, 1.0], dtype=torch.float64, device=step.logits.device)
+    for expected in (state, *[None] * (dtype != torch.float16)):
+        with poisoned():
+            results = step.forward(expected)
+        *_, grad_stats, grad, computed_for = results
+        assert computed_for == (1 if expected is None else 0.3)
+        assert torch.equal(grad, step.backward(grad_stats * computed_for))
+        for incoming in (0.3, -7.0, 65536.0):
+            rescaled = grad.clone()
+            step.rescale_(rescaled, incoming, results)
+            as_loss = torch.tensor(incoming, dtype=results[0].dtype).item()  # rounded, as the loss is
+            assert torch.equal(rescaled, step.backward(grad_stats * as_loss))
+
+
+@pytest.mark.parametrize("backend", [b for b in LAUNCHED if b not in ONE_LAUNCH])
+@SIZES
+def test_rescaling_is_decided_on_the_device(backend, size, corners):
+    """Where the gradient is that of the incoming one it is not touched; the expectation follows what came in
+    twice in a row."""
+    step = Step(backend, torch.float32, size, corners=corners)
+    state = torch.tensor([4.0, math.nan], dtype=torch.float64, device=step.logits.device)
+    results = step.forward(state)
+    untouched = torch.full_like(step.logits, 12)
+    for incoming, expected in (
+        (4.0, 4.0),
+        (1.0, 4.0),
+        (1.0, 1.0),
+        (4.0, 1.0),
+        (math.inf, 1.0),
+        (math.inf, 1.0),
+        (math.nan, 1.0),
+        (math.nan, 1.0),
+        (0.5, 1.0),
+        (0.5, 0.5),
+    ):
+        grad = untouched.clone()
+        step.rescale_(grad, incoming, results, state)
+        assert torch.equal(grad, untouched) == (incoming == 4.0)
+        assert state[0] == expected and (state[1] == incoming or math.isnan(incoming))
+    assert results[-1] == 4.0  # a snapshot
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("divisor", [None, 100.0])
+@SIZES
+def test_launches_of_one_pass(reduction, divisor, size, corners):
+    """One kernel reads the logits and writes the gradient; the others read labels, or sums. In bytes, the
+    logits twice, and the labels twice where their weight is needed first. The backward pass adds one launch,
+    which returns at once if the incoming gradient is the expected one."""
+    simt.load()
+    step = Step("simt", torch.float32, size, reduction=reduction, corners=corners)
+    given = None if divisor is None else torch.tensor(divisor, dtype=torch.float64)
+    simt.launches()
+    results = step.forward(divisor=given)
+    weights = reduction == "mean" and divisor is None
+    assert simt.launches() == 3 + weights  # weights, the pass, sums, the loss
+    step.rescale_(results[4], 1.0, results)
+    assert simt.launches() == 1
+
+
+@pytest.mark.parametrize("backend", LAUNCHED)
+@pytest.mark.parametrize("shape", [(3, 5, 13), (2, 3, 7, 11), (1, 4, 3, 5, 7), (2, 4, 40, 64)], ids=str)
+@pytest.mark.parametrize("strides", ["contiguous", "transposed", "step 2"])
+def test_the_weight_of_every_layout_of_labels(backend, shape, strides):
+    """In vectors and one by one, which depends on the labels alone."""
+    size = (shape[0], *shape[2:])
+    target = make_target(size, shape[1])
+    pixel_weight = torch.rand(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if strides == "transposed":
+        target = target.transpose(1, -1).contiguous().transpose(1, -1)
+    if strides == "step 2":
+        pixel_weight = torch.stack([pixel_weight, torch.full_like(pixel_weight, math.nan)], -1)[..., 0]
+    options = dict(weight=torch.linspace(0.1, 3, shape[1]), pixel_weight=pixel_weight)
+    check(backend, make_logits(shape), target, Hierarchy.flat(shape[1]), **options)
 
 
 @pytest.mark.parametrize("backend", LAUNCHED)
@@ -134,7 +292,7 @@ def test_more_images_than_a_grid_has_blocks(backend, levels):
     message = rf"logits has {images} images, expected at most \d+ with {levels} levels on CUDA"
     with pytest.raises(ValueError, match=message):
         backends.get(backend).operators().reduce(
-            logits, target, None, None, [0, levels - 1], 255, "exact", False
+            logits, target, None, None, [0, levels - 1], 255, "exact", 0.0, False
         )
 
 
@@ -142,10 +300,12 @@ def test_more_images_than_a_grid_has_blocks(backend, levels):
 def test_a_gradient_that_cannot_be_overwritten(backend):
     device = device_of(backend)
     logits, target = make_logits((2, 5, 4, 8), torch.float32).to(device), make_target((2, 4, 8), 5).to(device)
-    grad_stats, grad_loss = (
-        torch.zeros(2, 4, 5, dtype=torch.float64, device=device),
+    grad_stats = torch.zeros(2, 4, 5, dtype=torch.float64, device=device)
+    grad_loss, computed_for = (
         torch.ones((), device=device),
+        torch.ones((), dtype=torch.float64, device=device),
     )
+    pixels = (target, None, None, [1, 2, 3, 0, 1], 255, "exact", 0.0)
     for grad, exception, message in (
         (
             logits.double(),
@@ -161,7 +321,7 @@ def test_a_gradient_that_cannot_be_overwritten(backend):
     ):
         with pytest.raises(exception, match=message):
             backends.get(backend).operators().rescale_(
-                grad, grad_loss, logits, grad_stats, target, None, None, [1, 2, 3, 0, 1], 255, "exact"
+                grad, grad_loss, computed_for, logits, grad_stats, *pixels
             )
 
 

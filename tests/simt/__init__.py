@@ -81,6 +81,11 @@ def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[N
         torch.ops.ial_simt.set_device(*before)
 
 
+def launches() -> int:
+    """How many kernels were launched since the last call."""
+    return torch.ops.ial_simt.launches()
+
+
 def register() -> None:
     """Registers both as backends of the loss for CPU tensors. Call `load` before their first use."""
     for name, one_launch in (("simt", False), ("simt_one_launch", True)):
