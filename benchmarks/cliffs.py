@@ -97,7 +97,7 @@ def cliffs(scan: dict[str, dict[str, float]]) -> Iterator[str]:
         for name in STEPS:
             ratio = max(one[name] / other[name], other[name] / one[name])
             if ratio > CLIFF:
-                yield f"{x} to {y}: {name}: {one[name]:.2f} and {other[name]:.2f} ns a logit, {ratio:.2f} times"
+                yield f"{x} to {y}: {name}: {one[name]:.2f} and {other[name]:.2f} ns, {ratio:.2f} times"
 
 
 def draw(result: dict[str, Any], before: dict[str, Any] | None, file: Path) -> None:

@@ -69,8 +69,8 @@ struct Buffer {
 // cache would still hold the lines when the network's next step writes there again.
 constexpr size_t kStreamFrom = 2 << 20;
 
-// Tensors (N, C, *spatial) or (N, *spatial) with their spatial dimensions in the order in which the logits lie
-// in memory: the pixels of a row are to be neighbours there, whatever the order of the others.
+// Tensors (N, C, *spatial) or (N, *spatial) with their spatial dimensions in the order in which the logits
+// lie in memory: the pixels of a row are to be neighbours there, whatever the order of the others.
 struct Spatial {
     at::DimVector order;  // of the logits' dimensions
     bool moved;
@@ -118,10 +118,14 @@ struct Call {
         if (inputs.pixel_weight) pixel_weight = inputs.pixel_weight->to(arithmetic);
 
         const auto with = [&](const Tensor& logits, const Tensor& target, const OptionalTensor& weights) {
-            return Inputs{logits,          target,
-                          inputs.weight,   weights,
-                          inputs.class_levels, inputs.ignore_index,
-                          inputs.gradient, inputs.label_smoothing,
+            return Inputs{logits,
+                          target,
+                          inputs.weight,
+                          weights,
+                          inputs.class_levels,
+                          inputs.ignore_index,
+                          inputs.gradient,
+                          inputs.label_smoothing,
                           inputs.align_corners};
         };
         if (inputs.align_corners) {
@@ -222,8 +226,8 @@ struct CoarseCall {
     else if (classes == 1)
         hint = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)";
     TORCH_CHECK_VALUE(false, "target has label ", label, " at (", position, "), the first of ", count,
-                      " bad pixels, expected labels 0 to ", classes - 1, " or ignore_index=",
-                      inputs.ignore_index, hint);
+                      " bad pixels, expected labels 0 to ", classes - 1,
+                      " or ignore_index=", inputs.ignore_index, hint);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -291,7 +295,8 @@ void load_class_grads(const Problem<T>& problem, const double* grad_stats, doubl
     const int64_t classes = problem.layout.classes;
     for (int64_t c = 0; c < classes; ++c) {
         const double* from = grad_stats + problem.class_levels[c] * kStats;
-        class_grads[kS * classes + c] = static_cast<A>(problem.hard * problem.weight[c] * (from[kS] * incoming));
+        class_grads[kS * classes + c] =
+            static_cast<A>(problem.hard * problem.weight[c] * (from[kS] * incoming));
         for (const Stat s : {kP2, kQ2}) class_grads[s * classes + c] = static_cast<A>(from[s] * incoming);
         class_grads[kSoft * classes + c] = static_cast<A>(from[kS] * incoming);
     }
@@ -300,7 +305,8 @@ void load_class_grads(const Problem<T>& problem, const double* grad_stats, doubl
 // The same of image n.
 template <typename T, typename A>
 void load_class_grads(const Problem<T>& problem, const Tensor& grad_stats, int64_t n, A* class_grads) {
-    load_class_grads(problem, grad_stats.const_data_ptr<double>() + n * problem.levels * kStats, 1, class_grads);
+    load_class_grads(problem, grad_stats.const_data_ptr<double>() + n * problem.levels * kStats, 1,
+                     class_grads);
 }
 
 template <typename T>

@@ -4,10 +4,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "../inputs.h"
 #include "gradient_memory.h"
@@ -46,29 +48,35 @@ void reduce_backward_inplace_cpu(const Tensor& logits, const Tensor& grad_stats,
     reduce_backward_into(inputs, grad_stats, logits, /*fresh=*/false);
 }
 
+Tensor one_value(double value, at::ScalarType dtype = at::kDouble) {
+    Tensor result = at::empty({}, dtype);
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "ial_cuda::one_value", [&] {
+        *result.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value);
+    });
+    return result;
+}
+
 std::tuple<Tensor, Tensor> combine_cpu(const Tensor& stats, IAL_COMBINE_PARAMETERS, at::ScalarType dtype) {
     const Combine c = make_combine(stats, IAL_COMBINE_ARGUMENTS);
-    const bool none = c.reduction == Reduction::kNone;
     Tensor shared = at::empty({c.pool_batch ? 1 : c.batch, c.levels - 1}, stats.options());
-    Tensor losses = at::empty({none ? c.batch : 1}, stats.options());
     double* f = shared.mutable_data_ptr<double>();
-    double* loss = losses.mutable_data_ptr<double>();
+    std::vector<double> losses(c.batch);
     if (c.pool_batch) factors(c, 0, c.batch, f);
-    if (!none) *loss = 0;
     for (int64_t n = 0; n < c.batch; ++n) {
         if (!c.pool_batch) factors(c, n, n + 1, f + n * (c.levels - 1));
-        const double image = image_loss(c, n, f + (c.pool_batch ? 0 : n * (c.levels - 1)));
-        if (none)
-            loss[n] = image;
-        else
-            *loss += image;
+        losses[n] = image_loss(c, n, f + (c.pool_batch ? 0 : n * (c.levels - 1)));
     }
+    if (c.reduction == Reduction::kNone) {
+        Tensor result = at::empty({c.batch}, stats.options());
+        std::copy(losses.begin(), losses.end(), result.mutable_data_ptr<double>());
+        return {result.to(dtype), shared};
+    }
+    double loss = std::accumulate(losses.begin(), losses.end(), 0.0);
     if (c.reduction == Reduction::kMean) {
         const double divisor = c.mean_divisor();
-        *loss = divisor != 0 ? *loss / divisor : 0;
+        loss = divisor != 0 ? loss / divisor : 0;
     }
-    losses = losses.to(dtype);
-    return {none ? losses : losses.squeeze(0), shared};
+    return {one_value(loss, dtype), shared};
 }
 
 Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_COMBINE_PARAMETERS) {
@@ -84,12 +92,6 @@ Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_CO
         combine_backward(c, 0, c.batch, g, mean_divisor, to);
     else
         for (int64_t n = 0; n < c.batch; ++n) combine_backward(c, n, n + 1, g, mean_divisor, to);
-    return result;
-}
-
-Tensor one_value(double value) {
-    Tensor result = at::empty({}, at::kDouble);
-    *result.mutable_data_ptr<double>() = value;
     return result;
 }
 
@@ -111,7 +113,8 @@ LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_CO
     };
     Tensor stats, grad_stats;
     if (one_pass) {
-        stats = at::zeros({logits.size(0), 1, kStats}, at::kDouble);
+        stats = at::empty({logits.size(0), 1, kStats}, at::kDouble);
+        std::fill_n(stats.mutable_data_ptr<double>(), stats.numel(), 0.0);
         AT_DISPATCH_FLOATING_TYPES_AND2(
             at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
                 Call<scalar_t> call(inputs, grad);

@@ -27,8 +27,8 @@ struct Block {
     alignas(64) A max[B], max_ahead[B], sum[B], w[B];
     alignas(64) A pixel_weight[B];
     alignas(64) A smoothed[B];  // with label smoothing: sum_c s_c (x_c - max), s_c = problem.smoothing
-    alignas(64) I label[B];  // -1 where it is no class
-    I listed[kMaxListed];    // the classes among them
+    alignas(64) I label[B];     // -1 where it is no class
+    I listed[kMaxListed];       // the classes among them
     int classes_listed = 0;
     bool all_listed = true;  // there are at most kMaxListed
 
@@ -64,8 +64,7 @@ struct Block {
                     x[c * B + j] = widen(from[j * view.pixel + c * view.channel]);
         } else {
             for (int c = 0; c < classes; ++c)
-                for (int k = 0; k < count; ++k)
-                    x[c * B + k] = widen(from[k * view.pixel + c * view.channel]);
+                for (int k = 0; k < count; ++k) x[c * B + k] = widen(from[k * view.pixel + c * view.channel]);
         }
         for (int c = 0; c < classes; ++c) {
             A* row = x + c * B;
@@ -91,8 +90,7 @@ struct Block {
     }
 
     IAL_INLINE static void narrow_some(const A* from, T* to, int lanes) {
-        IAL_SIMD for (int j = 0; j < B; ++j)
-            if (j < lanes) narrow(from[j], to + j);
+        IAL_SIMD for (int j = 0; j < B; ++j) if (j < lanes) narrow(from[j], to + j);
     }
 
     template <typename U>
@@ -403,8 +401,8 @@ struct Block {
         if (problem.smoothing) smooth_gradient<one_level>(class_grads + kSoft * classes, scale);
     }
 
-    // dL/dx_c = (scale + soft sum_c s_c / sum) x_c + [c = y] extra - soft s_c, where soft is the pixel's weight
-    // times dL/dS, from by_class[C]. x_c becomes that without `extra`, and `scale` 1.
+    // dL/dx_c = (scale + soft sum_c s_c / sum) x_c + [c = y] extra - soft s_c, where soft is the pixel's
+    // weight times dL/dS, from by_class[C]. x_c becomes that without `extra`, and `scale` 1.
     template <bool one_level>
     IAL_INLINE void smooth_gradient(const A* by_class, A* scale) {
         alignas(64) A soft[B];
@@ -463,8 +461,7 @@ struct Block {
                     narrow(x[c * B + j], to + j * view.pixel + c * view.channel);
         } else {
             for (int c = 0; c < classes; ++c)
-                for (int k = 0; k < count; ++k)
-                    narrow(x[c * B + k], to + k * view.pixel + c * view.channel);
+                for (int k = 0; k < count; ++k) narrow(x[c * B + k], to + k * view.pixel + c * view.channel);
         }
     }
 };

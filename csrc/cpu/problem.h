@@ -53,11 +53,11 @@ struct Problem {
     const int32_t* class_levels;  // [C]
     int levels;
     int64_t ignore_index;
-    bool stream;  // store past the caches
+    bool stream;         // store past the caches
     const A* smoothing;  // [C]: s_c = label_smoothing / C * weight; null without label smoothing
     A all_smoothing;     // their sum
     double hard;         // 1 - label_smoothing
-    A cross;      // 1 for the exact gradient, 0 for the paper's: see PixelGradient
+    A cross;             // 1 for the exact gradient, 0 for the paper's: see PixelGradient
 };
 
 // The cells of coarse logits on a row, which are the same for all rows. Cells are counted up to `lanes`, a

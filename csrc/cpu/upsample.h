@@ -311,7 +311,8 @@ IAL_INLINE void gradient_cells(const Problem<T>& problem, const Coarse<T>& coars
         A* const above = j == begin ? head : carried;
         if (j == begin) memset(above, 0, size * sizeof(A));
         memset(below, 0, size * sizeof(A));
-        cells.for_row(n, j, GradientCells<A, one_level>{{class_grads, coarse.width, above, below}, sums, bad});
+        cells.for_row(n, j,
+                      GradientCells<A, one_level>{{class_grads, coarse.width, above, below}, sums, bad});
         if (j > begin) {
             for (int64_t c = 0; c < problem.layout.classes; ++c) {
                 T* const to = problem.grad + view.offset(n, j, 0) + c * view.channel;
