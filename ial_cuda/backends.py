@@ -27,8 +27,8 @@ class Backend:
             import statement, which torch.compile can trace, unlike importlib.
         missing: None where it can be used, else the reason and the remedy in a sentence.
         fallback: what "auto" warns of when it has nothing better.
-        one_launch: whether one cooperative launch computes the gradient of several levels with the loss: False
-            for never, True wherever it can, None where it is likely to be faster.
+        one_launch: whether one cooperative launch computes the gradient of several levels with the loss:
+            False for never, True wherever it can, None where it is likely to be faster.
     """
 
     name: str
