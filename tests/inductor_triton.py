@@ -66,14 +66,16 @@ def stop(graph: GraphLowering) -> None:
 GraphLowering.compile_to_module = stop
 
 
-def write(size: tuple[int, int], *, ratio: int | None, ignore_index: int, dynamic: bool) -> str:
+def write(
+    size: tuple[int, int], *, ratio: int | None, ignore_index: int, smoothing: float, dynamic: bool
+) -> str:
     """Inductor's code for the operators of a step. With a ratio the logits are coarse."""
     operators = backends.get("triton").operators()
     align_corners = None if ratio is None else False
-    options = ((0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
+    options = (None, (0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
 
     def step(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rest = (target, None, None, CITYSCAPES.class_levels, ignore_index, "exact")
+        rest = (target, None, None, CITYSCAPES.class_levels, ignore_index, "exact", smoothing)
         stats = operators.reduce(logits, *rest, False, align_corners)
         loss, _ = operators.combine(stats, *options, torch.float32)
         grad_stats = operators.combine_backward(stats, loss, *options)
@@ -130,7 +132,9 @@ def main() -> None:
         size = (32, 64) if not huge else (46400, 46400) if ratio is None else (12000, 12000)
         case = ["huge" if huge else "small", *["upsampled"] * (ratio is not None), *["dynamic"] * dynamic]
         ignore_index = -(2**40) if huge else 255
-        code = write(size, ratio=ratio, ignore_index=ignore_index, dynamic=dynamic)
+        # A float among the constants, 0 or not.
+        smoothing = 0.0 if ratio is None else 0.1
+        code = write(size, ratio=ratio, ignore_index=ignore_index, smoothing=smoothing, dynamic=dynamic)
         results[" ".join(case)] = arguments(code)
         if not huge and not dynamic:
             compile_kernels(code)

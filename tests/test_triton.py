@@ -44,6 +44,13 @@ def compiled() -> dict[str, dict[str, int]]:
     return json.loads(python("-m", "tests.compile_triton"))
 
 
+def allowed_spills(name: str) -> int:
+    """In bytes. With 168 registers three programs are on a multiprocessor at a time. With the few more that
+    some kernels for coarse logits need it would be two. What they spill stays in the L1 cache."""
+    few = "upsampled_one_pass_kernel" in name or ("upsampled" in name and "smooth" in name)
+    return 80 if few else 0
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_without_spills(compiled, target):
     mine = {name: code for name, code in compiled.items() if name.startswith(target)}
@@ -53,25 +60,33 @@ def test_every_kernel_compiles_without_spills(compiled, target):
         "sum_kernel",
         "combine_kernel",
         "combine_backward_kernel",
+        "combine_both_kernel",
         "reduce_backward_kernel",
+        "weight_kernel",
+        "one_pass_kernel",
         "upsampled_reduce_kernel",
         "upsampled_reduce_backward_kernel",
+        "upsampled_one_pass_kernel",
+        "add_halves_kernel",
     }
     if target == "gfx942":  # compiled only: the tile sizes are not chosen for AMD's registers
         return
-    spilled = {name: code["spills"] for name, code in mine.items() if code["spills"]}
+    spilled = {name: code["spills"] for name, code in mine.items() if code["spills"] > allowed_spills(name)}
     assert spilled == {}
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
-    """19 classes: four in the loop and the remaining three, twice in reduce_backward."""
+    """19 classes: four in the loop and the remaining three, twice where there is a gradient."""
     code = compiled[f"{target}: reduce_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 4 + 3
     code = compiled[f"{target}: reduce_backward_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 2 * (4 + 3)
     assert code["wide stores"] == code["stores"] == 4 + 3
+    code = compiled[f"{target}: one_pass_kernel 128: {dtype} C=19 one level"]
+    assert code["wide loads"] >= 2 * (4 + 3)
+    assert code["wide stores"] == 4 + 3
 
 
 def kernels_of(upsampled: bool) -> list[str]:
@@ -245,11 +260,152 @@ def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
     grad_stats = make_logits((2, 1, 5)).to(device)
     corners = False if upsampled else None
 
-    rest = (target, None, None, FLAT.class_levels, 255, "exact")
+    rest = (target, None, None, FLAT.class_levels, 255, "exact", 0.1)
     stats = operators.reduce(logits, *rest, False, corners)
     assert torch.equal(stats, operators.reduce(dense, *rest, False, corners))
     expected = operators.reduce_backward(dense, grad_stats, *rest, corners)
     assert torch.equal(operators.reduce_backward(logits, grad_stats, *rest, corners), expected)
+    options = (*rest, None, [], 1.0, "mean", "mean", "image", corners)
+    expected_results = operators.loss_and_grad(dense, *options, torch.ones(2).double().to(device))
+    results = operators.loss_and_grad(logits, *options, torch.ones(2).double().to(device))
+    assert all(map(torch.equal, results, expected_results))
     if not upsampled:
         operators.reduce_backward_(logits, grad_stats, *rest)
         assert torch.equal(logits, expected)
+
+
+# ---- one level ------------------------------------------------------------------------------------------
+
+#: Full size and coarse, on several programs of a few tiles each.
+SIZES = pytest.mark.parametrize(
+    ("size", "pixels"),
+    [((80, 320), (2, 80, 320)), ((4, 40), (2, 12, 100))],
+    ids=["", "upsampled"],
+)
+FIVE = Hierarchy.flat(5)
+
+
+def one_level(backend, size, pixels, dtype, smoothing=0.1, *, weighted=True):
+    """The operators of a backend, logits, the arguments that the operators share, and align_corners."""
+    device = device_of(backend)
+    weight = torch.tensor([0.3, 1.0, 2.5, 0.0, 0.7], device=device) if weighted else None
+    pixel_weight = torch.rand(pixels, generator=torch.Generator().manual_seed(3)).to(device)
+    rest = (make_target(pixels, 5).to(device), weight, pixel_weight if weighted else None)
+    logits = make_logits((2, 5, *size), dtype).to(device)
+    corners = None if size == pixels[1:] else False
+    return (
+        backends.get(backend).operators(),
+        logits,
+        (*rest, FIVE.class_levels, 255, "exact", smoothing),
+        corners,
+    )
+
+
+@pytest.fixture
+def small_patches(monkeypatch):
+    """As small as on a GPU, so that a cell has several."""
+    from ial_cuda.triton import upsample
+
+    monkeypatch.setattr(upsample, "MAX_PATCH", ((4, 2), (2, 1)))
+
+
+def double(*values, like):
+    return torch.tensor(values, dtype=torch.float64, device=like.device)
+
+
+@RUNS
+@SIZES
+@pytest.mark.parametrize(
+    ("dtype", "smoothing"), [(torch.float64, 0.1), (torch.float32, 0.0), (torch.float16, 0.1)], ids=str
+)
+@pytest.mark.parametrize("given", ["mean", "sum", "divisor", "no weights"])
+def test_one_pass_gives_the_gradient_of_two(backend, size, pixels, dtype, smoothing, given, small_patches):
+    operators, logits, rest, corners = one_level(
+        backend, size, pixels, dtype, smoothing, weighted=given != "no weights"
+    )
+    divisor = double(1234.5, like=logits)[0] if given == "divisor" else None
+    options = ([], 1.0, "sum" if given == "sum" else "mean", "mean", "image")
+    loss, factors, stats, grad_stats, grad, computed_for = operators.loss_and_grad(
+        logits, *rest, divisor, *options, corners, double(0.4, 1, like=logits)
+    )
+    assert factors.shape == (2, 0) and computed_for.item() == 0.4
+    expected = operators.reduce_backward(logits, grad_stats * 0.4, *rest, corners)
+    assert torch.equal(grad, expected)
+
+    sums = operators.reduce(logits, *rest, False, corners)
+    assert (stats[..., 1:3] == 0).all() and torch.equal(stats[..., 3], sums[..., 3])
+    # float32 sums of 10 000 pixels in another order, each of up to half an ulp, partly cancelling.
+    torch.testing.assert_close(stats[..., [0, 4]], sums[..., [0, 4]], rtol=1e-6, atol=0)
+    # The loss is divided by what the gradient is divided by.
+    divided = (stats[:, 0, 0].sum() * grad_stats[0, 0, 0]).to(loss.dtype)
+    torch.testing.assert_close(loss, divided, rtol=2 * torch.finfo(loss.dtype).eps, atol=0)
+    one = torch.ones_like(loss)
+    expected = operators.combine_backward(sums, one, divisor, *options)
+    torch.testing.assert_close(grad_stats, expected, rtol=1e-6, atol=0)
+
+
+@RUNS
+@SIZES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_rescale_computes_again_for_another_gradient_alone(backend, size, pixels, dtype, small_patches):
+    operators, logits, rest, corners = one_level(backend, size, pixels, dtype)
+    grad_stats = make_logits((2, 1, 5)).to(logits.device)
+    computed_for = double(0.4, like=logits)[0]
+    for incoming in (0.4, 1.0, float("nan")):
+        grad_loss = double(incoming, like=logits)[0]
+        grad = torch.full_like(logits, 7)
+        operators.rescale_(grad, grad_loss, computed_for, logits, grad_stats, *rest, corners)
+        expected = torch.full_like(logits, 7)
+        if incoming != 0.4:
+            expected = operators.reduce_backward(logits, grad_stats * grad_loss, *rest, corners)
+        assert torch.equal(grad.isnan(), expected.isnan())
+        assert torch.equal(grad.nan_to_num(), expected.nan_to_num())
+
+
+@RUNS
+@SIZES
+def test_the_expected_gradient_is_the_last_two(backend, size, pixels):
+    operators, logits, rest, corners = one_level(backend, size, pixels, torch.float32)
+    grad_stats, grad = make_logits((2, 1, 5)).to(logits.device), torch.empty_like(logits)
+    expected = double(1, 1, like=logits)
+    inf, nan = float("inf"), float("nan")
+    for incoming, then in (
+        *[(0.5, 1), (0.25, 1), (0.5, 1), (0.5, 0.5)],
+        *[(inf, 0.5), (inf, 0.5), (nan, 0.5), (nan, 0.5), (2, 0.5), (2, 2)],
+    ):
+        grad_loss = torch.tensor(incoming, device=logits.device)
+        operators.rescale_(grad, grad_loss, expected.clone()[0], logits, grad_stats, *rest, corners, expected)
+        assert expected[0].item() == then, incoming
+        torch.testing.assert_close(expected[1].item(), float(incoming), rtol=0, atol=0, equal_nan=True)
+
+
+@RUNS
+@SIZES
+@pytest.mark.parametrize("given", ["mean", "sum", "divisor"])
+def test_launches_of_a_step(backend, size, pixels, given, monkeypatch):
+    from ial_cuda.triton import launch
+
+    names, launch_kernel = [], launch.launch_kernel
+
+    def record(kernel, *arguments, **constants):
+        names.append(getattr(kernel, "fn", kernel).__name__)
+        launch_kernel(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "launch_kernel", record)
+    upsampled = size != pixels[1:]
+    logits = make_logits((2, 5, *size), torch.float32).to(device_of(backend)).requires_grad_()
+    importance_aware_loss(
+        logits,
+        make_target(pixels, 5).to(device_of(backend)),
+        FIVE,
+        reduction="sum" if given == "sum" else "mean",
+        divisor=10 if given == "divisor" else None,
+        upsample="bilinear" if upsampled else None,
+        backend=backend,
+    ).backward()
+    prefix = "upsampled_" * upsampled
+    assert names == [
+        *["weight_kernel"] * (given == "mean"),
+        *[f"{prefix}one_pass_kernel", "sum_kernel", "combine_kernel"],
+        *[f"{prefix}reduce_backward_kernel", *["add_halves_kernel"] * upsampled],  # they return at once
+    ]

@@ -48,7 +48,6 @@ STRIDED_LANES = 2
 MAX_DIMS = 4
 
 
-
 # ---- a tile ---------------------------------------------------------------------------------------------
 
 
@@ -136,17 +135,15 @@ def _gradient_chunk(
 
 
 @triton.jit
-def _write_gradient(logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr, CHUNK: tl.constexpr):
+def _write_gradient(
+    logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr, CHUNK: tl.constexpr
+):
     """Classes in reverse order, for the L1 cache."""
     WHOLE: tl.constexpr = C // CHUNK * CHUNK
     if WHOLE < C:
-        _gradient_chunk(
-            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE, C - WHOLE
-        )
+        _gradient_chunk(logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE, C - WHOLE)
     for done in range(CHUNK, WHOLE + CHUNK, CHUNK):
-        _gradient_chunk(
-            logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE - done, CHUNK
-        )
+        _gradient_chunk(logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE - done, CHUNK)
 
 
 # ---- reduce ---------------------------------------------------------------------------------------------
@@ -217,9 +214,7 @@ def reduce_kernel(
             VECTOR,
         )
         level = level_of(label, LEVELS, BITS)
-        sums = add_pixels(
-            sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True
-        )
+        sums = add_pixels(sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True)
     store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
@@ -291,7 +286,7 @@ def reduce_backward_kernel(
     grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3 = join(
         (grad_batch, grad_channel, grad_stride0, grad_stride1, grad_stride2, grad_stride3), GRAD_HIGH
     )
-    if computed_for_ptr is not None:
+    if computed_for_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of an `and`)
         if is_current(scale_ptr, computed_for_ptr, expected_ptr):
             return
     index = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -324,7 +319,9 @@ def reduce_backward_kernel(
 
     to = grad_ptr + n * grad_batch
     to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
-    _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK)
+    _write_gradient(
+        logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK
+    )
 
 
 #: reduce_backward that leaves a gradient as it is where that is right. Tuning would time the early return.
@@ -444,5 +441,7 @@ def one_pass_kernel(
         gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
         to = grad_ptr + n * grad_batch
         to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
-        _write_gradient(logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK)
+        _write_gradient(
+            logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK
+        )
     store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)

@@ -193,7 +193,9 @@ def reduce(inputs: Inputs) -> Tensor:
         kernel, config, image = kernels.reduce_kernel, kernels.REDUCE_CONFIG, _full_size(inputs)
     else:
         kernel, config, image = upsample.upsampled_reduce_kernel, upsample.REDUCE_CONFIG, _upsampled(inputs)
-    tiles = image.patches * triton.cdiv(image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1))
+    tiles = image.patches * triton.cdiv(
+        image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1)
+    )
     blocks = _programs(logits, tiles, images)
     groups = triton.cdiv(levels, pixels.REGISTER_LEVELS)
     partial = logits.new_empty((images, levels, STATS, blocks), dtype=torch.float64)

@@ -310,7 +310,9 @@ def pixel_gradient(
     A: tl.constexpr = sum.dtype
     inverse = reciprocal(sum)
     pi = tl.exp(own - max) * inverse
-    factor_term = 2 * pi * (pi * _entry(row_ptr + P2, scale_ptr, A) - (1 - pi) * _entry(row_ptr + Q2, scale_ptr, A))
+    factor_term = (
+        2 * pi * (pi * _entry(row_ptr + P2, scale_ptr, A) - (1 - pi) * _entry(row_ptr + Q2, scale_ptr, A))
+    )
     # Loaded last: before the exponential it would stay in a register, and Triton 3.6 would spill.
     ds = _entry(row_ptr + S, scale_ptr, A)
     ce = _cross_entropy(ds, weights, SMOOTHING)
@@ -343,7 +345,7 @@ def is_current(grad_loss_ptr, computed_for_ptr, expected_ptr):
     updates `expected`, if given: two passes in a row with the same incoming gradient make it the next
     one's."""
     g = tl.load(grad_loss_ptr).to(tl.float64)
-    if expected_ptr is not None:
+    if expected_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of an `and`)
         if tl.program_id(0) == 0:
             again = (g == tl.load(expected_ptr + 1)) & (tl.abs(g) < float("inf"))
             tl.store(expected_ptr, g, mask=again)

@@ -15,11 +15,11 @@ and right.
 The fastest interpolation makes a pixel NaN where a logit of weight 0 is infinite. Then the program
 interpolates its pixels again, and leaves out logits of weight 0.
 
-A gradient is summed over a cell for each of its four corners. reduce_backward adds the right corners of a cell to the
-left corners of the next cell. What a logit gets from the cells below it and from the cells above it goes to
-memory as two halves, in the precision of the arithmetic, and the operator adds the halves. A program's first
-cell is the last cell of the program before, read for its right corners only. The right corners of a row's
-last cell are 0, so nothing passes from one row to the next.
+The gradient of a cell's four corners is summed over the cell. What the right corners get is added to the left
+corners of the next cell. What a logit gets from the cells below it and from the cells above it goes to memory
+as two halves, in the precision of the arithmetic, and the operator adds the halves. A tile's first cell is
+the last cell of the tile before, read for its right corners only. The right corners of a row's last cell are
+0, so nothing passes from one row to the next.
 """
 
 from __future__ import annotations
@@ -297,9 +297,7 @@ def upsampled_reduce_kernel(
         logits = (corners, to_int64(channel), fy, fx)
         pixel, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A)
         level = level_of(label, LEVELS, BITS)
-        sums = add_pixels(
-            sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True
-        )
+        sums = add_pixels(sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True)
     store_sums(sums, partial_ptr, n, block, blocks, first_level, G, GROUP)
 
 
@@ -401,7 +399,7 @@ def upsampled_reduce_backward_kernel(
         (ignore_index, batch, channel, row_stride, stride), HIGH
     )
     A: tl.constexpr = halves_ptr.dtype.element_ty
-    if computed_for_ptr is not None:
+    if computed_for_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of an `and`)
         if is_current(scale_ptr, computed_for_ptr, expected_ptr):
             return
     cells = (to_int64(h) + 1) * (w + 1)
@@ -430,9 +428,7 @@ def upsampled_reduce_backward_kernel(
             A,
         )
         logits = (corners, to_int64(channel), fy, fx)
-        pixel, safe = _upsampled_softmax(
-            _BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A
-        )
+        pixel, safe = _upsampled_softmax(_BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A)
         row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
         gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
         _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
@@ -560,8 +556,20 @@ def upsampled_one_pass_kernel(
                 _BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A
             )
             sums = add_pixels(
-                sums, pixel, weights, valid & summed, bad & summed, tl.zeros_like(label), 0, C, SMOOTHING, 1, False
+                sums,
+                pixel,
+                weights,
+                valid & summed,
+                bad & summed,
+                tl.zeros_like(label),
+                0,
+                C,
+                SMOOTHING,
+                1,
+                False,
             )
             gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
-            _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
+            _add_gradient(
+                halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C
+            )
     store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)
