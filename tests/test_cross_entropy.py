@@ -565,6 +565,8 @@ def test_the_operators_give_the_bits_of_reduce_backward(backend, dtype, incoming
     device = device_of(backend)
     logits, target = (tensor.to(device) for tensor in problem(dtype=dtype))
     ops = backends.get(backend).operators()
+    given = torch.tensor(incoming, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    incoming = given.item()  # in the precision of the loss, which it is the gradient of
     weight = torch.tensor(WEIGHT, device=device)
     pixels = (target, weight, None, [0] * CLASSES, -100, "exact", 0.1)
     combine = (None, [], 1.0, "mean", "mean", "image")
@@ -581,7 +583,6 @@ def test_the_operators_give_the_bits_of_reduce_backward(backend, dtype, incoming
     state = expecting(1.0, incoming)
     *_, grad_stats, grad, computed_for = ops.loss_and_grad(logits, *pixels, *combine, None, state)
     assert computed_for.item() == 1 and same_bits(grad, ops.reduce_backward(logits, grad_stats, *pixels))
-    given = torch.tensor(incoming, dtype=torch.float64, device=device)
     ops.rescale_(grad, given, computed_for, logits, grad_stats, *pixels, None, state)
     assert same_bits(grad, scaled)
     assert state.tolist() == [incoming, incoming]
