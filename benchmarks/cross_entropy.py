@@ -109,7 +109,7 @@ class Report:
         ours = self.providers[0]
         ratios = {row.name.removeprefix(ours.name): row.ratio for row in self.providers}
         return [
-            Goal(f"{name.lstrip(', ')} / {ours.name}", bound, True, ratios.get(name))
+            Goal(f"{name.lstrip(', ')} / ours", bound, True, ratios.get(name))
             for name, bound in self.case.bounds.items()
         ]
 

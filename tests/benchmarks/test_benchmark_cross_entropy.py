@@ -47,10 +47,10 @@ def test_a_tiny_run(tiny, tmp_path):
             assert row["median_ms"] > 0 and not row["refused"], row
         assert rows[PEER]["extra_mib"] > logits
     goals = {goal["what"]: goal["reached"] for goal in cases["images"]["goals"]}
-    assert goals == {f"{PEER} / {OURS}": True, f"four levels / {OURS}": False}
+    assert goals == {f"{PEER} / ours": True, "four levels / ours": False}
     rows = {row["name"]: row for row in cases["images"]["providers"]}
     measured = {goal["what"]: goal["measured"] for goal in cases["images"]["goals"]}
-    assert measured[f"four levels / {OURS}"] == rows[f"{OURS}, four levels"]["ratio"]
+    assert measured["four levels / ours"] == rows[f"{OURS}, four levels"]["ratio"]
 
 
 @pytest.mark.parametrize(
