@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import platform
 import re
@@ -17,10 +16,11 @@ import torch
 from cases import HIERARCHY, check, make_logits, make_target, poisoned, run
 from torch.profiler import ProfilerActivity, profile
 
-from ial_cuda import Hierarchy, backends, importance_aware_loss
+from ial_cuda import Hierarchy, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))
+FLAT = Hierarchy.flat(5)
 BARRIERS = [
     f"{source.name}:{number}"
     for source in SOURCES
@@ -51,8 +51,14 @@ def results():
         out += [loss, grad, *components]
     # several rectangles of cells, and in float64 several passes for the gradient of five classes
     logits, target = make_logits((2, 5, 9, 13)), make_target((2, 36, 52), 5)
-    loss, grad, components = run("simt", logits, target, weight=weight.double(), upsample="bilinear")
-    out += [loss, grad, *components]
+    for hierarchy in (HIERARCHY, FLAT):
+        options = {"weight": weight.double(), "upsample": "bilinear"}
+        loss, grad, components = run("simt", logits, target, hierarchy, **options)
+        out += [loss, grad, *components]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        logits = make_logits((2, 5, 40, 64), torch.float32).to(memory_format=layout)
+        loss, grad, components = run("simt", logits, make_target((2, 40, 64), 5), FLAT, weight=weight)
+        out += [loss, grad, *components]
     return torch.cat([value.double().flatten() for value in out])
 
 
@@ -79,36 +85,51 @@ def test_a_missing_barrier_shows(barrier, undisturbed):
     assert torch.equal(results(), undisturbed)
 
 
-def test_one_launch_leaves_its_gradient_to_autograd():
+@pytest.mark.parametrize(
+    ("backend", "hierarchy"), [("simt_one_launch", HIERARCHY), ("simt", FLAT)], ids=["one launch", "one pass"]
+)
+def test_a_computed_gradient_is_left_to_autograd(backend, hierarchy):
     """Nothing is copied on the way to a leaf's .grad: a copy would take as long as the launch."""
-    leaf, target = make_logits((2, 5, 16, 32)).requires_grad_(), make_target((2, 16, 32), 5)
+    leaf = make_logits((2, 5, 16, 32), torch.float32).requires_grad_()
+    target = make_target((2, 16, 32), 5)
     with poisoned(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-        importance_aware_loss(leaf, target, HIERARCHY, backend="simt_one_launch").backward()
+        importance_aware_loss(leaf, target, hierarchy, backend=backend).backward()
     names = {event.name for event in profiler.events()}
     assert "ial_simt::loss_and_grad" in names and "ial_simt::rescale_" in names
     assert not names & {"aten::clone", "aten::copy_", "ial_simt::reduce_backward", "ial_simt::reduce"}
+
+
+def computes_gradient(logits, target, levels, *, scope="image", expected=None, one_launch=None, **options):
+    """Whether loss_and_grad of several levels does, which is where it takes one launch."""
+    class_levels = [c % levels for c in range(logits.shape[1])]
+    pixels = (target, None, None, class_levels, 255, "exact", options.get("label_smoothing", 0.0))
+    combine = (None, [0.1] * (levels - 1), 1.0, options.get("reduction", "mean"), "mean", scope)
+    results = torch.ops.ial_simt.loss_and_grad(logits, *pixels, *combine, None, expected, one_launch)
+    return results[4].shape == logits.shape
 
 
 @pytest.mark.parametrize(
     ("change", "one_launch"),
     [
         ({}, True),
+        ({"one_launch": False}, False),
+        ({"label_smoothing": 0.1}, True),
         ({"dtype": torch.float16}, False),
+        ({"dtype": torch.float16, "expected": torch.ones(2, dtype=torch.float64)}, True),
+        ({"dtype": torch.float16, "one_launch": True}, True),
         ({"dtype": torch.bfloat16}, True),
-        ({"reduction": "none"}, False),
         ({"reduction": "sum"}, True),
-        ({"inplace": True}, False),
-        ({"requires_grad": False}, False),
-        ({"no_grad": True}, False),
         ({"dtype": torch.float64}, False),
+        ({"dtype": torch.float64, "one_launch": True}, False),
         ({"shape": (1, 5, 15, 33)}, False),
         ({"shape": (1, 33, 16, 32)}, False),
         ({"shape": (1, 9, 16, 32), "levels": 8}, True),
         ({"shape": (1, 9, 16, 32), "levels": 9}, False),
         ({"shape": (1, 19, 64, 80)}, True),
         ({"shape": (1, 19, 64, 88)}, False),
+        ({"shape": (1, 19, 64, 88), "one_launch": True}, True),
         ({"shape": (3, 19, 64, 80)}, True),
-        ({"shape": (3, 19, 64, 80), "factor_scope": "batch"}, False),
+        ({"shape": (3, 19, 64, 80), "scope": "batch"}, False),
         ({"channels_last": True}, False),
         ({"strided_target": True}, False),
     ],
@@ -118,22 +139,12 @@ def test_one_launch_is_chosen_where_it_wins(change, one_launch):
     """A device with 3 x 128 KiB of shared memory and 16 KiB of L2."""
     change = dict(change)
     shape, dtype = change.pop("shape", (2, 5, 16, 32)), change.pop("dtype", torch.float32)
-    levels = change.pop("levels", 3)
-    hierarchy = Hierarchy([list(range(k, shape[1], levels)) for k in range(levels)])
-    logits = make_logits(shape, dtype).requires_grad_(change.pop("requires_grad", True)) * 1
+    logits, target = make_logits(shape, dtype), make_target((shape[0], *shape[2:]), shape[1])
     if change.pop("channels_last", False):
         logits = logits.to(memory_format=torch.channels_last)
-    target = make_target((shape[0], *shape[2:]), shape[1])
     if change.pop("strided_target", False):
         target = target.transpose(1, 2).contiguous().transpose(1, 2)
-    enabled = not change.pop("no_grad", False)
-    chosen = dataclasses.replace(backends.get("simt"), name="simt_chosen", one_launch=None)
-    profiling = profile(activities=[ProfilerActivity.CPU])
-    with backends.only(chosen), torch.set_grad_enabled(enabled), profiling as profiler:
-        importance_aware_loss(logits, target, hierarchy, backend=chosen.name, **change)
-    names = {event.name for event in profiler.events()}
-    assert ("ial_simt::loss_and_grad" in names) == one_launch
-    assert ("ial_simt::reduce" in names) == (not one_launch)
+    assert computes_gradient(logits, target, change.pop("levels", 3), **change) == one_launch
 
 
 def test_more_sums_than_a_block_has_room_for():
@@ -142,10 +153,8 @@ def test_more_sums_than_a_block_has_room_for():
     logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
         check("simt_one_launch", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
-        fits = torch.ops.ial_simt.fits_on_chip
-        assert not fits(logits, target, None, 8, "batch")
-        assert fits(logits[:157], target[:157], None, 8, "batch")
-        fits(logits, target[:0], None, 8, "image")  # no argument may end the process
+        assert not computes_gradient(logits, target, 8, scope="batch")
+        assert computes_gradient(logits[:157], target[:157], 8, scope="batch")
 
 
 SPACES = ["global", "shared", "local"]
@@ -191,6 +200,7 @@ def test_under_sanitizers():
     """Every kernel again, where an access out of bounds or undefined behaviour ends the process."""
     libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
     selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
+    selected += " or gradient_of_one_pass or layout_of_labels"
     # one of the two backends: they upsample with the same kernels
     selected += (
         " or (not simt_one_launch and (interpolate_then_loss or upsample and every_number or bad_labels))"
@@ -212,6 +222,7 @@ def test_with_contracted_products():
         pytest.skip("simt: a processor without FMA")
     selected = "every_tile or dtype_and_rank or huge or itself or every_dtype or not_finite or ignored_pixels"
     selected += " or one_launch or trained or options or limit or masked or anything_at_all"
+    selected += " or gradient_of_one_pass"
     assert (
         passed_with(
             "contracted", ["oracle", "ops", "launches", "upsample", "attack"], f"simt and ({selected})"
