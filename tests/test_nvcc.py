@@ -22,10 +22,10 @@ pytestmark = pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
 DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # mangled: pixels of a tile
 
 
-def instance(kernel: str, template: str, dtype: str, *numbers: int) -> str:
-    """The beginning of the mangled name of a kernel's instance, for template<dtype, *numbers>."""
+def instance(kernel: str, template: str, dtype: str, *numbers: int, smooth: bool = False) -> str:
+    """The beginning of the mangled name of a kernel's instance, for template<dtype, *numbers, smooth>."""
     name = f"{kernel}_kernel"
-    parameters = "".join(f"Li{number}E" for number in numbers)
+    parameters = "".join(f"Li{number}E" for number in numbers) + f"Lb{smooth:d}E"
     return f"_ZN3ial3gpu{len(name)}{name}INS0_{len(template)}{template}I{dtype}{parameters}EE"
 
 
@@ -46,10 +46,12 @@ def tiles(kernel: str) -> Iterator[str]:
     for dtype, vector in DTYPES.items():
         for classes in (11, 19, 24):
             yield instance(kernel, "Tile", dtype, vector, classes)
-        yield instance(kernel, "Tile", dtype, vector // 2, 32)
+        for smooth in (False, True):
+            yield instance(kernel, "Tile", dtype, vector // 2, 32, smooth=smooth)
     if kernel != "cooperative":
         for dtype in ("d", *DTYPES):
-            yield instance(kernel, "Tile", dtype, 1, 32)
+            for smooth in (False, True):
+                yield instance(kernel, "Tile", dtype, 1, 32, smooth=smooth)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,6 @@ def tiles(kernel: str) -> Iterator[str]:
         "combine_backward",
         "loss_and_grad",
         "rescale_",
-        "fits_on_chip",
     ],
 )
 def test_operators_have_a_cuda_kernel(operator):
@@ -88,7 +89,7 @@ def only(usage: dict[str, str], beginning: str) -> tuple[str, str]:
 def test_no_spills():
     """ptxas spills to the stack. Without a frame, tiles of every dtype and class count are in registers."""
     for arch, usage in resources().items():
-        for kernel in ("reduce", "reduce_backward", "cooperative"):
+        for kernel in ("reduce", "reduce_backward", "one_pass", "cooperative"):
             for tile in tiles(kernel):
                 _, line = only(usage, tile)
                 assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {tile}: {line}"
@@ -96,7 +97,7 @@ def test_no_spills():
         assert len(others) >= 5 and all(" STACK:0 " in line for line in others)
 
 
-@pytest.mark.parametrize("kernel", ["reduce", "reduce_backward"])
+@pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "one_pass"])
 def test_three_blocks_on_a_multiprocessor(kernel):
     """The predictions of benchmarks/README.md assume it for the 19 classes of Cityscapes."""
     for arch, usage in resources().items():
@@ -106,14 +107,19 @@ def test_three_blocks_on_a_multiprocessor(kernel):
             assert 3 * 128 * registers <= 65536, f"{arch}: {line}"
 
 
-@pytest.mark.parametrize("kernel", ["reduce_upsampled", "reduce_backward_upsampled"])
-@pytest.mark.parametrize(
-    ("dtype", "side"), [("d", 2), *((dtype, side) for dtype in DTYPES for side in (2, 4))], ids=str
-)
-def test_upsampling_keeps_its_pixels_in_registers(kernel, dtype, side):
+UPSAMPLING = ["reduce_upsampled", "reduce_backward_upsampled", "one_pass_upsampled"]
+CHUNKS = [
+    *((dtype, side, False) for dtype in DTYPES for side in (2, 4)),
+    *((dtype, 2, True) for dtype in DTYPES),
+]
+
+
+@pytest.mark.parametrize("kernel", UPSAMPLING)
+@pytest.mark.parametrize(("dtype", "side", "smooth"), [("d", 2, False), *CHUNKS], ids=str)
+def test_upsampling_keeps_its_pixels_in_registers(kernel, dtype, side, smooth):
     """For 16 warps on a multiprocessor."""
     for arch, usage in resources().items():
-        _, line = only(usage, instance(kernel, "Chunk", dtype, side))
+        _, line = only(usage, instance(kernel, "Chunk", dtype, side, smooth=smooth))
         assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {line}"
         assert 16 * 32 * int(re.search(r"REG:(\d+)", line).group(1)) <= 65536, f"{arch}: {line}"
 
@@ -124,7 +130,7 @@ def machine_code(kernel: str, dtype: str) -> str:
     return cuobjdump("-sass", "-fun", name)
 
 
-@pytest.mark.parametrize("kernel", ["reduce_backward", "cooperative"])
+@pytest.mark.parametrize("kernel", ["reduce_backward", "one_pass", "cooperative"])
 @pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
 def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
     code = machine_code(kernel, dtype)
@@ -132,25 +138,47 @@ def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
     loads = re.findall(r"\bLDG?\.\S*\b128\b", code)
     stores = re.findall(r"\bSTG\.\S*\b128\b", code)
     assert len(loads) >= 19 * architectures and len(stores) >= 19 * architectures
-    if kernel == "reduce_backward":  # the other kernel writes sums too
-        assert len(stores) == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
+    if kernel == "reduce_backward":  # the other kernels write sums too
+        of_expected = 2 * architectures
+        assert len(stores) + of_expected == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
 
 
+@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
+def test_one_pass_reads_and_writes_once(dtype):
+    """As many vectors of logits as reduce, one for each class of a tile, and as many of the gradient as its
+    backward. The other wide loads are labels."""
+
+    def count(kernel: str, access: str) -> int:
+        return len(re.findall(rf"\b{access}\.\S*\b128\b", machine_code(kernel, dtype)))
+
+    assert count("one_pass", "LDG") == count("reduce", "LDG")
+    assert count("one_pass", "STG") == count("reduce_backward", "STG")
+
+
+@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
+def test_what_is_in_shared_memory_is_addressed_as_shared(dtype):
+    """Generic loads and stores, which look the address space up, are none."""
+    code = machine_code("one_pass", dtype)
+    assert re.search(r"\bLDS\.", code) and re.search(r"\bSTS\b", code)
+    assert not re.search(r"\b(LD|ST)\.", code)
+
+
+@pytest.mark.parametrize("kernel", ["reduce_backward", "one_pass"])
 @pytest.mark.parametrize("dtype", ["d", *DTYPES])
-def test_a_pixel_is_stored_to_shared_memory_too(dtype):
+def test_a_pixel_is_stored_to_shared_memory_too(kernel, dtype):
     """If its channels are adjacent. STG, a store to global memory, must not be the only store."""
     usage = next(iter(resources().values()))
-    name, _ = only(usage, instance("reduce_backward", "Tile", dtype, 1, 32))
+    name, _ = only(usage, instance(kernel, "Tile", dtype, 1, 32))
     code = cuobjdump("-sass", "-fun", name)
     assert len(re.findall(r"\bST\.", code)) >= 32 * code.count("Function :")
 
 
-@pytest.mark.parametrize("kernel", ["reduce_upsampled", "reduce_backward_upsampled"])
-@pytest.mark.parametrize(("dtype", "side"), [(dtype, side) for dtype in DTYPES for side in (2, 4)], ids=str)
-def test_octaves_are_rounded_before_they_are_used(kernel, dtype, side):
+@pytest.mark.parametrize("kernel", UPSAMPLING)
+@pytest.mark.parametrize(("dtype", "side", "smooth"), CHUNKS, ids=str)
+def test_octaves_are_rounded_before_they_are_used(kernel, dtype, side, smooth):
     """log2(e) x, contracted with an addition in one place and not in another, would be two numbers."""
     usage = next(iter(resources().values()))
-    name, _ = only(usage, instance(kernel, "Chunk", dtype, side))
+    name, _ = only(usage, instance(kernel, "Chunk", dtype, side, smooth=smooth))
     uses = re.findall(r"\b(F\w+)[^;]*\b1\.4426950", cuobjdump("-sass", "-fun", name))
     assert len(uses) >= 4 and set(uses) == {"FMUL"}
 

@@ -124,9 +124,14 @@ struct Call {
         problem.staged = !vectors && is_channels_last(layout, layout.logits) &&
                          is_channels_last(layout, layout.grad) &&
                          staging_bytes<T>(layout.classes) <= kStagingBytes;
-        const int64_t lanes = !vectors ? 1 : layout.classes <= kWideClasses ? kLanes : kLanes / 2;
+        const int64_t lanes = !vectors ? 1 : is_wide() ? kLanes : kLanes / 2;
         problem.dense_labels = has_dense_labels(layout, problem.target, inputs.target.itemsize(), lanes);
     }
+
+    bool is_smooth() const { return problem.class_share > 0; }
+
+    // Whether the rows of a tile have 16 bytes. With label smoothing one tile serves every number of classes.
+    bool is_wide() const { return problem.layout.classes <= kWideClasses && !is_smooth(); }
 
     size_t staged_bytes() const { return problem.staged ? staging_bytes<T>(problem.layout.classes) : 0; }
 
@@ -142,7 +147,7 @@ struct Call {
     void with_tile(const Launch& launch) const {
         if (vectors)
             with_vectors(launch);
-        else if (problem.class_share > 0)
+        else if (is_smooth())
             launch.template run<Tile<T, 1, kRegisterClasses, true>>();
         else
             launch.template run<Tile<T, 1, kRegisterClasses>>();
@@ -152,16 +157,13 @@ struct Call {
     void with_vectors(const Launch& launch) const {
         if constexpr (kLanes > 2) {
             const int64_t classes = problem.layout.classes;
-            if (problem.class_share > 0) {
-                if (classes <= kWideClasses)
-                    launch.template run<Tile<T, kLanes, kWideClasses, true>>();
-                else
-                    launch.template run<Tile<T, kLanes / 2, kRegisterClasses, true>>();
-            } else if (classes <= 11)
+            if (is_smooth())
+                launch.template run<Tile<T, kLanes / 2, kRegisterClasses, true>>();
+            else if (classes <= 11)
                 launch.template run<Tile<T, kLanes, 11>>();
             else if (classes <= 19)
                 launch.template run<Tile<T, kLanes, 19>>();
-            else if (classes <= kWideClasses)
+            else if (is_wide())
                 launch.template run<Tile<T, kLanes, kWideClasses>>();
             else
                 launch.template run<Tile<T, kLanes / 2, kRegisterClasses>>();

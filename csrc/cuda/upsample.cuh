@@ -11,10 +11,11 @@ namespace ial::gpu {
 // reduce: sum_levels' grid and `partial`. The chunks of an image are numbered along their rows.
 
 // Blocks that a multiprocessor must hold.
-constexpr int kReduceBlocks = 4;
+template <typename Chunk>
+constexpr int kReduceBlocks = Chunk::kSmooth ? 3 : 4;
 
 template <typename Chunk>
-__global__ void __launch_bounds__(kThreads, kReduceBlocks)
+__global__ void __launch_bounds__(kThreads, kReduceBlocks<Chunk>)
     reduce_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
                             int block_levels, double* partial) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
