@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import GPU_KERNELS, make_logits, make_target
 
-from ial_cuda import CITYSCAPES, importance_aware_loss
+from ial_cuda import CITYSCAPES, Hierarchy, ImportanceAwareLoss, importance_aware_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -118,6 +118,47 @@ def test_more_than_2_to_the_31_elements(need_gpu_memory, backend, layout, width)
         torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-6)
 
 
+class OnePass(Step):
+    """A step with one level, at full size or coarse, and a loss that is scaled by a number on the device."""
+
+    def __init__(self, backend, upsample=None):
+        super().__init__(backend)
+        if upsample:
+            height, width = SPATIAL
+            self.target = torch.zeros((2, 4 * height, 4 * width), dtype=torch.int64, device="cuda")
+        self.scale = torch.ones((), device="cuda")
+        hierarchy = Hierarchy.flat(CLASSES)
+        self.criterion = ImportanceAwareLoss(hierarchy, self.weight, backend=backend, upsample=upsample)
+
+    def fill(self, logits, target, scale=1.0):
+        size = self.target.shape[-1] // target.shape[-1]
+        target = target.repeat_interleave(size, 1).repeat_interleave(size, 2)
+        super().fill(logits, target)
+        self.scale.fill_(scale)
+
+    def __call__(self):
+        loss = self.criterion(self.leaf * 1, self.target)
+        (grad,) = torch.autograd.grad(loss * self.scale, self.leaf)
+        return loss.detach(), grad
+
+
+UPSAMPLE = pytest.mark.parametrize("upsample", [None, "bilinear"], ids=["full size", "coarse"])
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+@UPSAMPLE
+def test_one_pass_does_not_synchronise(backend, upsample):
+    step = OnePass(backend, upsample)
+    for scale in (1.0, 1024.0):
+        step.fill(*values(0), scale)
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 # Last: a capture that fails breaks the allocator of its process (torch before 2.12).
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("inplace", [False, True])
@@ -138,3 +179,35 @@ def test_a_graph_repeats_the_step_on_new_values(backend, inplace):
         graph.replay()
         expected = results(backend, seed, inplace=inplace)
         assert torch.equal(loss.cpu(), expected[0]) and torch.equal(grad.cpu(), expected[1])
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+@UPSAMPLE
+def test_a_graph_of_one_pass_decides_on_the_device(backend, upsample):
+    """Whether the incoming gradient is the expected one, in each replay: its values are not those of the
+    capture. Two in a row make it the expectation."""
+    step, fresh = OnePass(backend, upsample), OnePass(backend, upsample)
+    step.fill(*values(3))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles and loads what it needs
+    torch.cuda.current_stream().wait_stream(stream)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grad = step()
+    for seed, scale, expectation in (
+        (4, 1.0, 1.0),
+        (5, 0.4, 1.0),
+        (6, 0.4, 0.4),
+        (7, 0.4, 0.4),
+        (8, 1.0, 0.4),
+    ):
+        step.fill(*values(seed), scale)
+        graph.replay()
+        fresh.fill(*values(seed), scale)
+        expected = fresh()
+        assert torch.equal(loss, expected[0]) and torch.equal(grad, expected[1])
+        state = step.criterion.expected.on(step.leaf.device)
+        assert state.float().tolist() == pytest.approx([expectation, scale])
