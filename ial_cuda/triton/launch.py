@@ -329,7 +329,8 @@ def one_pass(
     if inputs.align_corners is None:
         kernel, image, to = kernels.one_pass_kernel, _full_size(inputs, grad), grad
         tile = kernels.REDUCE_CONFIG.kwargs["THREADS"] * image.constants["LANES"]
-        tiles, count = triton.cdiv(image.size, tile), ()
+        tiles = triton.cdiv(image.size, tile)
+        count: tuple[int, ...] = ()
     else:
         kernel, image = upsample.upsampled_one_pass_kernel, _upsampled(inputs)
         to = logits.new_empty((2, *logits.shape), dtype=inputs.arithmetic)
