@@ -154,3 +154,14 @@ _register(reduce_backward_, _save_written)
 _register(combine_backward)
 _register(loss_and_grad, _save_loss_and_grad, _differentiate_loss_and_grad)
 _register(rescale_, _save_written)
+
+
+def _bump_versions(keyset: Any, *args: Any) -> None:
+    """As torch does for what an operator writes. That of torch 2.11 fails where `expected` is omitted."""
+    for written in (args[0], *args[13:]):
+        torch.autograd.graph.increment_version(written)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        rescale_._opoverload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+_library.impl("rescale_", _bump_versions, "ADInplaceOrView", with_keyset=True, allow_override=True)

@@ -269,7 +269,7 @@ def store_sums(sums, partial_ptr, n, block, blocks, first_level, G: tl.constexpr
 # ---- the gradient ---------------------------------------------------------------------------------------
 #
 # The gradient of a pixel is a tuple: what multiplies exp(x_c - max), what is added for c = y, and with label
-# smoothing what multiplies -w_c. See PixelGradient of csrc/loss.h. Smoothing adds with `fma`: else the compiler
+# smoothing what multiplies -w_c. See PixelGradient of csrc/loss.h. Smoothing adds with `fma`: else a compiler
 # might round a product before the addition in one kernel and not in another.
 
 
