@@ -154,7 +154,7 @@ def test_more_sums_than_a_block_has_room_for():
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
         check("simt_one_launch", logits, target, hierarchy, factor_scope="batch", lambdas=0.1)
         assert not computes_gradient(logits, target, 8, scope="batch")
-        assert computes_gradient(logits[:157], target[:157], 8, scope="batch")
+        assert computes_gradient(logits[:2], target[:2], 8, scope="batch")
 
 
 SPACES = ["global", "shared", "local"]
