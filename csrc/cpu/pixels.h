@@ -26,9 +26,10 @@ struct Block {
     bool bad_labels = false;
     alignas(64) A max[B], max_ahead[B], sum[B], w[B];
     alignas(64) A pixel_weight[B];
-    alignas(64) A smoothed[B];  // with label smoothing: sum_c s_c (x_c - max), s_c = problem.smoothing
-    alignas(64) I label[B];     // -1 where it is no class
-    I listed[kMaxListed];       // the classes among them
+    alignas(64) A smoothed[B];    // with label smoothing: sum_c s_c (x_c - max), s_c = problem.smoothing
+    alignas(64) I label[B];       // -1 where it is no class
+    alignas(64) I some_class[B];  // a class where it is none; set where not all classes are listed
+    I listed[kMaxListed];         // the classes among them
     int classes_listed = 0;
     bool all_listed = true;  // there are at most kMaxListed
 
@@ -171,6 +172,7 @@ struct Block {
             all_listed = classes_listed < kMaxListed;
             if (all_listed) listed[classes_listed++] = y;
         }
+        if (!all_listed) find_some_class();
     }
 
     // to[j] = the value for pixel j's class, from values[C, lanes] with 1 or B lanes. Arbitrary where pixel j
@@ -189,13 +191,13 @@ struct Block {
                 }
             }
         } else {
-            look_up<lanes>(values, to);
+            look_up_each<lanes>(values, to);
         }
     }
 
     // select() without the list of classes.
     template <int lanes, typename V, typename U>
-    IAL_INLINE void look_up(const V* values, U* to) const {
+    IAL_INLINE void look_up(const V* values, U* to) {
         if (classes <= kMaxCompared) {
             IAL_SIMD for (int j = 0; j < B; ++j) to[j] = values[j % lanes];
             for (I c = 1; c < classes; ++c) {
@@ -207,8 +209,16 @@ struct Block {
             }
             return;
         }
-        alignas(64) I some_class[B];
+        find_some_class();
+        look_up_each<lanes>(values, to);
+    }
+
+    IAL_INLINE void find_some_class() {
         IAL_SIMD for (int j = 0; j < B; ++j) some_class[j] = label[j] < 0 ? I(0) : label[j];
+    }
+
+    template <int lanes, typename V, typename U>
+    IAL_INLINE void look_up_each(const V* values, U* to) const {
         for (int j = 0; j < B; ++j) to[j] = values[some_class[j] * lanes + j % lanes];
     }
 
