@@ -417,7 +417,7 @@ def compute_cross_entropy(
         raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
     one_image = _is_unbatched(input, target, options)
     if one_image:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
+        input, target = input.unsqueeze(0), target.unsqueeze(0) if isinstance(target, Tensor) else target
         pixel_weight = pixel_weight.unsqueeze(0) if isinstance(pixel_weight, Tensor) else pixel_weight
     of_classes = _of_classes if torch.compiler.is_compiling() else _cached_of_classes
     options = of_classes(options, input.shape[1])
@@ -435,7 +435,8 @@ def _is_unbatched(input: Tensor, target: object, options: Options) -> bool:
         return input.dim() == 1
     if options.upsample is not None:
         return input.dim() == 3 and target.dim() == 2
-    return target.shape == input.shape[1:] and target.shape != input.shape[:1] + input.shape[2:]
+    # In this order: the other one makes torch.export guard that N is not C.
+    return target.shape != input.shape[:1] + input.shape[2:] and target.shape == input.shape[1:]
 
 
 def _of_classes(options: Options, classes: int) -> Options:
