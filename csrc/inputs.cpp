@@ -3,6 +3,7 @@
 #include "inputs.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
@@ -125,6 +126,16 @@ void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t value
                       values, " value(s)");
     TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss is on ", grad_loss.device(),
                       ", expected ", stats.device(), " as stats");
+}
+
+LossAndGrad without_grad(const Tensor& loss, const Tensor& factors, const Tensor& stats,
+                         const Tensor& logits) {
+    return {loss,
+            factors,
+            stats,
+            at::empty({0}, stats.options()),
+            at::empty({0}, logits.options()),
+            at::empty({0}, stats.options())};
 }
 
 void check_expected(const OptionalTensor& expected, const Tensor& logits) {

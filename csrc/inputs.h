@@ -22,7 +22,9 @@ using OptionalTensor = std::optional<Tensor>;
 // computed_for.
 using LossAndGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Whether the gradient was computed with the loss: else it is an empty tensor of one dimension.
+// Those without the gradient, which is left to the backward pass: what is of it is empty, of one dimension.
+LossAndGrad without_grad(const Tensor& loss, const Tensor& factors, const Tensor& stats,
+                         const Tensor& logits);
 inline bool has_grad(const LossAndGrad& results) { return std::get<4>(results).dim() > 1; }
 
 // clang-format off

@@ -1,10 +1,10 @@
 // The operators for all devices: schemas, autograd, and the Python module of the extension.
 // The kernels of a device are registered in its folder, cpu/ or cuda/.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/Version.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -181,59 +181,88 @@ struct ReduceBackward final : GradientNode {
     std::string name() const override { return "ImportanceAwareLossReduceBackward"; }
 };
 
-struct CombineBackward final : GradientNode {
-    SavedVariable stats;
-    OptionalTensor divisor;
+// The arguments that combine_backward shares with combine and loss_and_grad, saved for it.
+struct SavedCombine {
+    SavedVariable stats, divisor;
     std::vector<double> lambdas;
     double alpha;
     std::string reduction, factor_normalization, factor_scope;
 
-    CombineBackward(const Tensor& stats, IAL_COMBINE_PARAMETERS)
+    SavedCombine(const Tensor& stats, IAL_COMBINE_PARAMETERS)
         : stats(stats, false),
-          divisor(divisor),
+          divisor(divisor, false),
           lambdas(lambdas.vec()),
           alpha(alpha),
           reduction(reduction),
           factor_normalization(factor_normalization),
           factor_scope(factor_scope) {}
 
-    Tensor differentiate(const Tensor& grad) override {
-        return combine_backward_op().call(stats.unpack(), grad, IAL_COMBINE_ARGUMENTS);
+    Tensor combine_backward(const Tensor& grad_loss) const {
+        const Tensor given = divisor.unpack();
+        return combine_backward_op().call(stats.unpack(), grad_loss,
+                                          given.defined() ? OptionalTensor(given) : std::nullopt, lambdas,
+                                          alpha, reduction, factor_normalization, factor_scope);
     }
-    void release() override {
-        stats.reset_data();
-        divisor.reset();
+
+    void release() {
+        for (SavedVariable* saved : {&stats, &divisor}) saved->reset_data();
     }
+};
+
+struct CombineBackward final : GradientNode {
+    SavedCombine combine;
+
+    explicit CombineBackward(SavedCombine&& combine) : combine(std::move(combine)) {}
+
+    Tensor differentiate(const Tensor& grad_loss) override { return combine.combine_backward(grad_loss); }
+    void release() override { combine.release(); }
     std::string name() const override { return "ImportanceAwareLossCombineBackward"; }
 };
 
-// Where the forward pass has computed the gradient, for the incoming gradient `computed_for`, the first
+// Of loss_and_grad that has left the gradient to the backward pass.
+struct TwoPassBackward final : GradientNode {
+    SavedInputs inputs;
+    SavedCombine combine;
+
+    TwoPassBackward(SavedInputs&& inputs, SavedCombine&& combine)
+        : inputs(std::move(inputs)), combine(std::move(combine)) {}
+
+    Tensor differentiate(const Tensor& grad_loss) override {
+        return inputs.reduce_backward(combine.combine_backward(grad_loss));
+    }
+    void release() override {
+        inputs.release();
+        combine.release();
+    }
+    std::string name() const override { return "ImportanceAwareLossBackward"; }
+};
+
+// Of loss_and_grad that has computed the gradient, for the incoming gradient `computed_for`. The first
 // backward pass hands it out, computed again if another gradient comes in. A second pass, or one with
 // create_graph=True, computes a gradient of its own.
 struct LossAndGradBackward final : GradientNode {
     SavedInputs inputs;
     SavedVariable grad_stats, computed, computed_for;
-    bool is_computed;  // and not handed out
     OptionalTensor expected;
+    bool handed_out = false;
 
     LossAndGradBackward(SavedInputs&& inputs, const LossAndGrad& results, const OptionalTensor& expected)
         : inputs(std::move(inputs)),
           grad_stats(std::get<3>(results), false),
           computed(std::get<4>(results), false),
           computed_for(std::get<5>(results), false),
-          is_computed(has_grad(results)),
           expected(expected) {}
 
     Tensor differentiate(const Tensor& grad_loss) override {
-        const Tensor rows = grad_stats.unpack();
-        // A mode traces what is called: nothing is written over then.
-        if (!is_computed || at::GradMode::is_enabled() || c10::impl::TorchDispatchModeTLS::any_modes_set())
-            return inputs.reduce_backward(rows * grad_loss);
+        const Tensor of_one = grad_stats.unpack();  // for an incoming gradient of 1
+        // Nothing is written over where a mode traces the calls, or vmap makes several of one.
+        if (handed_out || at::GradMode::is_enabled() || at::isTensorSubclassLike(grad_loss))
+            return inputs.reduce_backward(at::where(of_one == 0, of_one, of_one * grad_loss));
         const Tensor grad = computed.unpack(), made_for = computed_for.unpack();
-        is_computed = false;
+        handed_out = true;
         computed.reset_data();
         inputs.unpack([&](const Tensor& x, const auto&... rest) {
-            rescale__op().call(grad, grad_loss, made_for, x, rows, rest..., inputs.align_corners, expected);
+            rescale__op().call(grad, grad_loss, made_for, x, of_one, rest..., inputs.align_corners, expected);
         });
         return grad;
     }
@@ -268,8 +297,8 @@ std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, IAL_COMBINE_PAR
     check_no_tangent(stats);
     const auto [loss, factors] = below_autograd<combine_op>(stats, IAL_COMBINE_ARGUMENTS, dtype);
     if (compute_requires_grad(stats))
-        set_history(loss,
-                    make_node<CombineBackward>(collect_next_edges(stats), stats, IAL_COMBINE_ARGUMENTS));
+        set_history(loss, make_node<CombineBackward>(collect_next_edges(stats),
+                                                     SavedCombine(stats, IAL_COMBINE_ARGUMENTS)));
     return {loss, factors};
 }
 
@@ -281,11 +310,16 @@ LossAndGrad loss_and_grad_autograd(const Tensor& logits, IAL_PIXEL_PARAMETERS, I
     check_no_tangent(logits);
     const LossAndGrad results = below_autograd<loss_and_grad_op>(
         logits, IAL_PIXEL_ARGUMENTS, IAL_COMBINE_ARGUMENTS, align_corners, expected, one_launch);
-    if (compute_requires_grad(logits))
-        set_history(std::get<0>(results),
-                    make_node<LossAndGradBackward>(collect_next_edges(logits),
-                                                   SavedInputs(logits, IAL_PIXEL_ARGUMENTS, align_corners),
-                                                   results, expected));
+    if (compute_requires_grad(logits)) {
+        const auto& [loss, factors, stats, grad_stats, grad, computed_for] = results;
+        SavedInputs inputs(logits, IAL_PIXEL_ARGUMENTS, align_corners);
+        edge_list edges = collect_next_edges(logits);
+        set_history(
+            loss, has_grad(results)
+                      ? make_node<LossAndGradBackward>(std::move(edges), std::move(inputs), results, expected)
+                      : make_node<TwoPassBackward>(std::move(edges), std::move(inputs),
+                                                   SavedCombine(stats, IAL_COMBINE_ARGUMENTS)));
+    }
     return results;
 }
 
@@ -352,17 +386,16 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   `inplace` are for the backward pass.
 // reduce_backward   dL/dlogits, from grad_stats = dL/dstats; reduce_backward_ writes it over the logits
 // combine           the loss, () or (N,), in `dtype`; the factors f_t, (N or 1, g - 1) of Double. `divisor`,
-// one
+// a
 //                   Double, takes the place of the weight of the valid pixels.
 // combine_backward  dL/dstats, from the incoming gradient of the loss
-// loss_and_grad     for training: loss, factors, stats, grad_stats for an incoming gradient of 1, dL/dlogits
-// for
-//                   an incoming gradient of computed_for, and computed_for, () of Double. dL/dlogits is
-//                   empty, and left to the backward pass, where computing it now would not save a pass over
-//                   the logits. One level needs one pass; its stats have neither P2 nor Q2. `expected`, (2,)
-//                   of Double: computed_for, else 1, and the last incoming gradient. `one_launch`: with
-//                   several levels, whether one cooperative launch is used: never, wherever it can be, or
-//                   where it is likely to be faster (None).
+// loss_and_grad     for training: loss, factors, stats; and where that saves a pass over the logits,
+//                   grad_stats for an incoming gradient of 1, dL/dlogits for one of computed_for, and
+//                   computed_for, () of Double. Else these are empty, (0,), and left to the backward pass.
+//                   One level needs one pass; its stats have neither P2 nor Q2. `expected`, (2,) of Double:
+//                   computed_for, which is 1 without it, and the last incoming gradient. `one_launch`:
+//                   whether several levels take one cooperative launch: never, wherever they can, or where
+//                   it is likely to be faster (None).
 // rescale_          makes that dL/dlogits the gradient for grad_loss. If the last two incoming gradients are
 //                   equal, they become the expected one.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {

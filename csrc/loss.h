@@ -77,10 +77,10 @@ struct Combine {
 
     // dL/dIAL_n. grad_loss is indexed: it has one value, or one per image for Reduction::kNone.
     template <typename G>
-    IAL_HD double image_gradient(const G& grad_loss, int64_t n, double mean_divisor) const {
+    IAL_HD double image_gradient(const G& grad_loss, int64_t n, double divided_by) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
         if (reduction == Reduction::kSum) return grad_loss[0];
-        return mean_divisor != 0 ? grad_loss[0] / mean_divisor : 0;
+        return divided_by != 0 ? grad_loss[0] / divided_by : 0;
     }
 };
 
@@ -127,7 +127,7 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
 // in the rows of image `first`. The second loop reads them and overwrites them.
 template <typename G>
 IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, const G& grad_loss,
-                             double mean_divisor, double* grad_stats) {
+                             double divided_by, double* grad_stats) {
     double* rows = grad_stats + first * c.levels * kStats;
     Factor factor;
     double chain = 0;
@@ -140,7 +140,7 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
         double s = 0;
         IAL_ROLLED
         for (int64_t n = first; n < last; ++n)
-            s += c.image_gradient(grad_loss, n, mean_divisor) * c.stat(n, t, kS);
+            s += c.image_gradient(grad_loss, n, divided_by) * c.stat(n, t, kS);
         chain = s + f * chain;
     }
     double lead = 1, dq2 = 0;
@@ -151,7 +151,7 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
         IAL_ROLLED
         for (int64_t n = first; n < last; ++n) {
             double* row = grad_stats + (n * c.levels + k) * kStats;
-            row[kS] = lead * c.image_gradient(grad_loss, n, mean_divisor);
+            row[kS] = lead * c.image_gradient(grad_loss, n, divided_by);
             row[kP2] = half_b_over_z * lambda;
             row[kQ2] = dq2;
             row[kCount] = row[kWeight] = 0;
@@ -159,6 +159,11 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
         dq2 += half_b_over_z * (1 + lambda);
         lead *= f;
     }
+}
+
+// A derivative of the loss times the incoming gradient, which may be infinite: 0 stays 0.
+IAL_HD double scaled(double derivative, double incoming) {
+    return derivative == 0 ? 0 : derivative * incoming;
 }
 
 }  // namespace ial

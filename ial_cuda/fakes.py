@@ -62,10 +62,11 @@ def _loss_and_grad(
     stats = _reduce(logits, target, weight, pixel_weight, class_levels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, f = _combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
-    computed = stats.shape[1] == 1 or one_launch is True
-    computed &= logits.numel() > 0 and (logits.dtype != torch.float16 or expected is not None)
-    grad = torch.empty_like(logits) if computed else logits.new_empty((0,))
-    return loss, f, stats, torch.empty_like(stats), grad, stats.new_empty(())
+    # That several levels are computed in one launch is not known here.
+    one_pass = stats.shape[1] == 1 and (logits.dtype != torch.float16 or expected is not None)
+    if not (one_pass and logits.numel() > 0):
+        return loss, f, stats, stats.new_empty((0,)), logits.new_empty((0,)), stats.new_empty((0,))
+    return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits), stats.new_empty(())
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

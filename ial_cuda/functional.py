@@ -34,6 +34,7 @@ from .validation import (
     checked_target,
     class_weight,
     mean_divisor,
+    validate_target,
 )
 from .warn import warn
 
@@ -221,16 +222,24 @@ def compute_loss(
     class_weights = _weights_beside(logits, weight, len(levels), name)
     coarse = options.upsample is not None
     check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse, name=name)
-    total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device)
+    total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device, name)
     transformed = _is_transformed()
     inplace = options.inplace and not transformed
     if inplace:
-        check_inplace(logits, target, class_weights, pixel_weight)
+        check_inplace(logits, target, class_weights, pixel_weight, name=name)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
     backend = backends.choose(options.backend, logits.device)
     if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else backend.library is None:
         target = checked_target(target, len(levels), options.void_label)
+
+    if logits.dim() == 2 and backend.library is not None and _is_one_image(options):
+        image = _as_image(logits, target, pixel_weight)
+        try:
+            return compute_loss(image[0], image[1], weight, image[2], divisor, options, expected, name)
+        except ValueError:
+            _raise_of_labels(target, len(levels), options)
+            raise
 
     if backend.library is None:
         loss, f, S, count = reference.importance_aware_loss(
@@ -238,9 +247,6 @@ def compute_loss(
         )
     else:
         operators = backend.operators()
-        if logits.dim() == 2 and _is_one_image(options):
-            logits, target = logits.t().unsqueeze(0), target.unsqueeze(0)  # (1, C, M), (1, M)
-            pixel_weight = None if pixel_weight is None else pixel_weight.unsqueeze(0)
         pixels = (
             *(logits, target, class_weights, pixel_weight),
             *(levels, options.void_label, options.gradient, options.label_smoothing),
@@ -294,6 +300,20 @@ def _is_one_image(options: Options) -> bool:
     factors are the same or there are none, and no result has a value for each image."""
     shared = options.hierarchy.num_levels == 1 or options.factor_scope == "batch"
     return shared and options.reduction != "none" and not options.return_components
+
+
+def _as_image(
+    logits: Tensor, target: Tensor, pixel_weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows (M, C) as the pixels of an image (1, C, M), a view."""
+    weights = None if pixel_weight is None else pixel_weight.unsqueeze(0)
+    return logits.t().unsqueeze(0), target.unsqueeze(0), weights
+
+
+def _raise_of_labels(target: Tensor, classes: int, options: Options) -> None:
+    """Raises for bad labels on the CPU, with their positions in the target as it was given."""
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        validate_target(target, classes, options.void_label)
 
 
 class ExpectedGradient:
@@ -356,8 +376,9 @@ def cross_entropy(
     without logits of that size in memory.
 
     Args:
-        input: logits (N, C, *spatial), (N, C), or of one image (C, *spatial) or (C,); float64, float32,
-            float16 or bfloat16. Where a shape has both meanings, the first dimension is N.
+        input: logits (N, C, *spatial), or of one image (C,), or (C, *spatial) with two spatial dimensions or
+            more; float64, float32, float16 or bfloat16. Where a shape has both meanings, the first dimension
+            is N.
         target: class indices (N, *spatial), (N,), (*spatial) or (), int64, int32 or uint8.
         weight: (C,) class weights, a tensor, a list or a NumPy array; ones if None.
         ignore_index: pixels with this label take no part. It may be a class. The void label of most
@@ -369,7 +390,8 @@ def cross_entropy(
         divisor: what "mean" divides by instead of the weight of the valid pixels: a number from 0 or a 0-d
             tensor. Where it is 0 the loss is 0.
         upsample: None, or "bilinear" for coarse ``input`` (N, C, h, w) with ``target`` (N, H, W).
-        align_corners, backend, inplace, grad_in_forward: as in `importance_aware_loss`.
+        align_corners, backend, inplace, grad_in_forward: as in `importance_aware_loss`. The last two have no
+            effect with ``reduction="none"``.
 
     Returns:
         The loss, () or with ``reduction="none"`` the shape of ``target``; float64 for float64 logits, else
@@ -415,28 +437,58 @@ def compute_cross_entropy(
     check_logits(input, "input")
     if input.dim() == 0:
         raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
-    one_image = _is_unbatched(input, target, options)
-    if one_image:
-        input, target = input.unsqueeze(0), target.unsqueeze(0) if isinstance(target, Tensor) else target
-        pixel_weight = pixel_weight.unsqueeze(0) if isinstance(pixel_weight, Tensor) else pixel_weight
+    if _is_unbatched(input, target, options):
+        return _of_one_image(input, target, weight, pixel_weight, divisor, options, expected)
     of_classes = _of_classes if torch.compiler.is_compiling() else _cached_of_classes
     options = of_classes(options, input.shape[1])
     if options.reduction == "none":
-        losses = _pixel_losses(input, target, weight, pixel_weight, divisor, options)
-        return losses.squeeze(0) if one_image else losses
+        return _pixel_losses(input, target, weight, pixel_weight, divisor, options)
     loss = compute_loss(input, target, weight, pixel_weight, divisor, options, expected, "input")
     assert isinstance(loss, Tensor)
     return loss
 
 
 def _is_unbatched(input: Tensor, target: object, options: Options) -> bool:
-    """Whether the logits are those of one image, without the dimension N."""
-    if input.dim() == 1 or not isinstance(target, Tensor):
+    """Whether the logits are those of one image, without the dimension N. Two dimensions are (N, C)."""
+    if input.dim() <= 2 or not isinstance(target, Tensor):
         return input.dim() == 1
     if options.upsample is not None:
         return input.dim() == 3 and target.dim() == 2
     # In this order: the other one makes torch.export guard that N is not C.
     return target.shape != input.shape[:1] + input.shape[2:] and target.shape == input.shape[1:]
+
+
+def _of_one_image(
+    input: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    divisor: Divisor | None,
+    options: Options,
+    expected: ExpectedGradient | None,
+) -> Tensor:
+    """`compute_cross_entropy` of logits (C,) or (C, *spatial)."""
+    _check_tensor_like(target, "target", None if options.upsample else tuple(input.shape[1:]), input)
+    if pixel_weight is not None:
+        _check_tensor_like(pixel_weight, "pixel_weight", tuple(target.shape), input)
+        pixel_weight = pixel_weight.unsqueeze(0)
+    try:
+        loss = compute_cross_entropy(
+            input.unsqueeze(0), target.unsqueeze(0), weight, pixel_weight, divisor, options, expected
+        )
+    except ValueError:
+        _raise_of_labels(target, input.shape[0], options)
+        raise
+    return loss.squeeze(0) if options.reduction == "none" else loss
+
+
+def _check_tensor_like(value: object, name: str, shape: tuple[int, ...] | None, input: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
+    if shape is not None and tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}, expected {shape} for input {tuple(input.shape)}"
+        )
 
 
 def _of_classes(options: Options, classes: int) -> Options:
@@ -460,8 +512,12 @@ def _pixel_losses(
     coarse = options.upsample is not None
     check_inputs(input, target, class_weights, pixel_weight, classes, upsample=coarse, name="input")
     if divisor is not None:
-        mean_divisor(divisor, options.reduction, input.device)
+        mean_divisor(divisor, options.reduction, input.device, "input")
     backends.choose(options.backend, input.device)
     if not input.is_cuda or os.environ.get("IAL_CUDA_DEBUG") == "1":
         target = checked_target(target, classes, options.void_label)
-    return reference.cross_entropy(input, target, options, weight=class_weights, pixel_weight=pixel_weight)
+    rows = input.dim() == 2
+    if rows:
+        input, target, pixel_weight = _as_image(input, target, pixel_weight)
+    losses = reference.cross_entropy(input, target, options, weight=class_weights, pixel_weight=pixel_weight)
+    return losses.squeeze(0) if rows else losses

@@ -141,8 +141,9 @@ def check_inputs(
             raise ValueError(f"{other} is on {tensor.device}, expected {device} like {name}")
 
 
-def mean_divisor(divisor: object, reduction: str, device: torch.device) -> Tensor:
-    """``divisor`` as () float64 on ``device``, without waiting for it: a number is filled in there."""
+def mean_divisor(divisor: object, reduction: str, device: torch.device, name: str) -> Tensor:
+    """``divisor`` as () float64 on ``device``, that of the logits, without waiting for it: a number is filled
+    in there. ``name``: of the logits in messages."""
     if reduction != "mean":
         raise ValueError(f"divisor is given, expected None: reduction is {reduction!r}, which has none")
     if isinstance(divisor, Tensor) and (
@@ -153,7 +154,7 @@ def mean_divisor(divisor: object, reduction: str, device: torch.device) -> Tenso
         if divisor.dim() > 0:
             raise ValueError(f"divisor has shape {tuple(divisor.shape)}, expected () or a number")
         if divisor.device != device:
-            raise ValueError(f"divisor is on {divisor.device}, expected {device} like logits, or the CPU")
+            raise ValueError(f"divisor is on {divisor.device}, expected {device} like {name}, or the CPU")
         return divisor.to(torch.float64)
     number = as_finite(divisor, "divisor")  # type: ignore[arg-type]
     if number < 0:
@@ -161,22 +162,23 @@ def mean_divisor(divisor: object, reduction: str, device: torch.device) -> Tenso
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
-def check_inplace(logits: Tensor, *others: Tensor | None) -> None:
-    """Raises for logits that torch would refuse to overwrite: in the forward pass, not the backward pass."""
+def check_inplace(logits: Tensor, *others: Tensor | None, name: str = "logits") -> None:
+    """Raises for logits that torch would refuse to overwrite: in the forward pass, not the backward pass.
+    ``name``: of the logits in messages."""
     problem = None
     if torch._debug_has_internal_overlap(logits) == 1:
-        problem = "elements of logits share memory; clone() them"
+        problem = f"elements of {name} share memory; clone() them"
     elif any(other is not None and _share_memory(other, logits) for other in others):
-        problem = "logits share memory with target, weight or pixel_weight"
+        problem = f"{name} share memory with target, weight or pixel_weight"
     elif logits.requires_grad and torch.is_grad_enabled():
         base = logits._base
         if logits.is_leaf:
-            problem = "logits is a leaf that requires a gradient"
+            problem = f"{name} is a leaf that requires a gradient"
         elif base is not None and base.is_leaf and base.requires_grad:
-            problem = "logits is a view of a leaf that requires a gradient"
+            problem = f"{name} is a view of a leaf that requires a gradient"
         elif base is not None and _get_creation_meta(logits) != CreationMeta.DEFAULT:
             problem = (
-                "logits is one of several views, or a view made by a hook, a Function or without gradients"
+                f"{name} is one of several views, or a view made by a hook, a Function or without gradients"
             )
     if problem:
         raise ValueError(f"inplace is True, expected False: {problem}")
@@ -191,9 +193,9 @@ _TWO_CHANNELS = ": binary logits x need two channels, torch.cat([torch.zeros_lik
 
 def _target_hint(logits: Tensor, target: Tensor) -> str:
     """The remedy for targets of other losses: with a channel of size 1, or one-hot."""
-    if target.dim() == logits.dim() and target.shape[1] == 1:
+    if target.dim() == logits.dim() and target.shape[:2] == (logits.shape[0], 1):
         return ": pass target.squeeze(1)"
-    if target.dim() == logits.dim() and target.shape[1] == logits.shape[1]:
+    if target.dim() == logits.dim() and target.shape[:2] == logits.shape[:2]:
         return ": class indices only, pass target.argmax(1)"
     return ""
 

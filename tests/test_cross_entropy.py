@@ -26,7 +26,7 @@ from cases import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from ial_cuda import CrossEntropyLoss, backends, cross_entropy
+from ial_cuda import CrossEntropyLoss, backends, cross_entropy, importance_aware_loss
 
 CLASSES, SPATIAL = 5, (6, 7)
 #: Sums of them are exact, so that a divisor has the same bits whatever the order of its addends.
@@ -215,6 +215,8 @@ def test_every_rank_with_and_without_a_batch(backend, spatial, reduction):
     logits, target = problem(shape=(3, CLASSES, *spatial))
     options = dict(reduction=reduction, label_smoothing=0.1)
     assert_pytorchs(backend, logits, target, WEIGHT, **options)
+    if len(spatial) == 1:
+        return  # (C, P) would be (N, C)
     loss, grad = ours(backend, logits[0], target[0], WEIGHT, **options)
     expected, expected_grad = pytorchs(logits[:1], target[:1], WEIGHT, **options)
     assert_close(loss, expected.squeeze(0) if reduction == "none" else expected)
@@ -230,6 +232,82 @@ def test_coarse_logits_without_a_batch(backend):
         loss, grad = ours(backend, logits[:1], target[:1], **options)
         assert torch.equal(one, loss.squeeze(0) if reduction == "none" else loss)
         assert torch.equal(one_grad, grad[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_dimensions_are_a_batch_and_classes(backend):
+    """As in PyTorch: a batch that does not fit its target is no image of P pixels."""
+    logits, target = make_logits((8, 5), torch.float32), torch.arange(5)
+    device = device_of(backend)
+    message = r"target has shape \(5,\), expected \(N, \*spatial\) = \(8,\) for input \(8, 5\)"
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(logits.to(device), target.to(device), backend=backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if device_of(b.values[0]) == "cpu"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("shape", "position"), [((7, 5), r"\(3,\)"), ((5, 2, 7), r"\(0, 3\)"), ((5,), r"\(\)")], ids=str
+)
+def test_bad_labels_are_where_the_caller_has_them(backend, reduction, shape, position):
+    """Not where they are in the batch, or the image, that is made of the logits."""
+    if backend in ("simt", "simt_one_launch", "triton"):
+        pytest.skip("as on CUDA, a bad label makes the loss NaN")
+    logits = make_logits(shape, torch.float32).requires_grad_()
+    target = torch.zeros(shape[:1] if len(shape) == 2 else shape[1:], dtype=torch.int64)
+    target.view(-1)[3 if target.dim() else 0] = 9
+    with pytest.raises(ValueError, match=f"target has label 9 at {position}, the first of 1 bad pixels"):
+        cross_entropy(logits, target, reduction=reduction, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] not in EMULATED])
+def test_export_leaves_the_batch_open(backend):
+    device = device_of(backend)
+    criterion = CrossEntropyLoss(backend=backend)
+    logits, target = (value.to(device) for value in problem())
+    dynamic = {0: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(
+            criterion, (logits, target), dynamic_shapes={"input": dynamic, "target": dynamic}
+        )
+        more = torch.cat([logits, logits]), torch.cat([target, target])
+        assert torch.equal(program.module()(*more), criterion(*more))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "hierarchy", [CLASSES, [range(0, CLASSES, 2), range(1, CLASSES, 2)]], ids=["one", "two"]
+)
+def test_several_incoming_gradients_at_once(backend, hierarchy):
+    logits, target = (value.to(device_of(backend)) for value in problem(ignore_index=255))
+    leaf = logits.requires_grad_()
+
+    def loss():
+        return importance_aware_loss(leaf, target, hierarchy, backend=backend)
+
+    incoming = torch.tensor([1.0, 0.25], device=leaf.device)
+    (grads,) = torch.autograd.grad(loss(), leaf, incoming, is_grads_batched=True)
+    for grad, factor in zip(grads, incoming, strict=True):
+        (expected,) = torch.autograd.grad(loss(), leaf, factor)
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "hierarchy", [CLASSES, [range(0, CLASSES, 2), range(1, CLASSES, 2)]], ids=["one", "two"]
+)
+@pytest.mark.parametrize("again", [False, True], ids=["first", "second"])
+def test_an_infinite_incoming_gradient(backend, hierarchy, again):
+    """0 times infinity is NaN: no derivative of 0 may be multiplied by it."""
+    results = []
+    for name in (backend, "reference"):
+        logits, target = (value.to(device_of(name)) for value in problem(ignore_index=255))
+        leaf = logits.requires_grad_()
+        loss = importance_aware_loss(leaf, target, hierarchy, backend=name)
+        for _ in range(1 + again):
+            (grad,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, torch.inf), retain_graph=True)
+        results.append(grad.cpu())
+    assert results[0].isinf().any() and torch.equal(*(grad.nan_to_num(7.0) for grad in results))
 
 
 def test_where_a_shape_has_both_meanings_the_first_dimension_is_the_batch():

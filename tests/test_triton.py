@@ -60,7 +60,6 @@ def test_every_kernel_compiles_without_spills(compiled, target):
         "sum_kernel",
         "combine_kernel",
         "combine_backward_kernel",
-        "combine_both_kernel",
         "reduce_backward_kernel",
         "weight_kernel",
         "one_pass_kernel",

@@ -3,7 +3,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -102,34 +101,29 @@ LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_CO
     const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
     inputs.check();
     check_expected(expected, logits);
-    const Tensor one = one_value(1);
-    const Tensor computed_for = one_value(expected ? *expected->const_data_ptr<double>() : 1);
-    const bool one_pass = inputs.one_pass(expected);
-    const Tensor grad = one_pass ? empty_gradient(logits) : at::empty({0}, logits.options());
-    OptionalTensor divided_by = divisor;
-    const auto backward = [&](const Tensor& stats) {
-        return combine_backward_cpu(stats, one, divided_by, lambdas, alpha, reduction, factor_normalization,
-                                    factor_scope);
-    };
-    Tensor stats, grad_stats;
-    if (one_pass) {
-        stats = at::empty({logits.size(0), 1, kStats}, at::kDouble);
-        std::fill_n(stats.mutable_data_ptr<double>(), stats.numel(), 0.0);
-        AT_DISPATCH_FLOATING_TYPES_AND2(
-            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
-                Call<scalar_t> call(inputs, grad);
-                call.set_gradient(inputs, grad, /*fresh=*/true);
-                if (reduction == "mean" && !divisor) divided_by = one_value(sum_weights(call, inputs));
-                grad_stats = backward(stats);  // one level: it depends on the divisor alone
-                stats = launch_one_pass(call, inputs, grad_stats, *computed_for.const_data_ptr<double>());
-            });
-    } else {
-        stats = reduce_cpu(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
-        grad_stats = backward(stats);
+    const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    if (!inputs.one_pass(expected)) {
+        const Tensor stats = reduce_cpu(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
+        const auto [loss, f] = combine_cpu(stats, IAL_COMBINE_ARGUMENTS, dtype);
+        return without_grad(loss, f, stats, logits);
     }
+    const Tensor computed_for = one_value(expected ? *expected->const_data_ptr<double>() : 1);
+    const Tensor grad = empty_gradient(logits);
+    Tensor stats = at::empty({logits.size(0), 1, kStats}, at::kDouble), grad_stats;
+    std::fill_n(stats.mutable_data_ptr<double>(), stats.numel(), 0.0);
+    OptionalTensor divided_by = divisor;
+    AT_DISPATCH_FLOATING_TYPES_AND2(
+        at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
+            Call<scalar_t> call(inputs, grad);
+            call.set_gradient(inputs, grad, /*fresh=*/true);
+            if (reduction == "mean" && !divisor) divided_by = one_value(sum_weights(call, inputs));
+            // With one level it depends on the divisor alone.
+            grad_stats = combine_backward_cpu(stats, one_value(1), divided_by, lambdas, alpha, reduction,
+                                              factor_normalization, factor_scope);
+            stats = launch_one_pass(call, inputs, grad_stats, *computed_for.const_data_ptr<double>());
+        });
     const auto [loss, f] =
-        combine_cpu(stats, divided_by, lambdas, alpha, reduction, factor_normalization, factor_scope,
-                    logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+        combine_cpu(stats, divided_by, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);
     return {loss, f, stats, grad_stats, grad, computed_for};
 }
 
@@ -142,8 +136,14 @@ void rescale_cpu(const Tensor& grad, const Tensor& grad_loss, const Tensor& comp
     check_grad_loss(grad_loss, grad_stats, 1);
     check_expected(expected, logits);
     const double incoming = grad_loss.item<double>();
-    if (incoming != computed_for.item<double>())
-        reduce_backward_into(inputs, at::mul(grad_stats, incoming), grad, /*fresh=*/true);
+    if (incoming != computed_for.item<double>()) {
+        inputs.check_grad_stats(grad_stats);
+        const Tensor now = at::empty_like(grad_stats);
+        const double* const from = grad_stats.const_data_ptr<double>();
+        std::transform(from, from + now.numel(), now.mutable_data_ptr<double>(),
+                       [&](double derivative) { return scaled(derivative, incoming); });
+        reduce_backward_into(inputs, now, grad, /*fresh=*/true);
+    }
     if (!expected) return;
     double* const state = expected->mutable_data_ptr<double>();
     if (incoming == state[1] && std::isfinite(incoming)) state[0] = incoming;

@@ -50,7 +50,8 @@ IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, do
                         BackwardClass<A>* by_class) {
     for (int c = threadIdx.x; c < problem.classes; c += Threads) {
         const double* const row = grad_stats + problem.class_levels[c] * kStats;
-        by_class[c] = {A(scale * row[kS]), A(scale * row[kP2]), A(scale * row[kQ2]), problem.weight_of(c)};
+        by_class[c] = {A(scaled(row[kS], scale)), A(scaled(row[kP2], scale)), A(scaled(row[kQ2], scale)),
+                       problem.weight_of(c)};
     }
 }
 

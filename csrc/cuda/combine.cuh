@@ -61,17 +61,12 @@ struct UnitGradient {
     IAL_HD double operator[](int64_t) const { return 1; }
 };
 
-// grad_stats: null, or for loss_and_grad, which leaves the gradient to the backward pass.
 template <typename L>
 __global__ void __launch_bounds__(kThreads)
-    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, Combined<L> to,
-                   double* grad_stats, ComputedFor computed_for) {
+    combine_kernel(Combine c, const __grid_constant__ Lambdas lambdas, bool fits, Combined<L> to) {
     c.lambdas = lambdas.value;
     c.stats = stage_stats(c, fits);
     to.write(c);
-    if (!grad_stats) return;
-    write_grad_stats(c, UnitGradient(), c.mean_divisor(), grad_stats);
-    if (threadIdx.x == 0) computed_for.write();
 }
 
 template <typename G>

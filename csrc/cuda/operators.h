@@ -76,7 +76,7 @@ struct Operators {
         const Combine& c = arguments.combine;
         const Launcher launcher(stats);
         const CombineResults results(c, stats.options(), dtype);
-        launch_combine(launcher, arguments, results, nullptr, {});
+        launch_combine(launcher, arguments, results);
         return {results.loss, results.f};
     }
 
@@ -110,13 +110,8 @@ struct Operators {
         if (!one_pass && !cooperates(launcher, inputs, factor_scope, expected, one_launch)) {
             // To compute the gradient now would save no pass over the logits.
             const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
-            const Tensor grad_stats = at::empty_like(stats), computed_for = at::empty({}, stats.options());
-            const CombineArguments arguments(make_combine(stats, IAL_COMBINE_ARGUMENTS));
-            const CombineResults results(arguments.combine, stats.options(), dtype);
-            launch_combine(launcher, arguments, results, grad_stats.mutable_data_ptr<double>(),
-                           make_computed_for(expected, computed_for));
-            const Tensor none = at::empty({0}, logits.options());
-            return {results.loss, results.f, stats, grad_stats, none, computed_for};
+            const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
+            return without_grad(loss, f, stats, logits);
         }
         const TrainingResults to(logits, inputs.levels());
         CombineArguments arguments(make_combine(to.stats, IAL_COMBINE_ARGUMENTS));
@@ -132,7 +127,7 @@ struct Operators {
             });
         if (one_pass) {
             arguments.combine.divisor = whole_divisor.const_data_ptr<double>();
-            launch_combine(launcher, arguments, results, nullptr, {});
+            launch_combine(launcher, arguments, results);
         }
         return {results.loss, results.f, to.stats, to.grad_stats, to.grad, to.computed_for};
     }
@@ -180,12 +175,10 @@ struct Operators {
     }
 
     static void launch_combine(const Launcher& launcher, const CombineArguments& arguments,
-                               const CombineResults& results, double* grad_stats,
-                               const ComputedFor& computed_for) {
+                               const CombineResults& results) {
         AT_DISPATCH_FLOATING_TYPES(results.loss.scalar_type(), "ial_cuda::combine", [&] {
             launcher(combine_kernel<scalar_t>, dim3(1), kThreads, arguments.shared, arguments.combine,
-                     arguments.lambdas, arguments.fits, results.pointers<scalar_t>(), grad_stats,
-                     computed_for);
+                     arguments.lambdas, arguments.fits, results.pointers<scalar_t>());
         });
     }
 

@@ -76,24 +76,42 @@ def _differentiate_combine(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tup
 
 
 def _save_loss_and_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, grad_stats, grad, computed_for = output
-    _save_pixels(ctx, inputs[0], inputs[1:8], grad_stats, computed_for)
-    # Not saved: the gradient is given away and `expected` is overwritten.
-    ctx.grad = grad if grad.dim() > 1 else None
+    _, _, stats, grad_stats, grad, computed_for = output
+    divisor, *ctx.options = inputs[8:14]
     ctx.align_corners, ctx.expected = (*inputs[14:], None, None)[:2]
+    ctx.has_grad = grad.dim() > 1
+    # Not saved: the gradient is given away and `expected` is overwritten.
+    ctx.grad = grad if ctx.has_grad else None
+    _save_pixels(
+        ctx, inputs[0], inputs[1:8], *(grad_stats, computed_for) if ctx.has_grad else (stats, divisor)
+    )
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate_loss_and_grad(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The first backward pass hands out the gradient of the forward pass, if there is one. A second pass, or
-    one with create_graph, computes another."""
-    logits, pixels, (grad_stats, computed_for) = _saved(ctx)
-    if ctx.grad is None or torch.is_grad_enabled():
-        grad = reduce_backward(logits, grad_stats * grad_loss, *pixels, ctx.align_corners)
+    """Where the forward pass has computed the gradient, the first backward pass hands it out. A second pass,
+    or one with create_graph, computes another."""
+    logits, pixels, others = _saved(ctx)
+    if not ctx.has_grad:
+        stats, divisor = others
+        grad_stats = combine_backward(stats, grad_loss, divisor, *ctx.options)
+        grad = reduce_backward(logits, grad_stats, *pixels, ctx.align_corners)
+    elif ctx.grad is None or torch.is_grad_enabled() or _is_traced(grad_loss):
+        of_one = others[0]
+        grad_stats = torch.where(of_one == 0, of_one, of_one * grad_loss)
+        grad = reduce_backward(logits, grad_stats, *pixels, ctx.align_corners)
     else:
+        of_one, computed_for = others
         grad, ctx.grad = ctx.grad, None
-        rescale_(grad, grad_loss, computed_for, logits, grad_stats, *pixels, ctx.align_corners, ctx.expected)
+        rescale_(grad, grad_loss, computed_for, logits, of_one, *pixels, ctx.align_corners, ctx.expected)
     return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def _is_traced(grad_loss: Tensor) -> bool:
+    """Whether a mode traces the calls, or vmap makes several of one: nothing is written over then."""
+    functorch = torch._C._functorch  # autograd.grad(is_grads_batched=True) has the older vmap
+    wrapped = functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+    return wrapped or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

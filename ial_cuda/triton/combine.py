@@ -242,64 +242,6 @@ def combine_backward_kernel(
             tl.store(to + WEIGHT, 0.0, mask=n < N)
 
 
-@triton.jit(do_not_specialize=_BITS)
-def combine_both_kernel(
-    stats_ptr,  # [N, G, STATS]
-    divisor_ptr,  # [] of float64, or None
-    expected_ptr,
-    lambda_ptr,  # [G - 1] or None
-    f_ptr,  # [N or 1, G - 1]
-    loss_ptr,  # []
-    grad_stats_ptr,  # [N, G, STATS]
-    computed_for_ptr,
-    N,
-    lambda_low,
-    lambda_high,
-    alpha_low,
-    alpha_high,
-    G: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    POOL: tl.constexpr,
-):
-    """The loss, and its derivative for an incoming gradient of 1, in one launch. `computed_for` is the
-    incoming gradient that is expected."""
-    combine_kernel(
-        stats_ptr,
-        divisor_ptr,
-        lambda_ptr,
-        f_ptr,
-        loss_ptr,
-        N,
-        lambda_low,
-        lambda_high,
-        alpha_low,
-        alpha_high,
-        G,
-        REDUCTION,
-        NORMALIZE,
-        POOL,
-    )
-    if N > 0:
-        combine_backward_kernel(
-            stats_ptr,
-            divisor_ptr,
-            None,
-            lambda_ptr,
-            grad_stats_ptr,
-            N,
-            lambda_low,
-            lambda_high,
-            alpha_low,
-            alpha_high,
-            G,
-            REDUCTION,
-            NORMALIZE,
-            POOL,
-        )
-    tl.store(computed_for_ptr, _load_or_one(expected_ptr))
-
-
 @triton.jit
 def one_level_gradient_of_s(
     divisor_ptr, terms, expected_ptr, total_ptr, grad_stats_ptr, computed_for_ptr, blocks

@@ -438,17 +438,12 @@ def _bits(value: float) -> tuple[int, int]:
     return struct.unpack("<ii", struct.pack("<d", value))
 
 
-def _results(problem: Combine, dtype: torch.dtype) -> list[Tensor]:
-    """The factors, and the loss."""
-    images, levels, _ = problem.stats.shape
-    factors = problem.stats.new_empty((1 if problem.pooled else images, levels - 1))
-    return [factors, problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)]
-
-
 def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The loss, and the factors."""
-    factors, loss = results = _results(problem, dtype)
-    problem.launch(combine_kernels.combine_kernel, [], results)
+    images, levels, _ = problem.stats.shape
+    factors = problem.stats.new_empty((1 if problem.pooled else images, levels - 1))
+    loss = problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)
+    problem.launch(combine_kernels.combine_kernel, [], [factors, loss])
     return loss, factors
 
 
@@ -457,13 +452,3 @@ def combine_backward(problem: Combine, grad_loss: Tensor) -> Tensor:
     if grad_stats.numel() > 0:  # the kernel writes to the row of its first image
         problem.launch(combine_kernels.combine_backward_kernel, [grad_loss.contiguous()], [grad_stats])
     return grad_stats
-
-
-def combine_both(
-    problem: Combine, dtype: torch.dtype, expected: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, the factors, dL/dstats for an incoming gradient of 1, and the expected incoming gradient."""
-    factors, loss = results = _results(problem, dtype)
-    grad_stats, computed_for = torch.empty_like(problem.stats), problem.stats.new_empty(())
-    problem.launch(combine_kernels.combine_both_kernel, [expected], [*results, grad_stats, computed_for])
-    return loss, factors, grad_stats, computed_for

@@ -259,8 +259,10 @@ def loss_and_grad(
     else:
         problem = Combine(launch.reduce(inputs), divisor, *options)
         _check_combine(problem)
-        loss, factors, grad_stats, computed_for = launch.combine_both(problem, inputs.arithmetic, expected)
-        grad = logits.new_empty((0,))  # left to the backward pass
+        loss, factors = launch.combine(problem, inputs.arithmetic)
+        # Left to the backward pass, where computing it now would save no pass over the logits.
+        grad = logits.new_empty((0,))
+        grad_stats, computed_for = (problem.stats.new_empty((0,)) for _ in range(2))
     return loss, factors, problem.stats, grad_stats, grad, computed_for
 
 

@@ -296,7 +296,8 @@ def _entry(ptr, scale_ptr, A: tl.constexpr):
     """A number of grad_stats, multiplied before it is rounded."""
     value = tl.load(ptr)
     if scale_ptr is not None:
-        value *= tl.load(scale_ptr).to(tl.float64)
+        # 0 stays 0, should the incoming gradient be infinite.
+        value = tl.where(value == 0, value, value * tl.load(scale_ptr).to(tl.float64))
     return value.to(A)
 
 
