@@ -56,11 +56,9 @@ def launches(
     if grad.numel() > 0:
         incoming = (loss, computed_for, logits, grad_stats)
         operators.rescale_(grad, *incoming, *rest, align_corners, expected)
-        return seen
-    operators.reduce_backward(logits, grad_stats, *rest, align_corners)
-    stats = operators.reduce(logits, *rest, False, align_corners)
-    loss, _ = operators.combine(stats, *options, torch.float32)
-    operators.combine_backward(stats, loss, *options)
+    else:
+        grad_stats = operators.combine_backward(stats, loss, *options)
+        operators.reduce_backward(logits, grad_stats, *rest, align_corners)
     return seen
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KERNELS, check, check_upsampled, device_of, make_logits, make_target
+from cases import KERNELS, ONE_AND_FOUR, check, check_upsampled, device_of, make_logits, make_target
 
 from ial_cuda import Hierarchy, backends, importance_aware_loss
 
@@ -189,12 +189,13 @@ def test_more_levels_than_a_program_has_registers_for(backend, levels):
 
 
 @RUNS
-def test_several_programs_of_an_image(backend, monkeypatch):
+@ONE_AND_FOUR
+def test_several_programs_of_an_image(backend, monkeypatch, hierarchy):
     """As on a GPU with several multiprocessors, with more tiles than programs."""
     from ial_cuda.triton import launch
 
-    monkeypatch.setattr(launch, "_multiprocessors", lambda logits: 1)
-    check(backend, make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5))
+    monkeypatch.setattr(launch, "_programs", lambda like, tiles, images=1: min(tiles, 2))
+    check(backend, make_logits((2, 5, 80, 320), torch.float32), make_target((2, 80, 320), 5), hierarchy)
 
 
 @RUNS
