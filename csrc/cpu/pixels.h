@@ -17,6 +17,7 @@ struct Block {
     using I = typename Problem<T>::I;
     static constexpr I kNone = std::numeric_limits<I>::max();
     static constexpr bool kTiles = IAL_X86_VECTORS && std::is_same_v<A, float>;
+    static constexpr bool kTables = IAL_X86_VECTORS == 512 && std::is_same_v<A, float>;
 
     const Problem<T>& problem;
     const int classes;
@@ -162,23 +163,48 @@ struct Block {
         return least < U(kNone) ? I(first + least) : kNone;
     }
 
+    // Bit c is set where class c < 32 is in the block.
+    IAL_INLINE uint32_t labels_present() const {
+        uint32_t present = 0;
+        _Pragma("omp simd reduction(| : present)") for (int j = 0; j < B; ++j)
+            present |= label[j] < 0 ? 0u : 1u << (label[j] & 31);
+        return present;
+    }
+
     // Lists the classes of the block. Neighbouring pixels mostly have one to three, whose values are then
     // broadcast instead of looked up for each pixel.
     IAL_INLINE void list_labels() {
         listed[0] = 0;
         classes_listed = 0;
         all_listed = true;
-        for (I y = next_above(-1, label); all_listed && y != kNone; y = next_above(y, label)) {
-            all_listed = classes_listed < kMaxListed;
-            if (all_listed) listed[classes_listed++] = y;
+        if (kTiles && classes <= kMaxTable) {  // the variable shifts need vectors
+            uint32_t left = labels_present();
+            all_listed = __builtin_popcount(left) <= kMaxListed;
+            for (; all_listed && left; left &= left - 1) listed[classes_listed++] = __builtin_ctz(left);
+        } else {
+            for (I y = next_above(-1, label); all_listed && y != kNone; y = next_above(y, label)) {
+                all_listed = classes_listed < kMaxListed;
+                if (all_listed) listed[classes_listed++] = y;
+            }
         }
         if (!all_listed) find_some_class();
+    }
+
+    // select() where there is one value for each class and they fit a table; whether it is so.
+    template <int lanes, typename V, typename U>
+    IAL_INLINE bool look_up_in_table(const V* values, U* to) const {
+        if constexpr (kTables && lanes == 1) {
+            if (classes <= kMaxTable) look_up_table(values, classes, label, to, B);
+            return classes <= kMaxTable;
+        }
+        return false;
     }
 
     // to[j] = the value for pixel j's class, from values[C, lanes] with 1 or B lanes. Arbitrary where pixel j
     // has no class.
     template <int lanes, typename V, typename U>
     IAL_INLINE void select(const V* values, U* to) const {
+        if (look_up_in_table<lanes>(values, to)) return;
         if (all_listed) {
             const V* row = values + listed[0] * lanes;
             IAL_SIMD for (int j = 0; j < B; ++j) to[j] = row[j % lanes];
@@ -198,6 +224,7 @@ struct Block {
     // select() without the list of classes.
     template <int lanes, typename V, typename U>
     IAL_INLINE void look_up(const V* values, U* to) {
+        if (look_up_in_table<lanes>(values, to)) return;
         if (classes <= kMaxCompared) {
             IAL_SIMD for (int j = 0; j < B; ++j) to[j] = values[j % lanes];
             for (I c = 1; c < classes; ++c) {

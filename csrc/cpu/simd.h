@@ -154,6 +154,19 @@ IAL_INLINE void stream_lanes(const A* from, T* to, int lanes) {
 #endif
 }
 
+// to[j] = values[index[j]] of `size` <= kMaxTable numbers of 32 bits; arbitrary where index[j] is outside.
+#if IAL_X86_VECTORS == 512
+template <typename V, typename U>
+IAL_INLINE void look_up_table(const V* values, int size, const int32_t* index, U* to, int lanes) {
+    static_assert(sizeof(V) == 4 && sizeof(U) == 4);
+    const uint32_t present = ~0u >> (kMaxTable - size);
+    const __m512i low = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(present), values);
+    const __m512i high = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(present >> 16), values + 16);
+    for (int j = 0; j < lanes; j += 16)
+        _mm512_storeu_si512(to + j, _mm512_permutex2var_epi32(low, _mm512_loadu_si512(index + j), high));
+}
+#endif
+
 IAL_INLINE bool aligned(const void* address) {
     return reinterpret_cast<uintptr_t>(address) % kStreamBytes == 0;
 }
