@@ -166,8 +166,8 @@ struct Block {
     // Bit c is set where class c < 32 is in the block.
     IAL_INLINE uint32_t labels_present() const {
         uint32_t present = 0;
-        _Pragma("omp simd reduction(| : present)") for (int j = 0; j < B; ++j)
-            present |= label[j] < 0 ? 0u : 1u << (label[j] & 31);
+        _Pragma("omp simd reduction(| : present)") for (int j = 0; j < B; ++j) present |=
+            label[j] < 0 ? 0u : 1u << (label[j] & 31);
         return present;
     }
 

@@ -16,11 +16,11 @@ constexpr int kLanes = 16;               // lanes in which sums are kept
 constexpr int kStreamBytes = 32;         // written by a streaming store
 constexpr int kMaxListed = 4;            // classes of a block that are handled one by one, without look-ups
 constexpr int kMaxCompared = 8;          // classes whose labels are compared, which takes less than look-ups
-constexpr int kMaxTable = 32;            // classes whose values fit two vectors, and whose set fits an integer
-constexpr int kSoft = 3;                 // the row of class_grads for label smoothing
-constexpr int kTile = 8;                 // pixels and classes that are transposed at once
-constexpr int kCells = 32;               // cells of a block of coarse logits
-constexpr int kCellPad = 16;             // padding of its rows, for the logit to the right of the last cell
+constexpr int kMaxTable = 32;  // classes whose values fit two vectors, and whose set fits an integer
+constexpr int kSoft = 3;       // the row of class_grads for label smoothing
+constexpr int kTile = 8;       // pixels and classes that are transposed at once
+constexpr int kCells = 32;     // cells of a block of coarse logits
+constexpr int kCellPad = 16;   // padding of its rows, for the logit to the right of the last cell
 
 // Sweeps whose pixels are stored for all rows: more than usual, and small however wide the image is.
 constexpr int kSweeps = 64;
