@@ -30,6 +30,8 @@ def _check(inputs: Inputs) -> None:
         if not 0 <= level < classes:
             raise ValueError(f"class_levels has level {level}, expected 0 to {classes - 1}")
     check_choice(inputs.gradient, "gradient", GRADIENTS)
+    if not 0 <= inputs.label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {inputs.label_smoothing}, expected 0 to 1")
 
 
 def _check_grad(grad: Tensor, logits: Tensor) -> None:
