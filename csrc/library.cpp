@@ -385,9 +385,8 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   align_corners given, the logits are upsampled to the target's size. `gradient` and
 //                   `inplace` are for the backward pass.
 // reduce_backward   dL/dlogits, from grad_stats = dL/dstats; reduce_backward_ writes it over the logits
-// combine           the loss, () or (N,), in `dtype`; the factors f_t, (N or 1, g - 1) of Double. `divisor`,
-// a
-//                   Double, takes the place of the weight of the valid pixels.
+// combine           the loss, () or (N,), in `dtype`, and the factors f_t, (N or 1, g - 1) of Double. A
+//                   divisor of Double takes the place of the weight of the valid pixels.
 // combine_backward  dL/dstats, from the incoming gradient of the loss
 // loss_and_grad     for training: loss, factors, stats; and where that saves a pass over the logits,
 //                   grad_stats for an incoming gradient of 1, dL/dlogits for one of computed_for, and

@@ -40,6 +40,11 @@ def _combine(
     return loss, stats.new_empty((1 if factor_scope == "batch" else images, levels - 1))
 
 
+def computes_in_one_pass(logits: Tensor, levels: int, expected: Tensor | None) -> bool:
+    """Whether loss_and_grad makes one pass and returns the gradient: csrc/inputs.cpp has the same rule."""
+    return levels == 1 and logits.numel() > 0 and (logits.dtype != torch.float16 or expected is not None)
+
+
 def _loss_and_grad(
     logits: Tensor,
     target: Tensor,
@@ -63,8 +68,7 @@ def _loss_and_grad(
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, f = _combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
     # That several levels are computed in one launch is not known here.
-    one_pass = stats.shape[1] == 1 and (logits.dtype != torch.float16 or expected is not None)
-    if not (one_pass and logits.numel() > 0):
+    if not computes_in_one_pass(logits, stats.shape[1], expected):
         return loss, f, stats, stats.new_empty((0,)), logits.new_empty((0,)), stats.new_empty((0,))
     return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits), stats.new_empty(())
 

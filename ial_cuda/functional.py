@@ -31,6 +31,7 @@ from .validation import (
     check_inplace,
     check_inputs,
     check_logits,
+    check_one_image,
     checked_target,
     class_weight,
     mean_divisor,
@@ -233,40 +234,30 @@ def compute_loss(
     if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else backend.library is None:
         target = checked_target(target, len(levels), options.void_label)
 
-    if logits.dim() == 2 and backend.library is not None and _is_one_image(options):
-        image = _as_image(logits, target, pixel_weight)
-        try:
-            return compute_loss(image[0], image[1], weight, image[2], divisor, options, expected, name)
-        except ValueError:
-            _raise_of_labels(target, len(levels), options)
-            raise
-
     if backend.library is None:
         loss, f, S, count = reference.importance_aware_loss(
             logits, target, options, weight=class_weights, pixel_weight=pixel_weight, divisor=total
         )
     else:
-        operators = backend.operators()
-        pixels = (
-            *(logits, target, class_weights, pixel_weight),
-            *(levels, options.void_label, options.gradient, options.label_smoothing),
-        )
+        given, rows = target, logits.dim() == 2 and _is_one_image(options)
+        if rows:
+            logits, target, pixel_weight = _as_image(logits, target, pixel_weight)
         in_training = logits.requires_grad and torch.is_grad_enabled()
-        # The operator has one loss, and writes its gradient to memory of its own.
-        if (
+        # loss_and_grad has one loss, and writes the gradient to memory of its own.
+        in_forward = (
             in_training
             and options.grad_in_forward
             and options.reduction != "none"
             and not (inplace or transformed)
-        ):
-            state = None if expected is None else expected.on(logits.device)
-            loss, f, stats, *_ = operators.loss_and_grad(
-                *pixels, total, *options.combine_arguments, options.corners, state, backend.one_launch
-            )
-        else:
-            stats = operators.reduce(*pixels, inplace, options.corners)
-            dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-            loss, f = operators.combine(stats, total, *options.combine_arguments, dtype)
+        )
+        state = expected.on(logits.device) if in_forward and expected is not None else None
+        tensors = (logits, target, class_weights, pixel_weight)
+        try:
+            loss, f, stats = _call_operators(backend, tensors, total, options, inplace, in_forward, state)
+        except ValueError:
+            if rows:
+                _raise_of_labels(given, len(levels), options)
+            raise
         if options.return_components:
             S, count = stats[..., 0].to(loss.dtype), stats[..., 3].to(torch.int64)
             f = f.to(loss.dtype)
@@ -274,6 +265,33 @@ def compute_loss(
         return loss
     f = f.detach()
     return loss, Components(f, f + options.alpha, S.detach(), count)
+
+
+def _call_operators(
+    backend: backends.Backend,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    divisor: Tensor | None,
+    options: Options,
+    inplace: bool,
+    in_forward: bool,
+    expected: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, f_t (N or 1, g-1) and the sums (N, g, 5). ``in_forward``: whether the gradient may be
+    computed now."""
+    operators, logits = backend.operators(), tensors[0]
+    pixels = (
+        *tensors,
+        *(options.hierarchy.class_levels, options.void_label, options.gradient, options.label_smoothing),
+    )
+    if in_forward:
+        loss, f, stats, *_ = operators.loss_and_grad(
+            *pixels, divisor, *options.combine_arguments, options.corners, expected, backend.one_launch
+        )
+    else:
+        stats = operators.reduce(*pixels, inplace, options.corners)
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        loss, f = operators.combine(stats, divisor, *options.combine_arguments, dtype)
+    return loss, f, stats
 
 
 def _weights_beside(logits: Tensor, weight: ClassWeights | None, classes: int, name: str) -> Tensor | None:
@@ -468,9 +486,8 @@ def _of_one_image(
     expected: ExpectedGradient | None,
 ) -> Tensor:
     """`compute_cross_entropy` of logits (C,) or (C, *spatial)."""
-    _check_tensor_like(target, "target", None if options.upsample else tuple(input.shape[1:]), input)
+    check_one_image(input, target, pixel_weight, upsample=options.upsample is not None)
     if pixel_weight is not None:
-        _check_tensor_like(pixel_weight, "pixel_weight", tuple(target.shape), input)
         pixel_weight = pixel_weight.unsqueeze(0)
     try:
         loss = compute_cross_entropy(
@@ -480,15 +497,6 @@ def _of_one_image(
         _raise_of_labels(target, input.shape[0], options)
         raise
     return loss.squeeze(0) if options.reduction == "none" else loss
-
-
-def _check_tensor_like(value: object, name: str, shape: tuple[int, ...] | None, input: Tensor) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
-    if shape is not None and tuple(value.shape) != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}, expected {shape} for input {tuple(input.shape)}"
-        )
 
 
 def _of_classes(options: Options, classes: int) -> Options:

@@ -141,6 +141,23 @@ def check_inputs(
             raise ValueError(f"{other} is on {tensor.device}, expected {device} like {name}")
 
 
+def check_one_image(input: Tensor, target: Tensor, pixel_weight: Tensor | None, *, upsample: bool) -> None:
+    """Types, dtypes and shapes of the target and its weights, for logits (C,) or (C, *spatial)."""
+    _check_tensor("target", target, _LABELS)
+    pixels = tuple(target.shape if upsample else input.shape[1:])
+    if target.shape != pixels:
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, expected {pixels} for input {tuple(input.shape)}"
+        )
+    if pixel_weight is not None:
+        _check_tensor("pixel_weight", pixel_weight, _FLOATING)
+        if pixel_weight.shape != pixels:
+            raise ValueError(
+                f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected {pixels} "
+                f"for input {tuple(input.shape)}"
+            )
+
+
 def mean_divisor(divisor: object, reduction: str, device: torch.device, name: str) -> Tensor:
     """``divisor`` as () float64 on ``device``, that of the logits, without waiting for it: a number is filled
     in there. ``name``: of the logits in messages."""

@@ -234,23 +234,31 @@ struct CoarseCall {
 // -------------------------------------------------------------------------------------------------
 // reduce
 
+// Calls run(first, last, &bad) for parts of the chunks, in parallel. Throws where one has set `bad`.
+template <typename Run>
+void run_chunks(const Inputs& inputs, const Chunks& chunks, const Run& run) {
+    std::atomic<bool> any_bad{false};
+    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+        bool bad = false;
+        run(first, last, &bad);
+        if (bad) any_bad = true;
+    });
+    if (any_bad) throw_bad_labels(inputs);
+}
+
 // stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
 template <typename A, typename Reduce>
 Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_size, const Reduce& reduce) {
     const int64_t row = inputs.levels() * kStats;
     std::vector<double> sums(chunks.count * row);
-    std::atomic<bool> any_bad{false};
-    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
+    run_chunks(inputs, chunks, [&](int64_t first, int64_t last, bool* bad) {
         Buffer<A> buffer(buffer_size);
         Buffer<double> lanes(row * kLanes);
-        bool bad = false;
         for (int64_t i = first; i < last; ++i) {
             std::fill_n(lanes.aligned(), row * kLanes, 0.0);
-            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], &bad);
+            reduce(i, buffer.aligned(), lanes.aligned(), &sums[i * row], bad);
         }
-        if (bad) any_bad = true;
     });
-    if (any_bad) throw_bad_labels(inputs);
 
     const int64_t images = inputs.logits.size(0);
     Tensor stats = at::empty({images, inputs.levels(), kStats}, inputs.logits.options().dtype(at::kDouble));
@@ -399,17 +407,13 @@ double sum_weights(const Call<T>& call, const Inputs& inputs) {
     const Problem<T>& problem = call.problem;
     const Chunks chunks = Chunks::of_labels(problem.layout);
     std::vector<double> sums(chunks.count);
-    std::atomic<bool> any_bad{false};
-    parallel_for(chunks.count, [&](int64_t first, int64_t last) {
-        bool bad = false;
+    run_chunks(inputs, chunks, [&](int64_t first, int64_t last, bool* bad) {
         for (int64_t i = first; i < last; ++i) {
             alignas(64) double lanes[kLanes] = {};
             IAL_DISPATCH(sum_weights, problem, chunks.image(i), chunks.begin(i), chunks.end(i), lanes,
-                         &sums[i], &bad);
+                         &sums[i], bad);
         }
-        if (bad) any_bad = true;
     });
-    if (any_bad) throw_bad_labels(inputs);
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 

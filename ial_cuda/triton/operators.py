@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from ..arguments import check_choice
-from ..fakes import register_fakes
+from ..fakes import computes_in_one_pass, register_fakes
 from ..options import FACTOR_NORMALIZATIONS, FACTOR_SCOPES, GRADIENTS, REDUCTIONS
 from ..validation import check_inputs, class_weight
 from . import launch
@@ -250,9 +250,7 @@ def loss_and_grad(
     if reduction == "none":
         raise ValueError("reduction is 'none', expected 'mean' or 'sum'")
     options = (lambdas, alpha, reduction, factor_normalization, factor_scope)
-    # A loss of float16 logits is usually scaled. What the scale is, only `expected` knows.
-    computed = inputs.levels == 1 and (logits.dtype != torch.float16 or expected is not None)
-    if computed and logits.numel() > 0:
+    if computes_in_one_pass(logits, inputs.levels, expected):
         _check_doubles("divisor", divisor, 1, logits.device)
         stats, divisor, grad_stats, grad, computed_for = launch.one_pass(inputs, divisor, reduction, expected)
         problem = Combine(stats, divisor, *options)
