@@ -1,0 +1,174 @@
+"""The losses of other libraries that a user might pick, each beside the same in plain PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .inputs import IGNORE_INDEX
+from .providers import Loss, Provider, cross_entropy
+from .report import first_line
+
+#: Of the focal losses, as Lin et al. (2017) and the libraries have it by default.
+GAMMA = 2.0
+
+
+def unweighted_cross_entropy(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+    """Divided by all pixels, void included."""
+    total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / target.numel()
+
+
+def focal(divisor: Callable[[Tensor, Tensor], Tensor | int]) -> Loss:
+    """-Σ (1 − π)^γ log π over the valid pixels, divided by what ``divisor(logits, valid)`` says."""
+
+    def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+        valid = target != IGNORE_INDEX
+        own = target.where(valid, 0).unsqueeze(1)
+        log_pi = F.log_softmax(logits, dim=1).gather(1, own).squeeze(1)
+        terms = -((1 - log_pi.exp()) ** GAMMA) * log_pi
+        return terms.where(valid, 0).sum() / divisor(logits, valid)
+
+    return loss
+
+
+def one_against_all_focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+    """The mean over classes and valid pixels of the binary focal loss of each class against the rest."""
+    valid = target != IGNORE_INDEX
+    own = F.one_hot(target.where(valid, 0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
+    nll = F.binary_cross_entropy_with_logits(logits, own, reduction="none")
+    terms = (1 - torch.exp(-nll)) ** GAMMA * nll
+    return terms.where(valid.unsqueeze(1), 0).sum() / (valid.sum() * logits.shape[1])
+
+
+def rows_of(logits: Tensor) -> Tensor:
+    """(N·H·W, C), which contiguous logits are copied to."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1]).contiguous()
+
+
+def weights_of_pixels(target: Tensor, weight: Tensor) -> Tensor:
+    """In float32; 0 for void pixels."""
+    table = weight.new_zeros(max(len(weight), IGNORE_INDEX + 1), dtype=torch.float32)
+    table[: len(weight)] = weight
+    table[IGNORE_INDEX] = 0
+    return table[target]
+
+
+def _flag_gems(package: Any) -> Loss:
+    """The library averages in a single block. Where a label is ignored, it reads the logit of that label all
+    the same, beyond the logits: void pixels get a class that there is, and no weight."""
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        weights = weights_of_pixels(target, weight)
+        valid = target.clamp(max=logits.shape[1] - 1)
+        return (package.cross_entropy_loss(logits, valid, reduction="none") * weights).sum() / weights.sum()
+
+    return loss
+
+
+def _quack(package: Any) -> Loss:
+    """The library's own mean looks up the weight of an ignored label, beyond the weights."""
+
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        classes, itemsize = logits.shape[1], logits.dtype.itemsize
+        if math.gcd(classes * itemsize, 16) < 4:
+            raise ValueError(f"cp.async copies 4, 8 or 16 bytes, a row has {classes * itemsize}")
+        total = package.cross_entropy(
+            rows_of(logits),
+            target.flatten(),
+            weight=weight.float(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        return total / weights_of_pixels(target, weight).sum()
+
+    return loss
+
+
+def _liger(package: Any) -> Loss:
+    def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        criterion = package.LigerCrossEntropyLoss(weight=weight.float(), ignore_index=IGNORE_INDEX)
+        return criterion(rows_of(logits), target.flatten())
+
+    return loss
+
+
+def _smp_cross_entropy(package: Any) -> Loss:
+    criterion = package.SoftCrossEntropyLoss(smooth_factor=0.0, ignore_index=IGNORE_INDEX)
+    return lambda logits, target, _: criterion(logits, target)
+
+
+def _smp_focal(package: Any) -> Loss:
+    criterion = package.FocalLoss("multiclass", gamma=GAMMA, ignore_index=IGNORE_INDEX)
+    return lambda logits, target, _: criterion(logits, target)
+
+
+def _monai_focal(package: Any) -> Loss:
+    criterion = package.FocalLoss(to_onehot_y=True, use_softmax=True, gamma=GAMMA, ignore_index=IGNORE_INDEX)
+    return lambda logits, target, _: criterion(logits, target.unsqueeze(1))
+
+
+def _kornia_focal(package: Any) -> Loss:
+    options = dict(alpha=None, gamma=GAMMA, reduction="mean", ignore_index=IGNORE_INDEX)
+    return lambda logits, target, _: package.focal_loss(logits, target, **options)
+
+
+class Library(NamedTuple):
+    """A loss of a library."""
+
+    name: str
+    module: str
+    make: Callable[[Any], Loss]  # of the module
+    eager: Loss
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+#: The focal losses do more than cross-entropy, and none of those that know no class weights does less for it.
+LIBRARIES = (
+    Library("FlagGems cross-entropy", "flag_gems", _flag_gems, cross_entropy, ("cuda",)),
+    Library("quack cross-entropy", "quack.cross_entropy", _quack, cross_entropy, ("cuda",)),
+    Library("Liger cross-entropy", "liger_kernel.transformers", _liger, cross_entropy, ("cuda",)),
+    Library(
+        "smp SoftCrossEntropyLoss",
+        "segmentation_models_pytorch.losses",
+        _smp_cross_entropy,
+        unweighted_cross_entropy,
+    ),
+    Library("smp FocalLoss", "segmentation_models_pytorch.losses", _smp_focal, one_against_all_focal),
+    Library("MONAI FocalLoss", "monai.losses", _monai_focal, focal(lambda _, valid: valid.sum())),
+    Library("kornia focal_loss", "kornia.losses", _kornia_focal, focal(lambda logits, _: logits.numel())),
+)
+
+
+def make_libraries(
+    device: str, prefix: str = "", after: Callable[[Loss], Loss] = lambda loss: loss
+) -> list[Provider]:
+    """Each library's loss, with a reason where it cannot be used here.
+
+    Args:
+        prefix: of the names.
+        after: what is done to each loss, so that something comes before it.
+    """
+    providers = []
+    for name, module, make, eager, on in LIBRARIES:
+        package = module.partition(".")[0]
+        missing, loss = None, eager
+        if device not in on:
+            missing = f"runs on {', '.join(on)} only"
+        else:
+            try:
+                if importlib.util.find_spec(package) is None:
+                    missing = f"{package} is not installed"
+                else:
+                    loss = make(importlib.import_module(module))
+            except Exception as error:  # whatever a package does when it is imported
+                missing = f"{package} cannot be used: {type(error).__name__}: {first_line(error)}"
+        providers.append(Provider(prefix + name, after(loss), after(eager), missing=missing, captured=False))
+    return providers

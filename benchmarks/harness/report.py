@@ -1,0 +1,153 @@
+"""The results of a case: its rows, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .inputs import Case
+from .machine import write_json
+from .tables import number, print_table
+
+FLOOR, COPY, SUM = "memory floor", "copy_ (1 read, 1 write)", "sum (1 read)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of a provider, or of a part of ours. None: not measured."""
+
+    name: str
+    median_ms: float | None = None
+    p10_ms: float | None = None
+    p90_ms: float | None = None
+    forward_ms: float | None = None  # medians of the two parts of a step
+    backward_ms: float | None = None
+    graph_ms: float | None = None  # median of the step as a CUDA graph
+    ratio: float | None = None  # median over that of the first row
+    gb_per_s: float | None = None  # the bytes that the loss must move at least, over the median
+    copy_percent: float | None = None  # gb_per_s over that of copy_ in the same run
+    extra_mib: float | None = None  # peak memory beside logits and labels; full size: beside the gradient too
+    process_mib: float | None = None  # the same by the growth of the process
+    failed: str | None = None  # why the result is wrong or there is none; such a row is not timed
+    skipped: str | None = None  # why it was not tried
+    no_graph: str | None = None  # why there is no graph
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("ial_cuda")
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of a case: the providers, ours first, and the parts of ours."""
+
+    case: Case
+    labels: str  # their origin
+    providers: list[Row]
+    parts: list[Row] = field(default_factory=list)
+    gpu_before: dict[str, str] = field(default_factory=dict)  # clocks before and after the times
+    gpu_after: dict[str, str] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "input": str(self.case),
+            "logits_mib": mib(self.case.logits_bytes),
+            **asdict(self),
+            "case": self.case.as_json(),
+        }
+
+    @property
+    def best_peer(self) -> Row | None:
+        """The fastest provider of the same loss that is not ours."""
+        peers = [row for row in self.providers if row.median_ms and not row.ours and row.name != FLOOR]
+        return min(peers, key=lambda row: row.median_ms, default=None)
+
+
+#: The columns of a table, in order of importance: heading, field, digits.
+COLUMNS = (
+    ("ms", "median_ms", 2),
+    ("× ours", "ratio", 2),
+    ("extra MiB", "extra_mib", 1),
+    ("graph ms", "graph_ms", 3),
+    ("GB/s", "gb_per_s", 1),
+    ("% of copy", "copy_percent", 0),
+    ("process MiB", "process_mib", 1),
+)
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints the tables of a report, and why providers have no time."""
+    title = f"{report.case}, {report.labels} labels: loss and gradient"
+    show_rows(title, report.providers, report.case.device, console)
+    for row in report.providers:
+        if row.failed:
+            console.print(f"{row.name}: failed: {row.failed}", style="red" * row.ours, soft_wrap=True)
+        if row.no_graph:
+            console.print(f"{row.name}: no graph: {row.no_graph}", soft_wrap=True)
+    skipped = [f"{row.name} ({row.skipped})" for row in report.providers if row.skipped]
+    if skipped:
+        console.print(f"Skipped: {'; '.join(skipped)}", soft_wrap=True)
+    if report.parts:
+        show_rows("Parts of a step of ours", report.parts, report.case.device, console)
+
+
+def show_rows(title: str, rows: Sequence[Row], device: str, console: Console) -> None:
+    """A table of all columns that some row has. Rows that were skipped are left out."""
+    rows = [row for row in rows if not row.skipped]
+    columns = [column for column in COLUMNS if any(getattr(row, column[1]) is not None for row in rows)]
+    fine = 1 if device == "cuda" else 0  # GPU times are shorter by an order of magnitude
+
+    def cells(row: Row) -> list[str]:
+        if row.failed:
+            return [row.name, "failed", *[""] * len(columns)]
+        figures = [
+            number(getattr(row, name), digits + fine * (name == "median_ms")) for _, name, digits in columns
+        ]
+        spread = f"{number(row.p10_ms, 2 + fine)}–{number(row.p90_ms, 2 + fine)}"
+        return [row.name, *figures[:2], spread, *figures[2:]]
+
+    headings = [heading for heading, _, _ in columns]
+    print_table(console, title, ["", *headings[:2], "10–90 %", *headings[2:]], [cells(row) for row in rows])
+
+
+def quotient(a: float | None, b: float | None) -> float | None:
+    return round(a / b, 3) if a is not None and b else None
+
+
+def mib(size: int | None) -> float | None:
+    return None if size is None else round(size / 2**20, 2)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, short and without paths."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip() or repr(error)
+    return textwrap.shorten(re.sub(r"\S*/\S*", "…", lines.splitlines()[0]), 160, placeholder=" …")
+
+
+def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, file: Path) -> None:
+    """Writes a result file."""
+    cases = [report.as_json() for report in reports]
+    write_json(file, {"machine": machine, "rounds": rounds, "cases": cases})
+
+
+def read(file: Path) -> tuple[list[Report], dict[str, Any]]:
+    """The reports of a result file, and its machine."""
+    result = json.loads(file.read_text())
+    reports = [
+        Report(
+            Case.from_json(case["case"]),
+            case["labels"],
+            *([Row(**row) for row in case[rows]] for rows in ("providers", "parts")),
+            case["gpu_before"],
+            case["gpu_after"],
+        )
+        for case in result["cases"]
+    ]
+    return reports, result["machine"]
