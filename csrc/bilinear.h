@@ -1,12 +1,12 @@
-// Bilinear upsampling of coarse logits to the size of the target: which logits a pixel is made of.
-// The positions are those of F.interpolate(mode="bilinear").
+// Bilinear upsampling of coarse logits to the size of the target: maps each pixel to the logits around it.
+// Pixel positions are those of F.interpolate(mode="bilinear").
 //
-// On a line of `coarse` logits, pixel d of `fine` ones is at
-//   align_corners = false   (d + 1/2) coarse / fine - 1/2, but not below 0
+// A line has `coarse` logits and `fine` pixels. Pixel d is at position
+//   align_corners = false   (d + 1/2) coarse / fine - 1/2, clamped below at 0
 //   align_corners = true    d (coarse - 1) / (fine - 1)
-// A cell is the interval between two neighbouring logits, and its pixels are consecutive. A pixel of cell i
-// that is the fraction f beyond logit i is (1 - f) x_i + f x_{i+1}. Beyond the last logit, f = 0. Positions
-// are fractions of integers, so they are exact.
+// A cell is the interval between two neighbouring logits. Its pixels are consecutive. A pixel of cell i at
+// fraction f beyond logit i has the value (1 - f) x_i + f x_{i+1}. Beyond the last logit, f = 0. Positions
+// are computed as fractions of integers, so they are exact.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@
 
 namespace ial {
 
-// The longest line, coarse or fine. The kernels hold up to twice as much in 32 bits, and a product of two in
-// 64 bits.
+// The longest line, coarse or fine. The kernels hold up to twice this number in 32 bits, and a product of two
+// such numbers in 64 bits.
 constexpr int64_t kMaxSide = (int64_t(1) << 30) - 1;
 
 struct Axis {
     int64_t coarse, fine;
-    int64_t step, origin, unit;  // pixel d is at (step d + origin) / unit
+    int64_t step, origin, unit;  // the position of pixel d is (step d + origin) / unit
 
     Axis() = default;
     IAL_HD Axis(int64_t coarse, int64_t fine, bool align_corners)
@@ -33,7 +33,7 @@ struct Axis {
                : fine > 1     ? fine - 1
                               : 1) {}
 
-    // The first pixel of cell i. For i = coarse it is the number of pixels.
+    // The first pixel of cell i. For i = coarse, the number of pixels.
     IAL_HD int64_t first(int64_t i) const {
         if (i <= 0) return 0;
         if (i >= coarse || step == 0) return fine;
@@ -46,7 +46,7 @@ struct Axis {
         return i < coarse ? i : coarse - 1;
     }
 
-    // The fraction by which pixel d of cell i is beyond logit i.
+    // The fraction by which pixel d of cell i lies beyond logit i.
     template <typename A>
     IAL_HD A fraction(int64_t i, int64_t d) const {
         const int64_t beyond = step * d + origin - i * unit;
@@ -54,7 +54,7 @@ struct Axis {
     }
 };
 
-// Strides of (N, C, y, x) or (N, y, x).
+// Strides of a tensor (N, C, y, x) or (N, y, x).
 struct Image {
     int64_t batch, channel, row, pixel;
 

@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, and plain structs made of them.
-// The messages say the argument, what it is and what was expected.
+// Checks of the operators' arguments, and the plain structs that the kernels take. Each message names the
+// argument, what it is and what was expected.
 #include "inputs.h"
 
 #include <ATen/MemoryOverlap.h>
@@ -100,7 +100,7 @@ void Inputs::check() const {
     }
     TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1, "label_smoothing is ", label_smoothing,
                       ", expected 0 to 1");
-    exact();  // reduce needs it in its backward only, where an error would be late
+    exact();  // checked here too: reduce reads it in its backward only, and an error there comes late
 }
 
 void Inputs::check_grad_stats(const Tensor& grad_stats) const {
@@ -182,23 +182,23 @@ Layout Inputs::layout(const Tensor& grad) const {
         const Tensor& tensor;
         View& view;
         int64_t spatial;          // the first spatial dimension
-        at::DimVector strides{};  // of merged dimensions, innermost first
+        at::DimVector strides{};  // strides of the merged dimensions, innermost first
 
         int64_t stride(int64_t d) const { return tensor.stride(spatial + d); }
     };
     std::vector<Operand> operands = {
         {logits, layout.logits, 2}, {grad, layout.grad, 2}, {target, layout.target, 1}};
     if (pixel_weight) operands.push_back({*pixel_weight, layout.pixel_weight, 1});
-    // A dimension of size 1 may have any stride.
+    // The stride of a dimension of size 1 is arbitrary.
     for (const Operand& operand : operands) {
         operand.view.batch = layout.batch > 1 ? operand.tensor.stride(0) : 0;
         operand.view.channel = operand.spatial == 2 && layout.classes > 1 ? operand.tensor.stride(1) : 0;
         operand.view.pixel = 1;
     }
 
-    // From the innermost dimension out: a dimension is merged with the one inside it where its stride is that
-    // one's extent in every tensor.
-    at::DimVector sizes;  // of merged dimensions, innermost first
+    // From the innermost dimension outwards: merge a dimension with the one inside it if, in every tensor,
+    // its stride equals the inner dimension's stride times its size.
+    at::DimVector sizes;  // sizes of the merged dimensions, innermost first
     for (int64_t d = logits.dim() - 3; d >= 0; --d) {
         const int64_t size = logits.size(d + 2);
         layout.pixels *= size;

@@ -1,6 +1,6 @@
-// What the operators of all devices share: checks of their arguments, and plain structs made of them.
-// Python checks the same, and more, in ial_cuda/validation.py. The checks here protect memory from those who
-// call torch.ops themselves.
+// Checks of the operators' arguments for all devices, and the plain structs that the kernels take.
+// ial_cuda/validation.py checks the same and more in Python. The checks here protect memory when torch.ops is
+// called directly.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,13 +22,15 @@ using OptionalTensor = std::optional<Tensor>;
 // computed_for.
 using LossAndGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// Those without the gradient, which is left to the backward pass: what is of it is empty, of one dimension.
+// The results when the gradient is left to the backward pass: grad_stats, grad and computed_for are empty, of
+// shape (0,). A gradient has two dimensions or more.
 LossAndGrad without_grad(const Tensor& loss, const Tensor& factors, const Tensor& stats,
                          const Tensor& logits);
 inline bool has_grad(const LossAndGrad& results) { return std::get<4>(results).dim() > 1; }
 
 // clang-format off
-// Parameters that operators share, in the order of their schemas in library.cpp; and the same as arguments.
+// Parameters that several operators share, in the order of their schemas in library.cpp. The *_ARGUMENTS
+// macros pass them on.
 #define IAL_PIXEL_PARAMETERS                                                        \
     const Tensor& target, const OptionalTensor& weight, const OptionalTensor& pixel_weight, \
     at::IntArrayRef class_levels, int64_t ignore_index, std::string_view gradient, double label_smoothing
@@ -51,36 +53,36 @@ struct Inputs {
     int64_t ignore_index;
     std::string_view gradient;
     double label_smoothing;
-    // Given for coarse logits: how they are upsampled to the size of the target.
+    // Set for coarse logits: how they are upsampled to the size of the target.
     std::optional<bool> align_corners = std::nullopt;
 
     void check() const;
     void check_grad_stats(const Tensor& grad_stats) const;
-    void check_grad(const Tensor& grad) const;  // given to be overwritten
+    void check_grad(const Tensor& grad) const;  // grad will be overwritten
 
     int levels() const;
     Label label() const;
     bool exact() const;  // gradient = "exact"
 
-    // Whether loss_and_grad makes one pass over the logits. A loss of float16 logits is usually scaled:
-    // without an expected incoming gradient, a gradient that is computed with the loss would be computed
-    // again.
+    // Whether loss_and_grad computes loss and gradient in one pass over the logits. The loss of float16
+    // logits is usually scaled, so the incoming gradient is not 1. Unless it is known in advance
+    // (`expected`), a gradient computed with the loss would have to be computed again.
     bool one_pass(const OptionalTensor& expected) const;
 
-    // Layouts of logits as large as the target, and of coarse ones. `grad` has the logits' shape.
+    // The layouts of full-size logits and of coarse logits. `grad` has the shape of the logits.
     Layout layout(const Tensor& grad) const;
     Upsampling upsampling(const Tensor& grad) const;
 };
 
-// The arguments of combine and combine_backward, checked. The result points to the data of stats, divisor
-// and lambdas.
+// The checked arguments of combine and combine_backward. The result points to the data of stats, divisor and
+// lambdas.
 Combine make_combine(const Tensor& stats, IAL_COMBINE_PARAMETERS);
 
-// The incoming gradient of the loss, of combine_backward and rescale_: `values` numbers, on the device of
-// stats.
+// Checks grad_loss of combine_backward and rescale_: the incoming gradient of the loss, `values` numbers on
+// the device of stats.
 void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values);
 
-// The incoming gradient that loss_and_grad computes for, of loss_and_grad and rescale_.
+// Checks `expected` of loss_and_grad and rescale_: the incoming gradient that loss_and_grad computes for.
 void check_expected(const OptionalTensor& expected, const Tensor& logits);
 
 bool is_pooled(std::string_view factor_scope);  // factor_scope = "batch"

@@ -1,4 +1,4 @@
-// Where a pixel is in memory: tensors (N, C, *spatial) and (N, *spatial) of any strides.
+// Memory layout: maps a pixel of tensors (N, C, *spatial) and (N, *spatial) with any strides to its offset.
 // All sizes and strides are in elements.
 #pragma once
 
@@ -12,13 +12,13 @@ enum class Label : int { kUInt8, kInt32, kInt64 };  // the dtype of labels
 
 constexpr int kMaxOuter = 6;
 
-// The strides of one tensor. `pixel` is the stride along a row.
+// The strides of one tensor. `pixel` is the stride between neighbouring pixels of a row.
 struct View {
     int64_t batch, channel, pixel, outer[kMaxOuter];
 };
 
-// Spatial dimensions that are contiguous to each other in every tensor are merged. So `outer_rank` is 0 for
-// contiguous and for channels_last tensors. A pixel index counts along rows of `row` pixels.
+// Spatial dimensions that are contiguous to each other in every tensor are merged. For contiguous and
+// channels_last tensors `outer_rank` is therefore 0. Pixel indices count along rows of `row` pixels.
 struct Layout {
     int64_t batch, classes, pixels, row;
     int outer_rank;

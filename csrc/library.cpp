@@ -17,7 +17,7 @@
 #include "inputs.h"
 #include "parallel.h"
 
-// The name of the library of operators. With another name, this file serves a library with other kernels.
+// The name of the operator library. tests/simt compiles this file under another name, with other kernels.
 #ifndef IAL_LIBRARY
 #define IAL_LIBRARY ial_cuda
 #endif
@@ -31,7 +31,7 @@ namespace {
 using namespace torch::autograd;
 
 // -------------------------------------------------------------------------------------------------
-// The operators as functions, each looked up once.
+// The operators as C++ functions. Each is looked up once.
 
 #define IAL_OP(name, ...)                                                                      \
     inline auto& name##_op() {                                                                 \
@@ -59,7 +59,7 @@ auto below_autograd(const Args&... args) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// What is not differentiated.
+// Arguments without derivatives.
 
 template <typename... Tensors>
 void check_no_tangent(const Tensors&... tensors) {
@@ -80,9 +80,9 @@ void check_constant(const OptionalTensor& weight, const OptionalTensor& pixel_we
 }
 
 // -------------------------------------------------------------------------------------------------
-// Nodes of the graph. They are not made by torch::autograd::Function, which torch.func does not accept.
+// Autograd nodes. torch.func rejects custom torch::autograd::Function classes, so we build the nodes here.
 
-using NodePtr = decltype(Edge::function);  // a std::shared_ptr in torch 2.11
+using NodePtr = decltype(Edge::function);  // std::shared_ptr in torch 2.11, intrusive later
 
 template <typename T, typename Pointer = NodePtr, typename... Args>
 NodePtr make_node(edge_list&& inputs, Args&&... args) {
@@ -95,7 +95,8 @@ NodePtr make_node(edge_list&& inputs, Args&&... args) {
     return node;
 }
 
-// The node of a gradient. There are no second derivatives: asking for one is an error, not a silent zero.
+// The node of a gradient. Second derivatives are not implemented: requesting one raises an error instead of
+// returning zero.
 struct DerivativeBackward final : Node {
     variable_list apply(variable_list&&) override {
         TORCH_CHECK_NOT_IMPLEMENTED(
@@ -106,7 +107,7 @@ struct DerivativeBackward final : Node {
     std::string name() const override { return "DerivativeBackward"; }
 };
 
-// A node with the gradient of one input, from the gradient of its first output.
+// A node that computes the gradient of one input from the gradient of its first output.
 struct GradientNode : Node {
     virtual Tensor differentiate(const Tensor& grad) = 0;
     virtual void release() = 0;
@@ -121,7 +122,7 @@ struct GradientNode : Node {
     }
 };
 
-// The arguments that reduce_backward shares with reduce and loss_and_grad, saved for it.
+// Saved for reduce_backward: the arguments that it shares with reduce and loss_and_grad.
 struct SavedInputs {
     SavedVariable logits, target, weight, pixel_weight;
     std::vector<int64_t> class_levels;
@@ -170,7 +171,7 @@ struct ReduceBackward final : GradientNode {
 
     Tensor differentiate(const Tensor& grad) override {
         const Tensor grad_stats = grad.contiguous();
-        // With create_graph=True the gradient keeps its history, which needs the logits.
+        // With create_graph=True, autograd still needs the logits, so they are not overwritten.
         if (!inplace || at::GradMode::is_enabled()) return inputs.reduce_backward(grad_stats);
         return inputs.unpack([&](const Tensor& x, const auto&... rest) {
             reduce_backward__op().call(x, grad_stats, rest...);
@@ -181,7 +182,7 @@ struct ReduceBackward final : GradientNode {
     std::string name() const override { return "ImportanceAwareLossReduceBackward"; }
 };
 
-// The arguments that combine_backward shares with combine and loss_and_grad, saved for it.
+// Saved for combine_backward: the arguments that it shares with combine and loss_and_grad.
 struct SavedCombine {
     SavedVariable stats, divisor;
     std::vector<double> lambdas;
@@ -219,7 +220,7 @@ struct CombineBackward final : GradientNode {
     std::string name() const override { return "ImportanceAwareLossCombineBackward"; }
 };
 
-// Of loss_and_grad that has left the gradient to the backward pass.
+// The node of loss_and_grad if the gradient was left to the backward pass.
 struct TwoPassBackward final : GradientNode {
     SavedInputs inputs;
     SavedCombine combine;
@@ -237,9 +238,10 @@ struct TwoPassBackward final : GradientNode {
     std::string name() const override { return "ImportanceAwareLossBackward"; }
 };
 
-// Of loss_and_grad that has computed the gradient, for the incoming gradient `computed_for`. The first
-// backward pass hands it out, computed again if another gradient comes in. A second pass, or one with
-// create_graph=True, computes a gradient of its own.
+// The node of loss_and_grad if the gradient was computed with the loss, for the incoming gradient
+// `computed_for`. The first backward pass returns that gradient. If another incoming gradient arrives,
+// rescale_ recomputes it first. A second backward pass, or one with create_graph=True, computes a new
+// gradient.
 struct LossAndGradBackward final : GradientNode {
     SavedInputs inputs;
     SavedVariable grad_stats, computed, computed_for;
@@ -255,7 +257,8 @@ struct LossAndGradBackward final : GradientNode {
 
     Tensor differentiate(const Tensor& grad_loss) override {
         const Tensor of_one = grad_stats.unpack();  // for an incoming gradient of 1
-        // Nothing is written over where a mode traces the calls, or vmap makes several of one.
+        // Compute a new gradient if calls are traced, or if vmap turns one call into several: nothing may be
+        // overwritten then.
         if (handed_out || at::GradMode::is_enabled() || at::isTensorSubclassLike(grad_loss))
             return inputs.reduce_backward(at::where(of_one == 0, of_one, of_one * grad_loss));
         const Tensor grad = computed.unpack(), made_for = computed_for.unpack();
@@ -275,7 +278,7 @@ struct LossAndGradBackward final : GradientNode {
 };
 
 // -------------------------------------------------------------------------------------------------
-// The operators under autograd.
+// The autograd implementations of the operators.
 
 Tensor reduce_autograd(const Tensor& logits, IAL_PIXEL_PARAMETERS, bool inplace,
                        std::optional<bool> align_corners) {
@@ -345,7 +348,8 @@ Tensor combine_backward_autograd(const Tensor& stats, const Tensor& grad_loss, I
                          grad_loss);
 }
 
-// An operator that overwrites its first argument with a gradient, computed from its tensors.
+// The autograd implementation of an operator that overwrites its first argument with a gradient computed from
+// all its tensors.
 template <auto& op, typename Handle = std::decay_t<decltype(op())>>
 struct Overwriting;
 
@@ -369,8 +373,8 @@ struct Overwriting<op, c10::TypedOperatorHandle<void(const Tensor&, Args...)>> {
     }
 };
 
-// Afterwards torch refuses a backward pass that has saved these logits: another operator's, or this one's a
-// second time.
+// Bumping the version makes torch reject any later backward pass that saved these logits: that of another
+// operator, or a second one of this operator.
 void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS) {
     below_autograd<reduce_backward__op>(logits, grad_stats, IAL_PIXEL_ARGUMENTS);
     increment_version(logits);
@@ -381,24 +385,25 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 // -------------------------------------------------------------------------------------------------
 // Registration
 
-// reduce            stats (N, g, 5) of Double: per image and level S, P2, Q2, pixels and weight. With
-//                   align_corners given, the logits are upsampled to the target's size. `gradient` and
+// reduce            stats (N, g, 5) of Double: S, P2, Q2, pixels and weight of each image and level. With
+//                   align_corners set, the logits are upsampled to the size of the target. `gradient` and
 //                   `inplace` are for the backward pass.
-// reduce_backward   dL/dlogits, from grad_stats = dL/dstats; reduce_backward_ writes it over the logits
-// combine           the loss, () or (N,), in `dtype`, and the factors f_t, (N or 1, g - 1) of Double. A
-//                   divisor of Double takes the place of the weight of the valid pixels.
-// combine_backward  dL/dstats, from the incoming gradient of the loss
-// loss_and_grad     for training: loss, factors, stats; and where that saves a pass over the logits,
-//                   grad_stats for an incoming gradient of 1, dL/dlogits for one of computed_for, and
-//                   computed_for, () of Double. Else these are empty, (0,), and left to the backward pass.
-//                   One level needs one pass; its stats have neither P2 nor Q2. `expected`, (2,) of Double:
-//                   computed_for, which is 1 without it, and the last incoming gradient. `one_launch`:
-//                   whether several levels take one cooperative launch: never, wherever they can, or where
-//                   it is likely to be faster (None).
-// rescale_          makes that dL/dlogits the gradient for grad_loss. If the last two incoming gradients are
-//                   equal, they become the expected one.
+// reduce_backward   dL/dlogits, from grad_stats = dL/dstats. reduce_backward_ writes it over the logits.
+// combine           The loss, () or (N,) of `dtype`, and the factors f_t, (N or 1, g - 1) of Double. A
+//                   divisor of Double replaces the weight of the valid pixels.
+// combine_backward  dL/dstats, from the incoming gradient of the loss.
+// loss_and_grad     For training. Returns loss, factors and stats. If that saves a pass over the logits, it
+//                   also returns grad_stats for an incoming gradient of 1, dL/dlogits for an incoming
+//                   gradient of computed_for, and computed_for, () of Double. Otherwise these three are
+//                   empty, (0,), and the backward pass computes the gradient. With one level, one pass
+//                   computes everything, and P2 and Q2 are 0. `expected`, (2,) of Double, holds computed_for
+//                   (1 without it) and the last incoming gradient. `one_launch` says whether several levels
+//                   are computed in one cooperative launch: False never, True whenever possible, None where
+//                   it is likely to be faster.
+// rescale_          Turns that dL/dlogits into the gradient for grad_loss. If the last two incoming gradients
+//                   are equal, they become the expected one.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
-    // The compiler may choose the strides. Else it would copy the channels_last logits of its convolutions.
+    // Lets the compiler choose the strides. Otherwise it copies the channels_last logits of its convolutions.
     const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
     m.def(
         "reduce(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, "

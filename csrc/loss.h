@@ -1,14 +1,14 @@
-// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), for host and device code.
-// No torch and no CUDA header here.
+// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), for host and device. This
+// header includes neither torch nor CUDA.
 //
 //   reduce            stats[N, g, 5]: five sums per image n and level k, from one read of the logits
 //   combine           stats -> the factors f_t and the loss                                (Eqs. 3-8)
 //   combine_backward  grad_stats = dL/dstats[N, g, 5], from stats and the incoming gradient
 //   reduce_backward   the gradient of the logits, from one read of them and one write      (Eqs. 9-19)
 //
-// The loss depends on the logits through `stats` alone. So all that a pixel must know of the rest of the
-// batch is its level's row of grad_stats. Alpha, lambda, the normalisations, the reduction and the incoming
-// gradient stay out of the kernels that read logits.
+// The loss depends on the logits through `stats` alone. The gradient of a pixel therefore needs only one row
+// of grad_stats from the rest of the batch: that of its level. The kernels that read logits know nothing of
+// alpha, lambda, the normalisations, the reduction and the incoming gradient.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,9 @@
 
 namespace ial {
 
-// The five sums of a level. S is w'l of Eqs. 1 and 2. P2 and Q2 are the two values of (pi - M_t)^2 in Eq. 3.
-// The other two are the number of pixels and the sum of their weights: their derivatives are 0.
+// The five sums of a level. S is w'l of Eqs. 1 and 2. P2 and Q2 sum the two values of (pi - M_t)^2 in Eq. 3:
+// pi^2 and (1 - pi)^2. The last two are the number of pixels and the sum of their weights. Their derivatives
+// are 0.
 enum Stat : int { kS, kP2, kQ2, kCount, kWeight, kStats };
 
 enum class Reduction : int { kMean, kSum, kNone };
@@ -27,10 +28,10 @@ enum class Reduction : int { kMean, kSum, kNone };
 // One pixel. Its gradient is  dL/dX_c = scale p_c + [c = y] extra.
 //
 // `ce` = w dL/dS comes from the cross-entropy. `factor_term` = pi dL/dpi = 2 pi (pi dL/dP2 - (1 - pi) dL/dQ2)
-// comes from the factors: Eq. 16's A, times what multiplies it in Eqs. 10-13.
+// comes from the factors. It is A of Eq. 16 times its multiplier in Eqs. 10-13.
 //   exact   dL/dX_c = (p_c - [c=y]) (ce - factor_term)
 //   paper   dL/dX_c = (p_c - [c=y]) ce + [c=y] (1 - pi) factor_term      Eq. 15: dpi/dX_c is 0 for c != y
-// `cross` is 1 for the exact form and 0 for the paper's: whether dpi/dX_c counts for c != y.
+// `cross` is 1 for the exact gradient, which includes dpi/dX_c for c != y, and 0 for the paper's.
 
 template <typename T>
 struct PixelGradient {
@@ -44,16 +45,16 @@ struct PixelGradient {
 };
 
 // -------------------------------------------------------------------------------------------------
-// Combine. The factors come from the sums of the images [first, last): one image, or the whole batch.
+// Combine. The factors are computed from the sums of the images [first, last): one image, or the whole batch.
 
 struct Combine {
     const double* stats;    // [batch, levels, kStats]
     const double* lambdas;  // [levels - 1]
-    const double* divisor;  // of Reduction::kMean, or null for the weight of the batch's valid pixels
+    const double* divisor;  // for Reduction::kMean; null: the weight of the batch's valid pixels
     int64_t batch;
     int levels;
     double alpha;
-    bool normalize_factors;  // Z_t = the pixels that f_t compares; else Z_t = 1
+    bool normalize_factors;  // Z_t = the number of pixels that f_t compares; otherwise Z_t = 1
     bool pool_batch;         // factor_scope = "batch"
     Reduction reduction;
 
@@ -66,7 +67,7 @@ struct Combine {
         return total;
     }
 
-    // F.cross_entropy(reduction="mean") divides by the weight of the batch's valid pixels.
+    // As F.cross_entropy(reduction="mean"), we divide by the weight of the batch's valid pixels.
     IAL_HD double mean_divisor() const {
         if (divisor) return *divisor;
         double total = 0;
@@ -75,7 +76,7 @@ struct Combine {
         return total;
     }
 
-    // dL/dIAL_n. grad_loss is indexed: it has one value, or one per image for Reduction::kNone.
+    // dL/dIAL_n. grad_loss is indexed: it has one value, or one per image with Reduction::kNone.
     template <typename G>
     IAL_HD double image_gradient(const G& grad_loss, int64_t n, double divided_by) const {
         if (reduction == Reduction::kNone) return grad_loss[n];
@@ -84,7 +85,8 @@ struct Combine {
     }
 };
 
-// Eq. 3, level by level, from the most important one down: sums over the levels above t, and Z_t.
+// Eq. 3, one level per step, from the most important level down. Keeps the sums over the levels above t, and
+// Z_t.
 struct Factor {
     double q2_above = 0, count = 0;
     double f = 0, z = 1;
@@ -100,7 +102,7 @@ struct Factor {
     }
 };
 
-// factors[t] = f_t for t < g - 1, from the sums of images [first, last).
+// factors[t] = f_t for t < g - 1, from the sums of the images [first, last).
 IAL_HD void factors(const Combine& c, int64_t first, int64_t last, double* factors) {
     Factor factor;
     IAL_ROLLED
@@ -118,13 +120,13 @@ IAL_HD double image_loss(const Combine& c, int64_t n, const double* factors) {
     return chain;
 }
 
-// grad_stats[n, k] = dL/dstats[n, k] of the images [first, last), which share their factors. With
-// lead_k = prod_{t<k} F_t,  b_t = lead_t T_{t+1},  G_n = dL/dIAL_n:
+// grad_stats[n, k] = dL/dstats[n, k] of the images [first, last), which share their factors. With lead_k =
+// prod_{t<k} F_t,  b_t = lead_t T_{t+1},  G_n = dL/dIAL_n:
 //   dL/dS_nk = G_n lead_k
 //   dL/dQ2_k = 1/2 sum_{t<k} b_t (1 + lambda_t) / Z_t
 //   dL/dP2_k = 1/2 b_k lambda_k / Z_k
-// S and T stand here for sums over n, of G_n S_n and of G_n T_n. The first loop stores F_t and T_{t+1} / Z_t
-// in the rows of image `first`. The second loop reads them and overwrites them.
+// Here S and T are sums over n of G_n S_n and G_n T_n. The first loop stores F_t and T_{t+1} / Z_t in the
+// rows of image `first`. The second loop reads them and overwrites them.
 template <typename G>
 IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, const G& grad_loss,
                              double divided_by, double* grad_stats) {
@@ -161,7 +163,8 @@ IAL_HD void combine_backward(const Combine& c, int64_t first, int64_t last, cons
     }
 }
 
-// A derivative of the loss times the incoming gradient, which may be infinite: 0 stays 0.
+// A derivative of the loss times the incoming gradient. The incoming gradient may be infinite, and 0 must
+// stay 0.
 IAL_HD double scaled(double derivative, double incoming) {
     return derivative == 0 ? 0 : derivative * incoming;
 }

@@ -10,10 +10,12 @@
 
 namespace ial {
 
-// Calls f(first, last) for parts of [0, count), in parallel. Not at::parallel_for: that is a header. Compiled
-// without OpenMP it runs on one thread. Compiled with another OpenMP runtime than torch's (clang) it runs on
-// threads that torch does not know. The loop of a TensorIterator is compiled into torch. Here it counts the
-// bytes of a tensor, which are never read or written.
+// Calls f(first, last) for parts of [0, count), in parallel.
+//
+// at::parallel_for is compiled into this extension, from a header. Without OpenMP it would run on one thread.
+// With another OpenMP runtime than torch's (clang) it would use threads that torch does not know. The loop of
+// a TensorIterator is compiled into torch. Here it iterates over the bytes of a tensor to count; the bytes
+// are never read or written.
 template <typename F>
 void parallel_for(int64_t count, const F& f) {
     if (count <= 1 || at::get_num_threads() == 1) return f(0, count);
@@ -27,7 +29,7 @@ void parallel_for(int64_t count, const F& f) {
         /*grain_size=*/1);
 }
 
-// The number of threads of such a loop.
+// The number of threads that parallel_for uses.
 inline size_t loop_threads() {
     std::vector<int> ran(at::get_num_threads());
     parallel_for(ran.size(), [&](int64_t first, int64_t last) {
