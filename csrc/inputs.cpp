@@ -1,5 +1,5 @@
-// Checks of the operators' arguments, and the plain structs that the kernels take. Each message names the
-// argument, what it is and what was expected.
+// Checks of the operators' arguments, and the plain structs that the kernels take.
+// Each message names the argument, what it is and what was expected.
 #include "inputs.h"
 
 #include <ATen/MemoryOverlap.h>

@@ -256,16 +256,18 @@ struct LossAndGradBackward final : GradientNode {
           expected(expected) {}
 
     Tensor differentiate(const Tensor& grad_loss) override {
-        const Tensor of_one = grad_stats.unpack();  // for an incoming gradient of 1
+        const Tensor unit_grad_stats = grad_stats.unpack();  // for an incoming gradient of 1
         // Compute a new gradient if calls are traced, or if vmap turns one call into several: nothing may be
         // overwritten then.
         if (handed_out || at::GradMode::is_enabled() || at::isTensorSubclassLike(grad_loss))
-            return inputs.reduce_backward(at::where(of_one == 0, of_one, of_one * grad_loss));
+            return inputs.reduce_backward(
+                at::where(unit_grad_stats == 0, unit_grad_stats, unit_grad_stats * grad_loss));
         const Tensor grad = computed.unpack(), made_for = computed_for.unpack();
         handed_out = true;
         computed.reset_data();
         inputs.unpack([&](const Tensor& x, const auto&... rest) {
-            rescale__op().call(grad, grad_loss, made_for, x, of_one, rest..., inputs.align_corners, expected);
+            rescale__op().call(grad, grad_loss, made_for, x, unit_grad_stats, rest..., inputs.align_corners,
+                               expected);
         });
         return grad;
     }
@@ -454,7 +456,7 @@ TORCH_LIBRARY_IMPL(IAL_LIBRARY, ADInplaceOrView, m) {
 }  // namespace ial
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-    m.doc() = "The compiled operators of ial_cuda, reached through torch.ops.ial_cuda.";
+    m.doc() = "The compiled operators of ial_cuda, called through torch.ops.ial_cuda.";
     m.def(
         "build_info",
         [] {
@@ -465,7 +467,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
             info["threads"] = ial::loop_threads();
             return info;
         },
-        "What the extension was built with, and the instruction set and threads of its CPU kernels here.");
+        "How the extension was built, and the instruction set and threads of its CPU kernels on this "
+        "machine.");
     m.def("release_gradient_memory", ial::release_gradient);
     m.def("keep_gradient_memory", ial::keep_gradient);
 }

@@ -1,5 +1,5 @@
-// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), for host and device. This
-// header includes neither torch nor CUDA.
+// The mathematics of the Importance-Aware Loss (Chen, Gong, Yang, IJCAI 2017), for host and device.
+// This header includes neither torch nor CUDA.
 //
 //   reduce            stats[N, g, 5]: five sums per image n and level k, from one read of the logits
 //   combine           stats -> the factors f_t and the loss                                (Eqs. 3-8)

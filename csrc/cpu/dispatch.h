@@ -1,4 +1,4 @@
-// The kernels, compiled once for each instruction set, and the choice of one at run time.
+// Compiles the kernels once for each instruction set, and selects one at run time.
 #pragma once
 
 #include <ATen/Version.h>
@@ -21,8 +21,8 @@
 #define IAL_SIMD _Pragma("omp simd")
 #define IAL_UNROLL _Pragma("GCC unroll 8")
 
-// upsample.h includes pixels.h, which includes simd.h. IAL_ISA is their namespace, IAL_TARGET enables the
-// instruction set for each function. IAL_X86_VECTORS: the bits of its vectors.
+// upsample.h includes pixels.h, which includes simd.h. IAL_ISA is their namespace. IAL_TARGET enables the
+// instruction set for each function. IAL_X86_VECTORS is the width of its vectors in bits.
 #define IAL_ISA baseline
 #define IAL_TARGET
 #define IAL_X86_VECTORS 0
@@ -58,7 +58,7 @@ namespace ial {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// The widest instruction set that this machine has and ATEN_CPU_CAPABILITY allows.
+// The widest instruction set that this machine supports and ATEN_CPU_CAPABILITY allows.
 inline Isa isa() {
 #ifdef IAL_X86
     static const std::string capability = at::get_cpu_capability();

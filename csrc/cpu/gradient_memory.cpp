@@ -1,11 +1,13 @@
-// Keeps the memory of a freed CPU gradient for the next one.
+// Keeps the memory of a freed CPU gradient for the next gradient.
 // At most one mapping is kept: the largest.
 //
-// A large CPU tensor is a new mapping each time, which returns to the system when it is freed. So each
-// training step pays for every page again: Linux clears it, which takes as long as the kernel that writes it.
-// A virtual machine whose host takes free memory back pays several times that. torch keeps memory on a GPU
-// for the same reason. The contents of a kept mapping are discarded (MADV_FREE), so Linux may take its pages
-// whenever it needs memory. Its addresses stay reserved. So nothing is kept where addresses are limited.
+// A large CPU tensor is allocated as a new mapping, and freeing it returns the mapping to the system. Each
+// training step then pays for every page again: Linux clears the page, which takes as long as the kernel that
+// writes it. On a virtual machine whose host reclaims free memory, this takes several times longer. torch
+// caches GPU memory for the same reason.
+//
+// The contents of a kept mapping are discarded (MADV_FREE), so Linux may take its pages whenever it needs
+// memory. Its addresses stay reserved. Nothing is kept if addresses are limited.
 #include "gradient_memory.h"
 
 #include <ATen/Context.h>
@@ -36,10 +38,10 @@ namespace {
 
 constexpr size_t kHuge = 2 << 20;
 
-// Makes the pages of a new mapping huge. With pages of 4 KiB the page faults cost several times the kernel
-// that writes the gradient, and its readers and MADV_FREE stay slower. Each page is touched by one thread
-// first: a kernel writes all classes at once, so its threads would fault on the same pages. The system may
-// refuse huge pages. Then nothing is touched.
+// Gives a new mapping huge pages. With pages of 4 KiB, the page faults cost several times as much as the
+// kernel that writes the gradient. Reading the gradient and MADV_FREE stay slower too. One thread touches
+// each page first, because a kernel writes all classes at once and its threads would fault on the same pages.
+// If the system refuses huge pages, nothing is touched.
 void prefault(char* begin, size_t size) {
     const auto pages = static_cast<int64_t>(size / kHuge);
     if (madvise(begin, pages * kHuge, MADV_HUGEPAGE) != 0) return;
@@ -48,7 +50,7 @@ void prefault(char* begin, size_t size) {
     });
 }
 
-// A mapping that begins at a huge page.
+// A mapping that starts at a huge-page boundary.
 struct Mapping {
     char* begin;
     size_t size;
@@ -58,8 +60,8 @@ struct Mapping {
             mmap(nullptr, size + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (found == MAP_FAILED) {
             c10::profiledCPUMemoryReporter().OutOfMemory(bytes);
-            TORCH_CHECK_WITH(OutOfMemoryError, false, "ial_cuda: there is no memory for a gradient of ",
-                             bytes, " bytes");
+            TORCH_CHECK_WITH(OutOfMemoryError, false, "ial_cuda: no memory for a gradient of ", bytes,
+                             " bytes");
         }
         char* const from = static_cast<char*>(found);
         const size_t skipped = -reinterpret_cast<uintptr_t>(from) % kHuge;
@@ -71,19 +73,20 @@ struct Mapping {
     Mapping(const Mapping&) = delete;
     ~Mapping() { munmap(begin, size); }
 
-    // Lets Linux take the pages. Forks, such as the workers of a DataLoader, do not share them: the next
-    // write would copy a shared page, and a huge one as 512 small ones.
+    // Lets Linux take the pages. Forks, such as the workers of a DataLoader, do not share them. The next
+    // write would otherwise copy each shared page, and copy a huge page as 512 small ones.
     void discard() {
         madvise(begin, size, MADV_FREE);
         madvise(begin, size, MADV_WIPEONFORK);
     }
     void reuse() { madvise(begin, size, MADV_KEEPONFORK); }
 
-    static constexpr size_t kSmall = 64 << 10;  // a multiple of every usual page
+    static constexpr size_t kSmall = 64 << 10;  // a multiple of every common page size
 };
 
-// The mapping that is kept, which no tensor uses. Exchanged atomically: after a fork, a lock might stay
-// locked. Never destroyed: tensors may outlive the objects that are destroyed at the end of a process.
+// The kept mapping. No tensor uses it. It is exchanged atomically, because after a fork a lock might stay
+// locked. It is never destroyed, because tensors may outlive the objects that are destroyed when a process
+// ends.
 std::atomic<Mapping*> kept{nullptr};
 
 bool from_environment() {
@@ -114,7 +117,7 @@ void keep_or_free(void* context) {
     freed->discard();
     std::unique_ptr<Mapping> other(kept.exchange(nullptr));
     if (other && other->size > freed->size) freed.swap(other);
-    other.reset(kept.exchange(freed.release()));  // frees what another thread has left meanwhile
+    other.reset(kept.exchange(freed.release()));  // frees what another thread has kept in the meantime
 }
 
 struct GradientAllocator final : c10::Allocator {
@@ -123,7 +126,7 @@ struct GradientAllocator final : c10::Allocator {
         if (mapping && mapping->size >= bytes) {
             mapping->reuse();
         } else {
-            mapping.reset();  // first: never two at once
+            mapping.reset();  // before the new one, so that there are never two
             mapping = std::make_unique<Mapping>(bytes);
         }
         c10::profiledCPUMemoryReporter().New(mapping->begin, bytes);

@@ -1,7 +1,7 @@
-// Runs the kernels on checked tensors. The work is cut into chunks, which go to torch's threads.
+// Runs the kernels on checked tensors. The work is split into chunks, which torch's threads process.
 //
-// Chunks depend on the shapes alone. Each chunk writes its sums to a row of its own, and the rows are added
-// in order. So the result is bitwise the same for any number of threads.
+// The split depends on the shapes alone. Each chunk writes its partial sums to its own row, and the rows are
+// added in order. Results are therefore bitwise the same for any number of threads.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -18,11 +18,11 @@
 
 namespace ial {
 
-// Equal parts of each image: of its pixels, or of its rows of cells. A chunk is large enough to be worth its
-// start. There are so few that their sums take little memory compared with the logits.
+// Equal parts of each image: of its pixels, or of its rows of cells. A chunk is large enough to amortise its
+// setup. There are few enough chunks that their partial sums take little memory compared with the logits.
 struct Chunks {
     static constexpr int64_t kElements = 1 << 15, kSumBytes = 1 << 18;
-    int64_t length, size, per_image, count;  // length: of an image
+    int64_t length, size, per_image, count;  // length: pixels or rows of an image
 
     Chunks(int64_t images, int64_t length, int64_t size)
         : length(length), size(size), per_image((length + size - 1) / size), count(images * per_image) {}
@@ -31,11 +31,12 @@ struct Chunks {
     int64_t begin(int64_t i) const { return i % per_image * size; }
     int64_t end(int64_t i) const { return std::min(begin(i) + size, length); }
 
-    // `elements` of `classes` logits.
+    // Chunks of about `elements` logits, for `classes` classes.
     static Chunks of_pixels(const Layout& layout, int levels, int64_t classes, int64_t elements) {
-        const int64_t most = std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
-        const int64_t least = (layout.batch * layout.pixels + most - 1) / most;
-        const int64_t pixels = std::max(elements / classes, least);
+        const int64_t max_chunks =
+            std::max<int64_t>(1, kSumBytes / (levels * kStats * int64_t(sizeof(double))));
+        const int64_t min_pixels = (layout.batch * layout.pixels + max_chunks - 1) / max_chunks;
+        const int64_t pixels = std::max(elements / classes, min_pixels);
         return {layout.batch, layout.pixels, (pixels / kWide + 1) * kWide};
     }
     static Chunks of_pixels(const Layout& layout, int levels) {
@@ -47,15 +48,16 @@ struct Chunks {
     }
     static Chunks of_labels(const Layout& layout) { return of_pixels(layout, 1, 1, kElements); }
 
-    // The backward pass stores two rows of each chunk apart: their sums need the neighbouring chunks.
+    // The backward pass stores two rows of each chunk separately, since their sums need the neighbouring
+    // chunks.
     static Chunks of_rows(const Upsampling& up) {
-        constexpr int64_t kLeast = 8;
+        constexpr int64_t kMinRows = 8;
         const int64_t pixels = std::max<int64_t>(1, up.y.fine * up.x.fine / up.y.coarse);
-        return {up.batch, up.y.coarse, std::max(kLeast, kElements / (up.classes * pixels))};
+        return {up.batch, up.y.coarse, std::max(kMinRows, kElements / (up.classes * pixels))};
     }
 };
 
-// Memory aligned to a vector of 64 bytes.
+// Memory aligned to 64 bytes, the widest vector.
 template <typename A>
 struct Buffer {
     explicit Buffer(int64_t size) : storage(size + 64 / sizeof(A)) {}
@@ -66,19 +68,20 @@ struct Buffer {
     std::vector<A> storage;
 };
 
-// A gradient of so many bytes is stored past the caches. An ordinary store reads each line first, and no
-// cache would still hold the lines when the network's next step writes there again.
+// Gradients of this size or larger are written with streaming stores, past the caches. An ordinary store
+// reads each line first. No cache would still hold the lines when the next step of the network uses them.
 constexpr size_t kStreamFrom = 2 << 20;
 
-// Tensors (N, C, *spatial) or (N, *spatial) with their spatial dimensions in the order in which the logits
-// lie in memory: the pixels of a row are to be neighbours there, whatever the order of the others.
+// Permutes the spatial dimensions of tensors (N, C, *spatial) or (N, *spatial) into the order of the logits'
+// strides, so that the pixels of a row are neighbours in memory. The order of the other dimensions does not
+// matter.
 struct Spatial {
     at::DimVector order;  // of the logits' dimensions
     bool moved;
 
     explicit Spatial(const Tensor& logits) : order(logits.dim()) {
         std::iota(order.begin(), order.end(), 0);
-        const auto stride = [&](int64_t d) {  // one of 0 is the outermost
+        const auto stride = [&](int64_t d) {  // a stride of 0 is the outermost
             return logits.stride(d) ? logits.stride(d) : std::numeric_limits<int64_t>::max();
         };
         if (logits.dim() > 2)
@@ -89,7 +92,7 @@ struct Spatial {
     Tensor operator()(const Tensor& tensor) const {
         if (!moved) return tensor;
         at::DimVector dims(order);
-        if (tensor.dim() < static_cast<int64_t>(order.size())) {  // no classes
+        if (tensor.dim() < static_cast<int64_t>(order.size())) {  // no class dimension
             dims.erase(dims.begin() + 1);
             for (int64_t& d : dims) d -= d > 0;
         }
@@ -97,7 +100,7 @@ struct Spatial {
     }
 };
 
-// Problem<T>, and what it points to.
+// Problem<T> and the memory that it points to.
 template <typename T>
 struct Call {
     using A = typename Problem<T>::A;
@@ -106,7 +109,7 @@ struct Call {
     OptionalTensor pixel_weight;
     std::vector<int32_t> class_levels;
     Problem<T> problem{};
-    Upsampling upsampling{};  // of coarse logits, whose problem.layout is that of the target and its weights
+    Upsampling upsampling{};  // for coarse logits; problem.layout is then that of the target and pixel_weight
 
     Call(const Inputs& inputs, const Tensor& grad)
         : weight(inputs.class_levels.size(), A(1)),
@@ -154,9 +157,9 @@ struct Call {
                 all += share * w;
             }
             problem.smoothing = smoothing.data();
-            problem.all_smoothing = static_cast<A>(all);
+            problem.smoothing_sum = static_cast<A>(all);
         }
-        problem.hard = 1 - inputs.label_smoothing;
+        problem.target_share = 1 - inputs.label_smoothing;
         problem.pixel_weight = pixel_weight ? pixel_weight->const_data_ptr<A>() : nullptr;
         problem.class_levels = class_levels.data();
         problem.levels = inputs.levels();
@@ -164,7 +167,7 @@ struct Call {
     }
     Call(const Call&) = delete;
 
-    // fresh: grad is not the logits.
+    // fresh: grad is a new tensor, not the logits.
     void set_gradient(const Inputs& inputs, const Tensor& grad, bool fresh) {
         problem.grad = grad.mutable_data_ptr<T>();
         problem.cross = inputs.exact() ? 1 : 0;
@@ -172,7 +175,7 @@ struct Call {
     }
 };
 
-// Coarse<T>, and what it points to.
+// Coarse<T> and the memory that it points to.
 template <typename T>
 struct CoarseCall {
     using A = typename Problem<T>::A;
@@ -201,11 +204,11 @@ struct CoarseCall {
     }
     CoarseCall(const CoarseCall&) = delete;
 
-    // The size of a thread's buffer: see CellBuffer.
+    // The size of a thread's buffer. See CellBuffer.
     int64_t buffer() const { return coarse.up.classes * (4 * kCells + 3 * (kCells + kCellPad)); }
 };
 
-// Of a target with labels that are neither a class nor ignore_index: with the message of
+// Reports a target with labels that are neither a class nor ignore_index. The message is that of
 // ial_cuda.validate_target.
 [[noreturn]] inline void throw_bad_labels(const Inputs& inputs) {
     const Tensor target = inputs.target.to(at::kLong).contiguous();
@@ -234,19 +237,19 @@ struct CoarseCall {
 // -------------------------------------------------------------------------------------------------
 // reduce
 
-// Calls run(first, last, &bad) for parts of the chunks, in parallel. Throws where one has set `bad`.
-template <typename Run>
-void run_chunks(const Inputs& inputs, const Chunks& chunks, const Run& run) {
+// Calls body(first, last, &bad) for parts of the chunks, in parallel. Throws if a call has set `bad`.
+template <typename Body>
+void run_chunks(const Inputs& inputs, const Chunks& chunks, const Body& body) {
     std::atomic<bool> any_bad{false};
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         bool bad = false;
-        run(first, last, &bad);
+        body(first, last, &bad);
         if (bad) any_bad = true;
     });
     if (any_bad) throw_bad_labels(inputs);
 }
 
-// stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
+// Returns stats (N, g, kStats). `reduce(i, buffer, lanes, sums, bad)` writes the sums [g, kStats] of chunk i.
 template <typename A, typename Reduce>
 Tensor reduce_chunks(const Inputs& inputs, const Chunks& chunks, int64_t buffer_size, const Reduce& reduce) {
     const int64_t row = inputs.levels() * kStats;
@@ -296,22 +299,22 @@ Tensor launch_reduce(const Inputs& inputs) {
 // -------------------------------------------------------------------------------------------------
 // reduce_backward
 
-// class_grads[4, C], from an image's dL/dstats [g, kStats] for an incoming gradient of 1: the dL/dS, dL/dP2
-// and dL/dQ2 of each class, the first times the class's weight and what label smoothing leaves of it; and
-// dL/dS for label smoothing.
+// Fills class_grads[4, C] from dL/dstats [g, kStats] of an image, times `incoming`. Rows kS, kP2 and kQ2 are
+// dL/dS, dL/dP2 and dL/dQ2 of each class. Row kS is also multiplied by the class weight and by
+// target_share. Row kSoft is dL/dS for label smoothing.
 template <typename T, typename A>
 void load_class_grads(const Problem<T>& problem, const double* grad_stats, double incoming, A* class_grads) {
     const int64_t classes = problem.layout.classes;
     for (int64_t c = 0; c < classes; ++c) {
         const double* from = grad_stats + problem.class_levels[c] * kStats;
         class_grads[kS * classes + c] =
-            static_cast<A>(problem.hard * problem.weight[c] * (from[kS] * incoming));
+            static_cast<A>(problem.target_share * problem.weight[c] * (from[kS] * incoming));
         for (const Stat s : {kP2, kQ2}) class_grads[s * classes + c] = static_cast<A>(from[s] * incoming);
         class_grads[kSoft * classes + c] = static_cast<A>(from[kS] * incoming);
     }
 }
 
-// The same of image n.
+// Fills class_grads for image n, with an incoming gradient of 1.
 template <typename T, typename A>
 void load_class_grads(const Problem<T>& problem, const Tensor& grad_stats, int64_t n, A* class_grads) {
     load_class_grads(problem, grad_stats.const_data_ptr<double>() + n * problem.levels * kStats, 1,
@@ -322,7 +325,7 @@ template <typename T>
 void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats) {
     using A = typename Problem<T>::A;
     const Chunks chunks = Chunks::of_pixels(problem.layout, problem.levels);
-    // The last chunk first: the caches hold the end of what reduce has read.
+    // Starts with the last chunk: the caches still hold what reduce read last.
     parallel_for(chunks.count, [&](int64_t first, int64_t last) {
         Buffer<A> buffer(2 * problem.layout.classes * kWide), class_grads(4 * problem.layout.classes);
         int64_t image = -1;
@@ -336,13 +339,13 @@ void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats)
 }
 
 // The first row of logits of a chunk gets gradients from the cells of two chunks, which may run on two
-// threads. So each chunk stores what it adds to its first row (head) and to the next chunk's (tail). They are
-// added up at the end.
+// threads. Each chunk therefore stores its contributions to its own first row (head) and to the next chunk's
+// first row (tail). They are added at the end.
 template <typename A>
 struct SharedRows {
     const Upsampling& up;
     const Chunks chunks;
-    const int64_t width, row;  // width: of a class's logits with padding
+    const int64_t width, row;  // width: a row of one class with padding
     const Tensor kept;
 
     SharedRows(const Upsampling& up, int64_t width)
@@ -399,9 +402,9 @@ void launch_reduce_backward(const Inputs& inputs, const Tensor& grad_stats, cons
 }
 
 // -------------------------------------------------------------------------------------------------
-// One pass: reduce and reduce_backward where there is one level
+// One pass: reduce and reduce_backward together, for one level
 
-// The weight of the valid pixels, from one read of the labels and of the pixels' weights.
+// The weight of the valid pixels, from one read of the labels and pixel weights.
 template <typename T>
 double sum_weights(const Call<T>& call, const Inputs& inputs) {
     const Problem<T>& problem = call.problem;
@@ -417,8 +420,8 @@ double sum_weights(const Call<T>& call, const Inputs& inputs) {
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// stats (N, 1, kStats) with P2 and Q2 = 0, and the gradient, for an incoming gradient of the loss.
-// grad_stats, for one of 1, are the same for all images.
+// Returns stats (N, 1, kStats) with P2 and Q2 = 0, and writes the gradient for the incoming gradient
+// `incoming`. grad_stats is for an incoming gradient of 1 and is the same for all images.
 template <typename T>
 Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& grad_stats, double incoming) {
     using A = typename Problem<T>::A;

@@ -1,5 +1,5 @@
 // The operators on CPU tensors, and their registration.
-// Arguments are checked here, outputs allocated. launch.h runs the kernels.
+// They check the arguments and allocate the outputs. launch.h runs the kernels.
 #include <ATen/Dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -82,7 +82,7 @@ Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_CO
     const Combine c = make_combine(stats, IAL_COMBINE_ARGUMENTS);
     check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
     Tensor result = at::empty_like(stats);
-    if (c.batch == 0) return result;  // combine_backward writes to the row of its first image
+    if (c.batch == 0) return result;  // combine_backward would write to the row of the first image
     const Tensor grad = grad_loss.to(at::kDouble).contiguous();
     const double* g = grad.const_data_ptr<double>();
     double* to = result.mutable_data_ptr<double>();
@@ -117,7 +117,7 @@ LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_CO
             Call<scalar_t> call(inputs, grad);
             call.set_gradient(inputs, grad, /*fresh=*/true);
             if (reduction == "mean" && !divisor) divided_by = one_value(sum_weights(call, inputs));
-            // With one level it depends on the divisor alone.
+            // With one level, grad_stats depends on the divisor alone.
             grad_stats = combine_backward_cpu(stats, one_value(1), divided_by, lambdas, alpha, reduction,
                                               factor_normalization, factor_scope);
             stats = launch_one_pass(call, inputs, grad_stats, *computed_for.const_data_ptr<double>());

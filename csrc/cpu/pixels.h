@@ -1,16 +1,18 @@
 // reduce, reduce_backward and the one pass over a range of the pixels of one image.
-// Compiled once per instruction set by dispatch.h. No lambda is used: it would not inherit the target.
+// Compiled once per instruction set by dispatch.h. Lambdas are not used: they do not inherit the target
+// attribute.
 //
-// Pixels go in blocks of B. A block's logits are copied once, converted, into a buffer [C, B] that stays in
-// L1. In place they would evict each other: the rows of a megapixel image are a power of two apart. Every
-// loop over the B pixels has a constant length and no branch, so that the compiler makes vector code of it.
+// Pixels are processed in blocks of B. The logits of a block are converted and copied once, into a buffer
+// [C, B] that stays in L1. Without the copy they would evict each other, because the rows of a megapixel
+// image are a power of two apart. Every loop over the B pixels has a constant length and no branch, so that
+// the compiler vectorises it.
 #include "simd.h"
 
 namespace ial {
 namespace IAL_ISA {
 
-// B pixels of one row of one image, and what the kernels need of them. Lanes from `count` on hold old values,
-// and labels that are no class.
+// B pixels of one row of one image, with the data that the kernels need. Lanes from `count` on hold stale
+// values, and labels without a class.
 template <typename T, int B>
 struct Block {
     using A = typename Problem<T>::A;
@@ -21,18 +23,18 @@ struct Block {
 
     const Problem<T>& problem;
     const int classes;
-    A* x;        // [C, B]: the logits, after softmax() their exponentials
+    A* x;        // [C, B]: the logits; after softmax() their exponentials
     A* x_ahead;  // [C, B]: the logits of the next block
     int count = 0;
     bool bad_labels = false;
     alignas(64) A max[B], max_ahead[B], sum[B], w[B];
     alignas(64) A pixel_weight[B];
-    alignas(64) A smoothed[B];    // with label smoothing: sum_c s_c (x_c - max), s_c = problem.smoothing
-    alignas(64) I label[B];       // -1 where it is no class
-    alignas(64) I some_class[B];  // a class where it is none; set where not all classes are listed
-    I listed[kMaxListed];         // the classes among them
+    alignas(64) A smoothed[B];    // with label smoothing: sum_c s_c (x_c - max) with s_c = problem.smoothing
+    alignas(64) I label[B];       // -1: no class
+    alignas(64) I some_class[B];  // label[j], or 0 if that is -1; set only if !all_listed
+    I listed[kMaxListed];         // the classes of the block
     int classes_listed = 0;
-    bool all_listed = true;  // there are at most kMaxListed
+    bool all_listed = true;  // the block has at most kMaxListed classes
 
     IAL_INLINE Block(const Problem<T>& problem, A* buffer)
         : problem(problem),
@@ -74,11 +76,11 @@ struct Block {
         }
     }
 
-    // Whether pixels can be transposed in tiles.
+    // Whether the pixels can be transposed in tiles.
     IAL_INLINE bool in_tiles(const View& view) const { return view.channel == 1 && classes >= kTile; }
 
-    // The first class of the tile at c. The last tile moves back to end with the last class: classes may
-    // repeat.
+    // The first class of the tile at c. The last tile is moved back to end at the last class, so two tiles
+    // may overlap.
     IAL_INLINE int last_tile(int c) const { return c < classes - kTile ? c : classes - kTile; }
 
     IAL_INLINE void load_row(const T* from, A* row, A* max) {
@@ -86,7 +88,7 @@ struct Block {
         IAL_SIMD for (int j = 0; j < B; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
     }
 
-    // Of a row of fewer pixels than B.
+    // For a row with fewer pixels than B.
     IAL_INLINE static void widen_some(const T* from, A* to, int lanes) {
         IAL_SIMD for (int j = 0; j < B; ++j) to[j] = j < lanes ? widen(from[j]) : A(0);
     }
@@ -101,7 +103,7 @@ struct Block {
             __builtin_prefetch(reinterpret_cast<const char*>(lanes) + line);
     }
 
-    // Makes the next block, which softmax() has loaded, the current one.
+    // Makes the next block, which softmax() has loaded, the current block.
     IAL_INLINE void advance() {
         A* const done = x;
         x = x_ahead;
@@ -109,8 +111,8 @@ struct Block {
         IAL_SIMD for (int j = 0; j < B; ++j) max[j] = max_ahead[j];
     }
 
-    // Sets bad_labels for labels that are neither a class nor ignore_index. Labels are compared as I where
-    // all of the block fit it, else as int64_t, which is slower and rare.
+    // Sets bad_labels if a label is neither a class nor ignore_index. Labels are compared as I if all labels
+    // of the block fit. Otherwise they are compared as int64_t, which is slower and rare.
     template <typename L>
     IAL_INLINE void load_labels(const L* from, int64_t stride) {
         const int64_t ignore = problem.ignore_index;
@@ -125,7 +127,7 @@ struct Block {
         }
     }
 
-    // label[j] = from[j]; whether all of them fit.
+    // Sets label[j] = from[j]. Returns whether all labels fit.
     template <typename L>
     IAL_INLINE bool copy_labels(const L* from) {
         int64_t lost = 0;
@@ -136,7 +138,8 @@ struct Block {
         return lost == 0;
     }
 
-    // label[j] = from[j], or -1 where that is no class. Returns whether one is no class and not ignore_index.
+    // Sets label[j] = from[j], or -1 if that is no class. Returns whether a label is neither a class nor
+    // ignore_index.
     template <typename L>
     IAL_INLINE bool check_labels(const L* from, L ignore) {
         const L most = static_cast<L>(classes - 1);
@@ -150,7 +153,7 @@ struct Block {
         return bad != 0;
     }
 
-    // The least of the keys above `last`, or kNone. Keys and `last` are at least -1. Keys that are not above
+    // The smallest key above `last`, or kNone. Keys and `last` are at least -1. Keys that are not above
     // `last` wrap around to large unsigned numbers.
     IAL_INLINE static I next_above(I last, const I* keys) {
         using U = std::make_unsigned_t<I>;
@@ -163,7 +166,7 @@ struct Block {
         return least < U(kNone) ? I(first + least) : kNone;
     }
 
-    // Bit c is set where class c < 32 is in the block.
+    // Bit c is set if the block has class c < 32.
     IAL_INLINE uint32_t labels_present() const {
         uint32_t present = 0;
         _Pragma("omp simd reduction(| : present)") for (int j = 0; j < B; ++j) present |=
@@ -171,13 +174,13 @@ struct Block {
         return present;
     }
 
-    // Lists the classes of the block. Neighbouring pixels mostly have one to three, whose values are then
-    // broadcast instead of looked up for each pixel.
+    // Lists the classes of the block. Neighbouring pixels mostly have one to three classes. Their values are
+    // then broadcast instead of looked up for each pixel.
     IAL_INLINE void list_labels() {
         listed[0] = 0;
         classes_listed = 0;
         all_listed = true;
-        if (kTiles && classes <= kMaxTable) {  // the variable shifts need vectors
+        if (kTiles && classes <= kMaxTable) {  // the variable shifts need vector instructions
             uint32_t left = labels_present();
             all_listed = __builtin_popcount(left) <= kMaxListed;
             for (; all_listed && left; left &= left - 1) listed[classes_listed++] = __builtin_ctz(left);
@@ -190,7 +193,7 @@ struct Block {
         if (!all_listed) find_some_class();
     }
 
-    // select() where there is one value for each class and they fit a table; whether it is so.
+    // select() for one value per class, if the values fit a table. Returns whether they do.
     template <int lanes, typename V, typename U>
     IAL_INLINE bool look_up_in_table(const V* values, U* to) const {
         if constexpr (kTables && lanes == 1) {
@@ -200,8 +203,8 @@ struct Block {
         return false;
     }
 
-    // to[j] = the value for pixel j's class, from values[C, lanes] with 1 or B lanes. Arbitrary where pixel j
-    // has no class.
+    // to[j] = the value for the class of pixel j, from values[C, lanes] with 1 or B lanes. Arbitrary if pixel
+    // j has no class.
     template <int lanes, typename V, typename U>
     IAL_INLINE void select(const V* values, U* to) const {
         if (look_up_in_table<lanes>(values, to)) return;
@@ -271,10 +274,10 @@ struct Block {
             for (int j = 0; j < count; ++j) pixel_weight[j] = from[j * weights.pixel];
     }
 
-    // w[j] = by_class[class of pixel j], times the pixel's weight. Arbitrary where pixel j has no class.
+    // w[j] = by_class[class of pixel j] times the pixel weight. Arbitrary if pixel j has no class.
     IAL_INLINE void load_weights(const A* by_class) {
         select<1>(by_class, w);
-        weigh_pixels();
+        apply_pixel_weights();
     }
 
     // load_weights() without the list of classes.
@@ -283,18 +286,18 @@ struct Block {
             look_up<1>(by_class, w);
         else
             IAL_SIMD for (int j = 0; j < B; ++j) w[j] = by_class[0];
-        weigh_pixels();
+        apply_pixel_weights();
     }
 
-    IAL_INLINE void weigh_pixels() {
+    IAL_INLINE void apply_pixel_weights() {
         if (!problem.pixel_weight) return;
         IAL_SIMD for (int j = 0; j < B; ++j) w[j] *= pixel_weight[j];
     }
 
-    // sum[j] = sum_c exp(x_c - max). With `keep`, the exponentials stay in x.
-    // `ahead`: the logits of the next block, or null. They are loaded on the way, so that memory and
-    // arithmetic overlap. Each line is used as soon as it arrives: where the rows of an image are a power of
-    // two apart, other rows would evict it.
+    // sum[j] = sum_c exp(x_c - max). With `keep`, the exponentials replace the logits in x.
+    // `ahead` points to the logits of the next block, or is null. They are loaded at the same time, so that
+    // memory accesses and arithmetic overlap. Each cache line is used as soon as it arrives: if the rows of
+    // an image are a power of two apart, other rows would evict it.
     template <bool keep>
     IAL_INLINE void softmax(const T* ahead) {
         if (problem.smoothing) smooth();
@@ -333,8 +336,8 @@ struct Block {
         }
     }
 
-    // sums[levels, kStats, kLanes] += the block's pixels, in one pass for each listed class, or for each
-    // level of the block where not all classes are listed.
+    // sums[levels, kStats, kLanes] += the block's pixels. Makes one pass for each listed class, or one for
+    // each level of the block if not all classes are listed.
     IAL_INLINE void accumulate(double* sums) {
         alignas(64) A logit[B], s[B], p2[B], q2[B];
         select<B>(x, logit);
@@ -358,15 +361,15 @@ struct Block {
         }
     }
 
-    // The weighted cross-entropy of each pixel, from that without label smoothing.
+    // Turns s, the weighted cross-entropy of each pixel, into that with label smoothing.
     IAL_INLINE void smooth_loss(A* s) const {
-        const A kept = static_cast<A>(problem.hard), all = problem.all_smoothing;
+        const A target_share = static_cast<A>(problem.target_share), all = problem.smoothing_sum;
         IAL_SIMD for (int j = 0; j < B; ++j) s[j] =
-            kept * s[j] + pixel_weight[j] * (all * log_above_one(sum[j]) - smoothed[j]);
+            target_share * s[j] + pixel_weight[j] * (all * log_above_one(sum[j]) - smoothed[j]);
     }
 
-    // accumulate() where there is one level, of a block after softmax<true>(): P2 and Q2 are left out.
-    // logit[j]: that of pixel j's class.
+    // accumulate() for one level, after softmax<true>(). P2 and Q2 are left out. logit[j] is the logit of
+    // pixel j's class.
     IAL_INLINE void accumulate_one_level(const A* logit, double* sums) const {
         alignas(64) A s[B], one[B];
         IAL_SIMD for (int j = 0; j < B; ++j) {
@@ -379,7 +382,7 @@ struct Block {
         add_valid(w, sums + kWeight * kLanes);
     }
 
-    // to[kLanes] += the values of the pixels with a class.
+    // to[kLanes] += the values of the pixels that have a class.
     IAL_INLINE void add_valid(const A* values, double* to) const {
         IAL_SIMD for (int l = 0; l < kLanes; ++l) {
             A total = 0;
@@ -388,7 +391,7 @@ struct Block {
         }
     }
 
-    // to[kStats, kLanes] += the pixels of one key.
+    // to[kStats, kLanes] += the pixels whose key is `key`.
     IAL_INLINE void add(const A* s, const A* p2, const A* q2, const I* keys, I key, double* to) const {
         alignas(64) A one[B];
         IAL_SIMD for (int j = 0; j < B; ++j) one[j] = 1;
@@ -407,7 +410,7 @@ struct Block {
         }
     }
 
-    // dL/dx_c = scale x_c + [c = y] extra, of a block after softmax<true>() and with dL/dS in its weights.
+    // Computes dL/dx_c = scale x_c + [c = y] extra, after softmax<true>(). The weights w must contain dL/dS.
     // class_grads: see load_class_grads(). one_level: dL/dP2 and dL/dQ2 are 0.
     template <bool one_level>
     IAL_INLINE void differentiate(const A* class_grads, A* scale, A* extra) {
@@ -431,15 +434,16 @@ struct Block {
             }
             ignored_nan |= label[j] < 0 && sum[j] != sum[j];
         }
-        // Ignored pixels have a gradient of 0 whatever their logits are, and 0 * NaN is NaN.
+        // Ignored pixels have a gradient of 0 for any logits, but 0 * NaN is NaN.
         if (ignored_nan)
             for (int j = 0; j < B; ++j)
                 for (int c = 0; label[j] < 0 && c < classes; ++c) x[c * B + j] = 0;
         if (problem.smoothing) smooth_gradient<one_level>(class_grads + kSoft * classes, scale);
     }
 
-    // dL/dx_c = (scale + soft sum_c s_c / sum) x_c + [c = y] extra - soft s_c, where soft is the pixel's
-    // weight times dL/dS, from by_class[C]. x_c becomes that without `extra`, and `scale` 1.
+    // dL/dx_c = (scale + soft sum_c s_c / sum) x_c + [c = y] extra - soft s_c. `soft` is the pixel weight
+    // times dL/dS of the pixel's class, from by_class[C]. x_c becomes the gradient without `extra`, and
+    // `scale` becomes 1.
     template <bool one_level>
     IAL_INLINE void smooth_gradient(const A* by_class, A* scale) {
         alignas(64) A soft[B];
@@ -447,7 +451,7 @@ struct Block {
             IAL_SIMD for (int j = 0; j < B; ++j) soft[j] = by_class[0];
         else
             select<1>(by_class, soft);
-        const A all = problem.all_smoothing;
+        const A all = problem.smoothing_sum;
         IAL_SIMD for (int j = 0; j < B; ++j) {
             soft[j] = label[j] < 0 ? 0 : soft[j] * pixel_weight[j];
             scale[j] = label[j] < 0 ? 0 : scale[j] + soft[j] * all / sum[j];
@@ -503,7 +507,7 @@ struct Block {
     }
 };
 
-// What the kernels do with a block after load_logits(). `ahead`: see softmax().
+// The kernels: what to do with a block after load_logits(). `ahead`: see softmax().
 struct Reduce {
     double* sums;  // [levels, kStats, kLanes]
     bool* bad;
@@ -533,7 +537,7 @@ struct ReduceBackward {
     }
 };
 
-// Both, of one level.
+// Reduce and ReduceBackward together, for one level.
 template <typename A>
 struct OnePass {
     const A* class_grads;
@@ -554,9 +558,9 @@ struct OnePass {
     }
 };
 
-// Runs `kernel` on the pixels [begin, end) of image n. Blocks end at the end of a row and of the range, where
-// the remaining pixels go in a wide block, or in narrow ones if there are few. So the lane of a pixel depends
-// on the shapes alone, not on the number of threads. buffer: [2, C, kWide].
+// Runs `kernel` on the pixels [begin, end) of image n. A block ends at the end of a row and of the range. The
+// remaining pixels of a row form one wide block, or narrow blocks if there are few. The lane of a pixel
+// therefore depends on the shapes alone, not on the number of threads. buffer: [2, C, kWide].
 template <typename T, typename Kernel>
 IAL_INLINE void for_blocks(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                            typename Problem<T>::A* buffer, const Kernel& kernel) {
@@ -589,7 +593,7 @@ IAL_INLINE void add_lanes(const double* sums, int64_t rows, double* stats) {
     }
 }
 
-// Writes stats[levels, kStats] of the range. sums[levels, kStats, kLanes]: zeros, to add up in.
+// Writes stats[levels, kStats] of the range. sums[levels, kStats, kLanes]: an accumulator, set to zero.
 template <typename T>
 IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                        typename Problem<T>::A* buffer, double* sums, double* stats, bool* bad) {
@@ -606,7 +610,7 @@ IAL_TARGET void reduce_backward(const Problem<T>& problem, int64_t n, int64_t be
 #endif
 }
 
-// reduce() and reduce_backward() of one level. stats: P2 and Q2 are 0.
+// reduce() and reduce_backward() together, for one level. P2 and Q2 in stats are 0.
 template <typename T>
 IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                          typename Problem<T>::A* buffer, const typename Problem<T>::A* class_grads,
@@ -618,7 +622,7 @@ IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, in
 #endif
 }
 
-// The sum of the weights of the pixels [begin, end) of image n. sums[kLanes]: zeros, to add up in.
+// The sum of the weights of the pixels [begin, end) of image n. sums[kLanes]: an accumulator, set to zero.
 template <typename T>
 IAL_TARGET void sum_weights(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end, double* sums,
                             double* weight, bool* bad) {

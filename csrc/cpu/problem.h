@@ -1,4 +1,4 @@
-// The plain structs that the CPU kernels work on: they see no tensor.
+// The plain structs that the CPU kernels take instead of tensors.
 #pragma once
 
 #include <cstdint>
@@ -9,24 +9,24 @@
 
 namespace ial {
 
-constexpr int kWide = 64, kNarrow = 16;  // pixels of a block, and of a block where fewer are left of a row
-constexpr int kFew = 32;                 // so few pixels that are left of a row go in narrow blocks
-constexpr int kRowsAhead = 14;           // rows of a block that are prefetched ahead of the one being read
-constexpr int kLanes = 16;               // lanes in which sums are kept
-constexpr int kStreamBytes = 32;         // written by a streaming store
-constexpr int kMaxListed = 4;            // classes of a block that are handled one by one, without look-ups
-constexpr int kMaxCompared = 8;          // classes whose labels are compared, which takes less than look-ups
+constexpr int kWide = 64, kNarrow = 16;  // pixels of a block; kNarrow at the end of a row
+constexpr int kFew = 32;                 // at most this many pixels at the end of a row take narrow blocks
+constexpr int kRowsAhead = 14;           // rows of a block to prefetch ahead of the row being read
+constexpr int kLanes = 16;               // lanes that sums are kept in
+constexpr int kStreamBytes = 32;         // bytes that a streaming store writes
+constexpr int kMaxListed = 4;            // classes of a block that are processed one by one, without look-ups
+constexpr int kMaxCompared = 8;          // classes up to which comparing labels is faster than look-ups
 constexpr int kMaxTable = 32;  // classes whose values fit two vectors, and whose set fits an integer
 constexpr int kSoft = 3;       // the row of class_grads for label smoothing
-constexpr int kTile = 8;       // pixels and classes that are transposed at once
+constexpr int kTile = 8;       // pixels and classes of a tile that is transposed at once
 constexpr int kCells = 32;     // cells of a block of coarse logits
 constexpr int kCellPad = 16;   // padding of its rows, for the logit to the right of the last cell
 
-// Sweeps whose pixels are stored for all rows: more than usual, and small however wide the image is.
+// Sweeps whose pixels are computed once for all rows. Usual images need fewer. The limit bounds the memory.
 constexpr int kSweeps = 64;
 
-// Half precision is computed in float. Labels are held in integers of the same width, to be compared lane by
-// lane.
+// Half precision is computed in float. Labels are held in integers of the same width, so that they can be
+// compared lane by lane.
 template <typename T>
 struct Arithmetic {
     using A = float;
@@ -49,20 +49,20 @@ struct Problem {
     const void* target;
     Label label;
     const A* weight;              // [C]
-    bool weighted;                // class weights are given: else all are 1
+    bool weighted;                // class weights are given; otherwise all are 1
     const A* pixel_weight;        // null: all are 1
     const int32_t* class_levels;  // [C]
     int levels;
     int64_t ignore_index;
-    bool stream;         // store past the caches
-    const A* smoothing;  // [C]: s_c = label_smoothing / C * weight; null without label smoothing
-    A all_smoothing;     // their sum
-    double hard;         // 1 - label_smoothing
-    A cross;             // 1 for the exact gradient, 0 for the paper's: see PixelGradient
+    bool stream;          // whether to use streaming stores
+    const A* smoothing;   // [C]: s_c = label_smoothing / C * weight; null without label smoothing
+    A smoothing_sum;      // their sum
+    double target_share;  // 1 - label_smoothing
+    A cross;              // 1 for the exact gradient, 0 for the paper's; see PixelGradient
 };
 
-// The cells of coarse logits on a row, which are the same for all rows. Cells are counted up to `lanes`, a
-// multiple of kCells. Those after the last one have no pixels. In sweep k each cell is at its k-th pixel.
+// The cells of a row of coarse logits, which are the same for all rows. Cells are padded to `lanes`, a
+// multiple of kCells. The padding has no pixels. Sweep k visits the k-th pixel of each cell.
 template <typename T>
 struct Coarse {
     using A = typename Problem<T>::A;
@@ -70,12 +70,12 @@ struct Coarse {
     Upsampling up;
     int64_t lanes;
     int64_t width;          // of a row of gradients, with the logits to the right of the last lane
-    const int32_t* sweeps;  // [lanes / kCells]: sweeps of a block, the most pixels of one of its cells
-    const int32_t* pixel;   // [kSweeps or fewer, lanes]: the pixel of each sweep and cell, -1 for none
-    const A* fraction;      // [same, lanes]: how far that pixel is beyond the logit to its left
+    const int32_t* sweeps;  // [lanes / kCells]: sweeps of a block, the largest number of pixels of its cells
+    const int32_t* pixel;   // [at most kSweeps, lanes]: the pixel of each sweep and cell, -1 for none
+    const A* fraction;      // [same, lanes]: the fraction by which it lies beyond the logit to its left
 };
 
-// pixel and fraction [sweeps, stride] of the cells [cell, cell + cells), from sweep `first` on.
+// Fills pixel and fraction [sweeps, stride] of the cells [cell, cell + cells), starting at sweep `first`.
 template <typename A>
 void place_pixels(const Axis& axis, int64_t cell, int64_t cells, int64_t first, int64_t sweeps,
                   int64_t stride, int32_t* pixel, A* fraction) {

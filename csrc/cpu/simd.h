@@ -1,14 +1,15 @@
-// Elementary functions and moves of lanes, for vector code: exp, log, conversions, streaming stores,
-// transposes. Compiled once per instruction set by dispatch.h.
+// Vector helpers: exp, log, conversions, streaming stores, table look-ups and transposes.
+// Compiled once per instruction set by dispatch.h.
 namespace ial {
 namespace IAL_ISA {
 
-// exp(x) for x <= 0, within 1.5 ulp; 0 below the smallest normal number, NaN for NaN.
+// exp(x) for x <= 0, within 1.5 ulp. Returns 0 below the smallest normal number, and NaN for NaN.
+//
 // x = n ln 2 + r with |r| <= ln(2)/2, and exp(r) = 1 + r + r^2 q(r). q is the Chebyshev fit of degree 4
-// (float: 1.0e-8 relative) or 9 (double: 1.7e-17). Adding `shift` = 1.5 * 2^mantissa_bits + bias rounds to
-// the integer n, and leaves n + bias, the exponent of 2^n, in the low bits. Below the range n stops at -bias,
-// where that exponent means 0. In float, n times the error of ln 2 (1.9e-9) stays below half an ulp for x >
-// -20. Smaller exponentials hardly add to a sum that contains a 1.
+// (float: relative error 1.0e-8) or 9 (double: 1.7e-17). Adding `shift` = 1.5 * 2^mantissa_bits + bias rounds
+// to the integer n. It leaves n + bias, the exponent of 2^n, in the low bits. Below the range, n stops at
+// -bias, where that exponent means 0. In float, n times the error of ln 2 (1.9e-9) stays below half an ulp
+// for x > -20. Smaller exponentials hardly change a sum that contains a 1.
 IAL_INLINE float exp_nonpositive(float x) {
     const float shift = 12582912.0f + 127.0f, least = -88.0f;
     x = least > x ? least : x;
@@ -45,9 +46,9 @@ IAL_INLINE double exp_nonpositive(double x) {
 }
 
 // log(s) for s >= 1 or NaN. s = 2^e m with m in [sqrt(1/2), sqrt(2)).
-// Float, where a division takes as long as six multiplications: log(1 + f) = f - f^2/2 + f^3 q(f). q is the
-// Chebyshev fit of degree 7 (2.0e-8 relative).
-// Double: with z = (m - 1) / (m + 1), |z| <= 0.172, log(m) = 2 (z + z^3/3 + z^5/5 + ...). The series ends
+// Float: log(1 + f) = f - f^2/2 + f^3 q(f). q is the Chebyshev fit of degree 7 (relative error 2.0e-8). A
+// division would take as long as six multiplications.
+// Double: with z = (m - 1) / (m + 1), |z| <= 0.172, log(m) = 2 (z + z^3/3 + z^5/5 + ...). The series is cut
 // where the next term is below half an ulp.
 IAL_INLINE float log_above_one(float s) {
     const int32_t bits = __builtin_bit_cast(int32_t, s) - 0x3f3504f3;
@@ -101,12 +102,13 @@ IAL_INLINE void narrow(float x, c10::BFloat16* to) {
     to->x = static_cast<uint16_t>(x == x ? nearest_even : 0x7fc0);
 }
 
-// Half precision uses F16C where the instruction set has it. Compilers leave the conversion scalar.
+// Half precision uses F16C where the instruction set has it, because compilers do not vectorise the
+// conversion.
 #if IAL_X86_VECTORS
 IAL_INLINE void widen_lanes(const c10::Half* from, float* to, int lanes) {
     int j = 0;
 #if IAL_X86_VECTORS == 512
-    for (; j + 16 <= lanes; j += 16) {  // a load of 512 bits would wait for two stores of 256
+    for (; j + 16 <= lanes; j += 16) {  // one 512-bit load would wait for two 256-bit stores
         const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + j));
         _mm512_storeu_ps(to + j, _mm512_maskz_cvtph_ps(0xffff, half));
     }
@@ -131,8 +133,8 @@ IAL_INLINE void narrow_lanes(const A* from, T* to, int lanes) {
     IAL_SIMD for (int j = 0; j < lanes; ++j) narrow(from[j], to + j);
 }
 
-// narrow_lanes past the caches: for data too large for its reader to find there. Such a store does not read
-// the line first.
+// narrow_lanes with streaming stores, for data that is too large to stay in the caches until it is read. A
+// streaming store does not read the line first.
 #if IAL_X86_VECTORS
 IAL_INLINE void stream_lanes(const float* from, c10::Half* to, int lanes) {
     for (int j = 0; j < lanes; j += 8)
@@ -154,7 +156,8 @@ IAL_INLINE void stream_lanes(const A* from, T* to, int lanes) {
 #endif
 }
 
-// to[j] = values[index[j]] of `size` <= kMaxTable numbers of 32 bits; arbitrary where index[j] is outside.
+// to[j] = values[index[j]], from `size` <= kMaxTable values of 32 bits. Arbitrary if index[j] is out of
+// range.
 #if IAL_X86_VECTORS == 512
 template <typename V, typename U>
 IAL_INLINE void look_up_table(const V* values, int size, const int32_t* index, U* to, int lanes) {
@@ -171,8 +174,9 @@ IAL_INLINE bool aligned(const void* address) {
     return reinterpret_cast<uintptr_t>(address) % kStreamBytes == 0;
 }
 
-// to[j * to_stride + i] = from[i * from_stride + j] for kTile x kTile numbers. In channels_last logits a
-// pixel's classes are contiguous. Moving them one by one would take longer than all the arithmetic on them.
+// to[j * to_stride + i] = from[i * from_stride + j] for kTile x kTile numbers. In channels_last logits the
+// classes of a pixel are contiguous. Moving them one by one would take longer than all the arithmetic on
+// them.
 #if IAL_X86_VECTORS
 IAL_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
     __m256 v[kTile];  // the first four numbers of rows i and i + 4, then their last four

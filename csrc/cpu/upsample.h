@@ -1,20 +1,20 @@
-// reduce, reduce_backward and the one pass of coarse logits, over a range of the rows of cells of one image.
+// reduce, reduce_backward and the one pass for coarse logits, over a range of the rows of cells of one image.
 // Compiled once per instruction set by dispatch.h.
 //
-// The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: in sweep k each
-// lane is at the k-th pixel of its cell. So a class's coarse logits are read as they are in memory, for any
-// ratio of the sizes. Their gradient is added in the same order, in two additions: for the logits to the left
-// of the cells, then for those to the right. In each addition every lane has a logit of its own.
+// The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: sweep k visits the
+// k-th pixel of each cell. The coarse logits of a class are therefore loaded contiguously, for any ratio of
+// the sizes. Their gradient is added in the same order, in two additions: first for the logits to the left of
+// the cells, then for those to the right. In each addition, every lane has its own logit.
 //
-// a + f (b - a) interpolates in the fewest instructions. But a logit of weight 0 counts there, and the
-// difference may overflow. A block where that matters, because a logit is infinite, NaN or huge, is
+// a + f (b - a) interpolates in the fewest instructions. But a logit with weight 0 still affects the result,
+// and the difference may overflow. This matters if a logit is infinite, NaN or huge. Such a block is
 // `careful`.
 #include "pixels.h"
 
 namespace ial {
 namespace IAL_ISA {
 
-// f of the way from a to b. A number of weight 0 does not count, even if it is infinite or NaN.
+// The value at fraction f between a and b. A value with weight 0 is ignored, even if it is infinite or NaN.
 template <typename A>
 IAL_INLINE A between(A a, A b, A f) {
     return f == 0 ? a : f == 1 ? b : (1 - f) * a + f * b;
@@ -26,12 +26,12 @@ struct CellBuffer {
     using A = typename Problem<T>::A;
     static constexpr int B = kCells, kRow = kCells + kCellPad;  // kRow: one logit more than cells, aligned
 
-    A* x;              // [C, B]: the pixels of a sweep; first, as in Block
+    A* x;              // [C, B]: the pixels of a sweep; first in the buffer, as in Block
     A *above, *below;  // [C, kRow]: the coarse logits above and below the cells
-    A *left, *right;   // [C, B]: interpolated to the left and to the right of the cells, on a line of pixels
+    A *left, *right;   // [C, B]: interpolated on a line of pixels, to the left and right of the cells
     A* to_both;        // [C, B]: the gradient of the line, for the logits to the left and right together
-    A* to_right;       // [C, kRow]: the part of it for those to the right, with a 0 before the first cell
-    // Where a block is not careful, `below` holds below - above, and `right` holds right - left.
+    A* to_right;       // [C, kRow]: the part for the logits to the right, with a 0 before the first cell
+    // In a block that is not careful, `below` holds below - above, and `right` holds right - left.
 
     IAL_INLINE CellBuffer(A* buffer, int64_t classes) : x(buffer) {
         above = x + classes * B;
@@ -44,10 +44,10 @@ struct CellBuffer {
     }
 };
 
-// The gradient of a row of cells: of the coarse logits above and below it.
+// The gradient of a row of cells, for the coarse logits above and below it.
 template <typename A>
 struct CellGradient {
-    const A* class_grads;  // [3, C]
+    const A* class_grads;  // [4, C]; see load_class_grads()
     int64_t width;         // of a row, with padding for the last block
     A *above, *below;      // [C, width]
 };
@@ -71,18 +71,18 @@ struct Cells {
           at(buffer, classes),
           block(problem, buffer) {}
 
-    // The coarse logits around the cells from `first` of row j.
+    // Loads the coarse logits around the cells of row j, starting at cell `first`.
     IAL_INLINE void load_corners(int64_t n, int64_t j, int64_t first) {
         const Image& view = coarse.up.logits;
         const T* const logits = problem.logits + view.offset(n, j, first);
         const int64_t last = coarse.up.x.coarse - 1, step = j + 1 < coarse.up.y.coarse ? view.row : 0;
-        const int there = static_cast<int>(last - first < B ? last - first : B);
-        alignas(64) A extent[kRow];  // not finite where a logit is not, or where a difference might overflow
+        const int last_inside = static_cast<int>(last - first < B ? last - first : B);
+        alignas(64) A extent[kRow];  // not finite if a logit is not, or if a difference might overflow
         IAL_SIMD for (int i = 0; i <= B; ++i) extent[i] = 0;
         for (int c = 0; c < classes; ++c) {
             A *above = at.above + c * kRow, *below = at.below + c * kRow;
-            load_row(logits + c * view.channel, view.pixel, there, above);
-            load_row(logits + c * view.channel + step, view.pixel, there, below);
+            load_row(logits + c * view.channel, view.pixel, last_inside, above);
+            load_row(logits + c * view.channel + step, view.pixel, last_inside, below);
             IAL_SIMD for (int i = 0; i <= B; ++i) {
                 below[i] -= above[i];
                 extent[i] += above[i] * above[i] + below[i] * below[i];
@@ -91,20 +91,20 @@ struct Cells {
         careful = false;
         for (int i = 0; i <= B; ++i) careful |= !(extent[i] <= std::numeric_limits<A>::max());
         for (int c = 0; careful && c < classes; ++c)
-            load_row(logits + c * view.channel + step, view.pixel, there, at.below + c * kRow);
+            load_row(logits + c * view.channel + step, view.pixel, last_inside, at.below + c * kRow);
     }
 
-    // Logits [0, there], then copies of the last one.
-    IAL_INLINE static void load_row(const T* from, int64_t stride, int there, A* to) {
+    // Loads logits [0, last_inside], then repeats the last one.
+    IAL_INLINE static void load_row(const T* from, int64_t stride, int last_inside, A* to) {
         if (stride == 1) {
-            IAL_SIMD for (int i = 0; i <= there; ++i) to[i] = widen(from[i]);
+            IAL_SIMD for (int i = 0; i <= last_inside; ++i) to[i] = widen(from[i]);
         } else {
-            for (int i = 0; i <= there; ++i) to[i] = widen(from[i * stride]);
+            for (int i = 0; i <= last_inside; ++i) to[i] = widen(from[i * stride]);
         }
-        for (int i = there + 1; i <= B; ++i) to[i] = to[there];
+        for (int i = last_inside + 1; i <= B; ++i) to[i] = to[last_inside];
     }
 
-    // The line of pixels that is the fraction f below the logits above.
+    // Interpolates the line of pixels at fraction f between the logits above and below.
     template <bool careful>
     IAL_INLINE void load_line(A f) {
         for (int c = 0; c < classes; ++c) {
@@ -149,7 +149,7 @@ struct Cells {
         block.bad_labels = bad != 0;
     }
 
-    // pixel[B]: their positions on line y, -1 where a lane has none.
+    // pixel[B]: the positions of the pixels on line y, -1 for a lane without a pixel.
     IAL_INLINE void load_target(int64_t n, int64_t y, const int32_t* pixel) {
         const Image& labels = coarse.up.target;
         const int64_t line = labels.offset(n, y, 0);
@@ -170,14 +170,15 @@ struct Cells {
             block.pixel_weight[i] = pixel[i] < 0 ? A(0) : from[pixel[i] * weights.pixel];
     }
 
-    // Calls kernel.sweep for the pixels of the row of cells j: block by block, line by line, sweep by sweep.
-    // After each line, or each kSweeps sweeps of it, calls kernel.line with the block's first cell.
+    // Calls kernel.sweep for the pixels of row j of cells: block by block, line by line, sweep by sweep.
+    // After each line, or after every kSweeps sweeps of it, calls kernel.line with the first cell of the
+    // block.
     template <typename Kernel>
     IAL_INLINE void for_row(int64_t n, int64_t j, const Kernel& kernel) {
         const Axis& axis = coarse.up.y;
         const int64_t begin = axis.first(j), end = axis.first(j + 1);
         if (begin == end) return;
-        alignas(64) A own_fraction[kSweeps * B];  // of a block with more sweeps than coarse.pixel has
+        alignas(64) A own_fraction[kSweeps * B];  // for a block with more sweeps than coarse.pixel holds
         alignas(64) int32_t own_pixel[kSweeps * B];
         for (int64_t first = 0; first < coarse.lanes; first += B) {
             load_corners(n, j, first);
@@ -221,7 +222,7 @@ struct ReduceCells {
     IAL_INLINE void line(Cells<T>&, int64_t, A) const {}
 };
 
-// With one_level, sums and gradient; else the gradient alone.
+// The gradient. With one_level, also the sums.
 template <typename A, bool one_level>
 struct GradientCells {
     CellGradient<A> to;
@@ -296,9 +297,9 @@ IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse,
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
 }
 
-// The gradient of the coarse logits of the rows of cells [begin, end) of image n. The first row also needs
-// the cells above it: its part is left in `head`. The part of the row after the last cells is left in `tail`.
-// head, tail, work: [C, coarse.width].
+// The gradient of the coarse logits of the rows of cells [begin, end) of image n. The first row of logits
+// also depends on the cells above it, so its part goes to `head`. The part of the row after the last cells
+// goes to `tail`. head, tail, work: [C, coarse.width].
 template <bool one_level, typename T, typename A>
 IAL_INLINE void gradient_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                                int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
@@ -335,7 +336,7 @@ IAL_TARGET void reduce_backward_cells(const Problem<T>& problem, const Coarse<T>
                           nullptr);
 }
 
-// The same of one level, and its sums: see one_pass().
+// The gradient and the sums for one level. See one_pass().
 template <typename T, typename A>
 IAL_TARGET void one_pass_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
                                int64_t end, A* buffer, const A* class_grads, A* head, A* tail, A* work,
