@@ -1,12 +1,12 @@
-// The arithmetic of the CUDA kernels: half precision computed in float, and packs, the values of a few
-// neighbouring pixels that are loaded and stored in one instruction.
+// Arithmetic of the CUDA kernels. Half precision is computed in float. A pack holds the values of a few
+// neighbouring pixels, which are loaded or stored in one instruction.
 #pragma once
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// 2^x within 2 ulp and 1/x within 1 ulp; subnormal results are 0. CUDA C++ has no intrinsics for these PTX
+// 2^x within 2 ulp and 1/x within 1 ulp. Subnormal results are 0. CUDA C++ has no intrinsics for these PTX
 // instructions.
 __device__ __forceinline__ float ex2_approx_ftz(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -46,12 +46,12 @@ IAL_D void narrow(double x, double* to) { *to = x; }
 IAL_D void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 IAL_D void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 
-// Of a number and a NaN, the number.
+// If one argument is NaN, returns the other.
 IAL_D float larger(float a, float b) { return fmaxf(a, b); }
 IAL_D double larger(double a, double b) { return fmax(a, b); }
 
-// e^x = power(to_unit(x)). For float, the hardware computes 2^x, so to_unit multiplies by log2(e).
-// __fmul_rn is never contracted with an addition: the product does not depend on what uses it.
+// e^x = power(to_unit(x)). For float, the hardware computes 2^x, so to_unit() multiplies by log2(e).
+// __fmul_rn is never contracted with an addition, so the product does not depend on where it is used.
 IAL_D float to_unit(float x) { return __fmul_rn(x, 1.44269504f); }
 IAL_D double to_unit(double x) { return x; }
 IAL_D float from_unit(float x) { return x * 0.693147181f; }
@@ -59,13 +59,15 @@ IAL_D double from_unit(double x) { return x; }
 IAL_D float power(float x) { return ex2_approx_ftz(x); }
 IAL_D double power(double x) { return exp(x); }
 
-// For x <= 0. Rounding the product causes an error of |x| half ulp, but then e^x is small beside the 1 that
-// every softmax sum contains. expf would take four times the instructions, and more time than the memory.
+// exp(x) for x <= 0. Rounding the product causes an error of |x| half ulp. For large |x|, e^x is small beside
+// the 1 that every softmax sum contains. expf would take four times the instructions, and more time than the
+// memory accesses.
 template <typename A>
 IAL_D A exponential(A x) {
     return power(to_unit(x));
 }
-// The Newton step makes it exact for 1, the softmax sum where a network is certain.
+// The Newton step makes the result exact for 1, which is the softmax sum of a pixel with a certain
+// prediction.
 IAL_D float reciprocal(float x) {
     const float r = rcp_approx_ftz(x);
     return fmaf(r, fmaf(-x, r, 1.0f), r);
@@ -77,18 +79,18 @@ IAL_D float logarithm(float x) { return logf(x); }
 IAL_D double logarithm(double x) { return log(x); }
 
 // -------------------------------------------------------------------------------------------------
-// Packs: a vector with one lane for each pixel
+// Packs: vectors with one lane per pixel
 
 template <typename T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
     T lane[V];
 };
 
-// CUDA's vector type for a pack of 8 or 16 bytes: one load or store.
+// CUDA's vector type for a pack of 8 or 16 bytes, which is loaded or stored in one instruction.
 template <typename P>
 using Word = std::conditional_t<sizeof(P) == 16, uint4, uint2>;
 
-// Lanes of half precision are processed in pairs where that is exact.
+// Whether lanes are processed in pairs: in half precision, where the operations are exact.
 template <typename T, int V>
 constexpr bool kPaired = sizeof(T) == 2 && V % 2 == 0;
 
@@ -121,8 +123,9 @@ IAL_D void store_pack(T* to, const Pack<T, V>& pack) {
         *reinterpret_cast<P*>(to) = pack;
 }
 
-// A streaming store: the caches need not keep what is not read again soon. __stcs takes addresses in global
-// memory only. A tile of one pixel may write to shared memory (Staging), so its store is a plain one.
+// A streaming store, for data that is not read again soon and need not stay in the caches. __stcs accepts
+// addresses in global memory only. A tile of one pixel may be written to shared memory (Staging), so it is
+// stored with a plain store.
 template <typename T, int V>
 IAL_D void stream_pack(T* to, const Pack<T, V>& pack) {
     using P = Pack<T, V>;
@@ -132,8 +135,8 @@ IAL_D void stream_pack(T* to, const Pack<T, V>& pack) {
         store_pack(to, pack);
 }
 
-// Makes the compiler forget that it has widened the lanes of `pack`. Otherwise it keeps the widened lanes
-// from one loop over the classes to the next, in twice the registers of half precision.
+// Makes the compiler forget that the lanes of `pack` were widened. Otherwise it keeps the widened lanes from
+// one loop over the classes to the next, which takes twice the registers of half precision.
 template <typename T, int V>
 IAL_D void forget_widened(Pack<T, V>& pack) {
     if constexpr (kPaired<T, V>) {
@@ -146,7 +149,8 @@ IAL_D void forget_widened(Pack<T, V>& pack) {
     }
 }
 
-// Lane j, widened. A register holds two bfloat16: the upper one is a float once the lower one is cleared.
+// Lane j, widened. One register holds two bfloat16 values. Clearing the lower one turns the register into the
+// upper one as float.
 template <typename T, int V>
 IAL_D auto widen(const Pack<T, V>& pack, int j) {
     if constexpr (kPaired<T, V> && std::is_same_v<T, __nv_bfloat16>) {
@@ -158,7 +162,7 @@ IAL_D auto widen(const Pack<T, V>& pack, int j) {
     }
 }
 
-// max = the larger of max and x, lane by lane.
+// max = max(max, x), lane by lane.
 template <typename T, int V>
 IAL_D void update_max(Pack<T, V>& max, const Pack<T, V>& x) {
     if constexpr (kPaired<T, V>) {
@@ -174,15 +178,16 @@ IAL_D void update_max(Pack<T, V>& max, const Pack<T, V>& x) {
     }
 }
 
-// The target class of each lane, among up to 1024: replaces the lanes of one class.
+// The target class of each lane, among at most 1024 classes. Replaces the lanes with a given class.
 template <typename T, int V>
 struct TargetClass {
-    // Paired: class i as the half-precision number 1 + i / 1024, to compare two at a time; 0 for none.
+    // Paired: class i is the half-precision number 1 + i / 1024, so that two are compared at a time.
+    // 0 means no class.
     static constexpr unsigned kOne = 0x3c00;
     int label[V];
     unsigned pair[V / 2 + 1];
 
-    // label[j] - first, if that is in [0, count).
+    // label[j] = labels[j] - first if that is in [0, count), otherwise -1.
     IAL_D TargetClass(const int* labels, int first, int count) {
         for (int j = 0; j < V; ++j) {
             const int i = labels[j] - first;
@@ -195,7 +200,7 @@ struct TargetClass {
             }
     }
 
-    // In the lanes whose target is class i, pack = by.
+    // Sets pack = by in the lanes with target class i.
     IAL_D void replace(Pack<T, V>& pack, const Pack<T, V>& by, int i) const {
         if constexpr (kPaired<T, V>) {
             const auto number = as<__half2>((kOne + i) * 0x10001u);

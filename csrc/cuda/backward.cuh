@@ -1,5 +1,5 @@
-// reduce_backward: the gradient of the logits from grad_stats = dL/dstats, in one read of the logits and one
-// write of the gradient.
+// reduce_backward: the gradient of the logits from grad_stats = dL/dstats.
+// One read of the logits and one write of the gradient.
 #pragma once
 
 #include "reduce.cuh"
@@ -8,22 +8,22 @@ namespace ial::gpu {
 
 template <typename A>
 struct alignas(16) BackwardClass {
-    A ds, dp2, dq2;  // grad_stats of its level
+    A ds, dp2, dq2;  // grad_stats of the class's level
     A weight;
 };
 
-// The incoming gradient of rescale_, whose grad_stats are for 1. Without grad_loss, grad_stats have it
-// already.
+// The incoming gradient of rescale_. grad_stats is then for an incoming gradient of 1. If grad_loss is null,
+// grad_stats already includes the incoming gradient.
 template <typename A>
 struct Incoming {
     const A* grad_loss;
-    const double* computed_for;  // what the gradient is for already
+    const double* computed_for;  // the incoming gradient that the gradient was computed for
     double* expected;            // [expected, last], or null
 
     IAL_D double value() const { return grad_loss ? double(*grad_loss) : 1; }
 
-    // Whether there is nothing to compute. The first thread of the grid updates `expected`, which it alone
-    // reads: to what came in twice in a row.
+    // Whether there is nothing to compute. The first thread of the grid updates `expected`, and no other
+    // thread reads it. `expected` becomes the incoming gradient if the last one was equal.
     IAL_D bool is_done() const {
         if (!grad_loss) return false;
         const double now = value();
@@ -35,16 +35,17 @@ struct Incoming {
     }
 };
 
-// The incoming gradient that loss_and_grad computes for: `expected`, or 1 if it is null.
+// The incoming gradient that loss_and_grad computes for: `expected`, or 1 if that is null.
 struct ComputedFor {
     const double* expected;
-    double* computed_for;  // a copy of it: `expected` may change before the backward pass
+    double* computed_for;  // a copy, because `expected` may change before the backward pass
 
     IAL_D double value() const { return expected ? *expected : 1; }
     IAL_D void write() const { *computed_for = value(); }
 };
 
-// Fills by_class[C] from the grad_stats of an image, [levels, kStats], times `scale`; a barrier must follow.
+// Fills by_class[C] from the grad_stats [levels, kStats] of an image, times `scale`. The caller must
+// synchronise the block afterwards.
 template <int Threads, typename T, typename A>
 IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, double scale,
                         BackwardClass<A>* by_class) {
@@ -55,14 +56,14 @@ IAL_D void load_classes(const Operands<T>& problem, const double* grad_stats, do
     }
 }
 
-// dL/dX_c = scale e^(x_c - max) + [c = y] extra - soft w_c of a pixel of a tile, with the classes' weights
-// w_c.
+// The gradient of one pixel of a tile:  dL/dX_c = scale e^(x_c - max) + [c = y] extra - soft w_c, with class
+// weights w_c.
 template <typename A>
 struct TileGradient : PixelGradient<A> {
-    A soft = 0;  // if the tile is smooth
+    A soft = 0;  // used if kSmooth
 };
 
-// That of pixel j of a tile. Without a class, scale and soft are 0.
+// The gradient of pixel j of a tile. For a pixel without a class, scale and soft are 0.
 template <typename Tile>
 IAL_D TileGradient<typename Tile::A> differentiate(const Tile& tile, int j,
                                                    const BackwardClass<typename Tile::A>* by_class,
@@ -81,7 +82,7 @@ IAL_D TileGradient<typename Tile::A> differentiate(const Tile& tile, int j,
     return pixel;
 }
 
-// Writes the gradient of a tile: class 0 to `to`, the other classes `channel` apart.
+// Writes the gradient of a tile, with class 0 at `to` and a stride of `channel` between classes.
 template <typename Tile>
 IAL_D void differentiate(Tile& tile, const BackwardClass<typename Tile::A>* by_class, bool exact,
                          typename Tile::T* to, int64_t channel) {
@@ -100,8 +101,8 @@ IAL_D void differentiate(Tile& tile, const BackwardClass<typename Tile::A>* by_c
     tile.store_gradient(to, channel, scale, soft, target_grad, by_class);
 }
 
-// Reads the tile at `pixel` of an image, calls body(), and writes the gradient. All lanes of a warp must take
-// part.
+// Reads the tile at `pixel` of an image, calls body(), and writes the gradient. All lanes of a warp must call
+// this function.
 template <typename Tile, typename Body>
 IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64_t image,
                               int64_t pixel, const BackwardClass<typename Tile::A>* by_class, bool exact,
@@ -117,9 +118,9 @@ IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& stagi
     if (staged) staging.store(grad + image * view.batch, pixel, layout.pixels);
 }
 
-// Grid (images x blocks). Images, and the tiles of a block, are taken in reverse: L2 still holds what reduce
-// read last. grad may be the logits: a thread reads its tile, or the classes of a pass, before it writes
-// them. grad_stats: [images, levels, kStats].
+// Grid: images x blocks. Images, and the tiles of a block, are processed in reverse order, because L2 still
+// holds what reduce read last. grad may be the logits: a thread reads its tile, or the classes of a pass,
+// before it writes them. grad_stats: [images, levels, kStats].
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kMinBlocks)
     reduce_backward_kernel(const __grid_constant__ Problem<typename Tile::T> problem,

@@ -1,5 +1,5 @@
-// What a CUDA thread works on where coarse logits are upsampled: a chunk, up to S x S pixels of a cell, the
-// square between four logits. The upsampled logits exist in registers only.
+// A chunk: up to S x S pixels of a cell, the square between four coarse logits, processed by one CUDA thread.
+// The upsampled logits exist in registers only.
 #pragma once
 
 #include "../bilinear.h"
@@ -7,29 +7,31 @@
 
 namespace ial::gpu {
 
-// Backward: a block has so many rows of cells, a warp for each.
+// Backward: a block has this many rows of cells, with one warp per row.
 constexpr int kCellRows = 8, kCellThreads = kCellRows * kWarp;
 
 template <typename T>
 struct UpsampledProblem : Operands<T> {
     Upsampling upsampling;
-    int parts_y, parts_x;  // chunks that a cell is cut into
+    int parts_y, parts_x;  // chunks of a cell along each axis
 };
 
-// The most pixels of a cell along an axis. A line of w coarse logits has w + 1 cells (bilinear.h), each of
-// about as many pixels. The last one, beyond the last logit, is half a cell. The pixels before the first
-// logit, which Axis counts as cell 0, are the other half, cell -1: only the logit to the right has a weight.
+// The largest number of pixels of a cell along an axis. Here a line of w coarse logits has w + 1 cells,
+// unlike in bilinear.h. All have about the same number of pixels, except the first and the last, which have
+// half. The last cell is beyond the last logit. Cell -1 has the pixels before the first logit, which Axis
+// counts as cell 0. Only the logit to its right has a weight.
 IAL_HD int64_t most_pixels(const Axis& axis) {
     return axis.step > 0 ? divide_up(axis.unit, axis.step) : axis.fine;
 }
 
-// A chunk's extent along one axis. Pixel d is at (step d + origin) / unit, those of cell i in [i, i + 1).
+// A chunk's extent along one axis. The position of pixel d is (step d + origin) / unit. Pixels of cell i have
+// positions in [i, i + 1).
 template <typename A, int S>
 struct Span {
-    int64_t first;      // pixel
-    int count;          // of pixels, 0 to S
+    int64_t first;      // the first pixel
+    int count;          // pixels, 0 to S
     int64_t low, high;  // the coarse logits around them
-    A fraction[S];      // the weight of `high` in each pixel
+    A fraction[S];      // the weight of `high` for each pixel
 
     IAL_D void read(const Axis& axis, int64_t cell, int part) {
         const int64_t before = cell * axis.unit - axis.origin;
@@ -44,26 +46,27 @@ struct Span {
         for (int i = 0; i < S; ++i) {
             count += first + i < axis.fine && beyond + i * axis.step < axis.unit;
             fraction[i] = cell < 0 ? A(1) : high == low ? A(0) : static_cast<A>(beyond) * unit + step * i;
-            if (fraction[i] > 1) fraction[i] = 1;  // a pixel outside the cell stays between its logits
+            if (fraction[i] > 1) fraction[i] = 1;  // a pixel outside the cell gets a value between its logits
         }
     }
 };
 
-// A value of each of the four logits around a cell.
+// The values of the four logits around a cell.
 template <typename A>
 struct Corners {
     A top_left, top_right, bottom_left, bottom_right;
 
-    // The value at fractions y and x, in the fewest instructions: a logit of weight 0 still counts, and a
-    // difference of two may overflow. Each use must round alike, so that a pixel's target logit equals
-    // itself: no product is left for the compiler to contract with an addition.
+    // The value at fractions y and x, in the fewest instructions. A logit with weight 0 still affects the
+    // result, and the difference of two logits may overflow. Every call must round the same way, so that a
+    // pixel's target logit equals itself: no product is left for the compiler to contract with an addition.
     IAL_D A interpolate(A y, A x) const {
         const A left = multiply_add(y, bottom_left - top_left, top_left);
         const A right = multiply_add(y, bottom_right - top_right, top_right);
         return multiply_add(x, right - left, left);
     }
 
-    // `sum`, made non-finite if a difference in interpolate() is not finite for a y between these two.
+    // Returns `sum`, or a non-finite number if a difference in interpolate() is not finite for a y in this
+    // range.
     IAL_D A add_differences(A sum, A first_y, A last_y) const {
         const auto across = [this](A y) {
             return multiply_add(y, bottom_right - top_right, top_right) -
@@ -73,7 +76,7 @@ struct Corners {
         return multiply_add(across(first_y), across(last_y), sum);
     }
 
-    // interpolate() for logits of any size, without those whose weight is 0.
+    // interpolate() for logits of any size. Logits with weight 0 are ignored.
     IAL_D A interpolate_carefully(A y, A x) const {
         return between(between(top_left, bottom_left, y), between(top_right, bottom_right, y), x);
     }
@@ -83,7 +86,7 @@ struct Corners {
     IAL_D static A share(A f, A g) { return f == 0 ? A(0) : f * g; }
 };
 
-// The labels and weights of the pixels of a chunk. Those outside the cell have no class.
+// The labels and weights of the pixels of a chunk. Pixels outside the cell have no class.
 template <typename T, int S, typename A = typename Arithmetic<T>::A>
 struct ChunkLabels : LabelsBase<A, S * S> {
     Image weights;
@@ -112,7 +115,7 @@ struct ChunkLabels : LabelsBase<A, S * S> {
             problem.pixel_weight ? problem.pixel_weight + weights.offset(image, y.first, x.first) : nullptr;
     }
 
-    // Whether there is something to add. What a bad label adds is NaN.
+    // Whether the chunk has anything to add. A bad label adds NaN.
     IAL_D bool any() const {
         bool found = this->bad;
         for (int j = 0; j < S * S; ++j) found |= this->has(j);
@@ -125,36 +128,38 @@ struct ChunkLabels : LabelsBase<A, S * S> {
     }
 };
 
-// The thread takes one class after another: it interpolates the four logits around the cell to the pixels.
-// So the number of classes costs no registers, and the gradient of the four logits is a sum over the chunk.
-// Where a logit is infinite, NaN or huge, interpolate() may be wrong. Then the chunk starts again with
-// interpolate_carefully(): it is `careful`.
-// Logits are in the unit of `power`; in a careful chunk, where they may be too large for that, natural.
+// The thread processes one class after another: it interpolates the four logits around the cell to the
+// pixels. The number of classes therefore costs no registers, and the gradient of the four logits is a sum
+// over the chunk.
+//
+// If a logit is infinite, NaN or huge, interpolate() may be wrong. The chunk is then `careful`: it starts
+// again with interpolate_carefully(). Logits are in units of to_unit(). In a careful chunk they are in
+// natural units, because they may be too large to be scaled.
 template <typename T_, int S_, bool Smooth = false>
 struct Chunk {
     using T = T_;
     using A = typename Arithmetic<T>::A;
     static constexpr int S = S_, V = S * S;
     static constexpr bool kSmooth = Smooth;  // with label smoothing
-    // How far a pixel's target logit may be below the largest.
+    // How far a pixel's target logit may be below the largest logit.
     static constexpr float kFar = 44, kFarSum = 0x1p64f;  // e^44
 
     const UpsampledProblem<T>& problem;
     Span<A, S> y, x;
-    const T *top, *bottom;  // logits of class 0 to the left of the cell
+    const T *top, *bottom;  // the logits of class 0 to the left of the cell, above and below
     int64_t channel, right;
     ChunkLabels<T, S> labels;
-    A shift[V];    // a logit near the largest; infinite for pixels without a class
+    A shift[V];    // a logit close to the largest; infinite for a pixel without a class
     A sum[V];      // sum_c e^(x_c - shift)
-    A target[V];   // x_y - shift, natural
-    unsigned far;  // bit j is set where target[j] is not 0
-    bool careful;  // shift is natural
-    A smooth[V];   // if smooth: sum_c w_c (x_c - shift), natural, with the classes' weights,
-    A weights;     // and their sum
+    A target[V];   // x_y - shift, in natural units
+    unsigned far;  // bit j is set if target[j] is not 0
+    bool careful;  // shift is in natural units
+    A smooth[V];   // if kSmooth: sum_c w_c (x_c - shift), in natural units, with class weights w_c
+    A weights;     // if kSmooth: sum_c w_c
 
     IAL_D explicit Chunk(const UpsampledProblem<T>& problem) : problem(problem) {}
 
-    // Sets the place of the chunk, these parts of a cell, and reads its labels.
+    // Sets the position of the chunk, given by its cell and its part of that cell, and reads its labels.
     IAL_D void read(int64_t image, int64_t cell_y, int part_y, int64_t cell_x, int part_x) {
         y.read(problem.upsampling.y, cell_y, part_y);
         x.read(problem.upsampling.x, cell_x, part_x);
@@ -182,8 +187,8 @@ struct Chunk {
         return around.interpolate_carefully(y.fraction[j / S], x.fraction[j % S]);
     }
 
-    // Subtracts a pixel's target logit from the others. It is needed anyway, and mostly it is the largest, so
-    // a pass that finds the largest is saved.
+    // The shift is the pixel's target logit. It is needed anyway and is usually the largest, so no pass is
+    // needed to find the largest.
     template <typename Class>
     IAL_D void softmax(const Class* by_class) {
         Corners<A> around{};
@@ -221,7 +226,7 @@ struct Chunk {
     }
 
     // The softmax of row i of a careful chunk: a logit is not finite, or huge, or far larger than a pixel's
-    // target logit. All rows at a time would not fit the registers.
+    // target logit. All rows at once would not fit the registers.
     template <typename Class>
     IAL_D void careful_softmax(int i, const Class* by_class) {
 #pragma unroll
@@ -254,15 +259,15 @@ struct Chunk {
         }
     }
 
-    // e^target, which is 1 or less than e^-44: 0 then.
+    // e^target. It is 1, or less than e^-44 and then rounded to 0.
     IAL_D A target_exp(int j) const { return far >> j & 1 ? A(0) : A(1); }
 
-    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra - soft w_c. Few classes need `extra`, so it stays in
-    // shared memory: in the thread's column of [V, kCellThreads].
+    // dL/dX_c = scale e^(x_c - shift) + [c = y] extra - soft w_c. Few classes need `extra`, so it is kept in
+    // shared memory, in the thread's column of [V, kCellThreads].
     A scale[V], soft[V];
     A* extra;
     const BackwardClass<A>* by_class;
-    unsigned present;  // bit c % 32 is set where pixels have class c
+    unsigned present;  // bit c % 32 is set if a pixel has class c
 
     // Calls each(j) for each pixel j.
     template <typename Each>
@@ -281,13 +286,13 @@ struct Chunk {
         }
     }
 
-    // That of pixel j and class c without `extra`. e: e^(x_c - shift)
+    // The gradient of pixel j and class c without `extra`. e is e^(x_c - shift).
     IAL_D A gradient_of(A e, int j, int c) const {
         if constexpr (Smooth) return multiply_add(e, scale[j], -soft[j] * by_class[c].weight);
         return e * scale[j];
     }
 
-    // What row i of a careful chunk adds to the gradient of the logits of class c around the cell.
+    // The contribution of row i of a careful chunk to the gradient of class c's logits around the cell.
     IAL_D Corners<A> careful_gradient(int i, int c) const {
         const Corners<A> around = natural_corners(c);
         A left = 0, right = 0;
@@ -304,7 +309,7 @@ struct Chunk {
                 Corners<A>::share(below, left), Corners<A>::share(below, right)};
     }
 
-    // What a chunk that is not careful adds to it.
+    // The contribution of a whole chunk that is not careful.
     IAL_D Corners<A> gradient(int c) const {
         const Corners<A> around = corners(c);
         A g[V];

@@ -1,5 +1,5 @@
-// combine and its backward: from the sums of all images to the loss, and to grad_stats = dL/dstats.
-// One block, a thread for each image.
+// combine and its backward: the loss from the sums of all images, and grad_stats = dL/dstats.
+// One block, with one thread per image.
 #pragma once
 
 #include "backward.cuh"
@@ -10,7 +10,7 @@ struct Lambdas {
     double value[kMaxLevels - 1];
 };
 
-// The stats, copied to shared memory if they fit there, since every thread reads them.
+// The stats, copied to shared memory if they fit, because every thread reads them.
 IAL_D const double* stage_stats(const Combine& c, bool fits) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
     if (!fits) return c.stats;
@@ -20,7 +20,7 @@ IAL_D const double* stage_stats(const Combine& c, bool fits) {
     return stats;
 }
 
-// The results of combine. f: [N or 1, g - 1]; image_losses: [N]; loss: [N] or [1]
+// The results of combine. f: [N or 1, g - 1]; image_losses: [N]; loss: [N] or [1].
 template <typename L>
 struct Combined {
     double *f, *image_losses;
@@ -56,7 +56,7 @@ IAL_D void write_grad_stats(const Combine& c, const Grads& grad_loss, double wei
         combine_backward(c, 0, c.batch, grad_loss, weight, grad_stats);
 }
 
-// dL/dloss = 1: the incoming gradient is not known yet.
+// An incoming gradient of 1. The actual one is not known yet.
 struct UnitGradient {
     IAL_HD double operator[](int64_t) const { return 1; }
 };

@@ -1,5 +1,5 @@
-// The whole loss and its gradient in one cooperative launch: reduce, combine and their backwards, with the
-// logits kept on the chip in between.
+// The whole loss and its gradient in one cooperative launch: reduce, combine and their backward kernels.
+// The logits stay on the chip in between.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -12,11 +12,12 @@
 namespace ial::gpu {
 
 #if defined(__CUDACC__)
-// Waits for all blocks of a cooperative launch, and makes visible what they wrote before.
+// Waits for all blocks of a cooperative launch. What they wrote before is visible afterwards.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 #endif
 
-// Threads of a block, the only one on its multiprocessor: as many as have registers for a tile.
+// Threads of a block. Each multiprocessor runs one block. 384 threads if the registers suffice for their
+// tiles, otherwise 256.
 template <typename Tile>
 constexpr int kCooperativeThreads = Tile::B * sizeof(Pack<typename Tile::T, Tile::V>) <= 192 ? 384 : 256;
 
@@ -24,25 +25,25 @@ template <typename T>
 struct Cooperative {
     using A = typename Arithmetic<T>::A;
 
-    Combine combine;             // of the batch
+    Combine combine;             // of the whole batch
     double *stats, *grad_stats;  // [N, levels, kStats]; grad_stats for an incoming gradient of 1
     Combined<A> results;
     double* partial;       // [2, images of a wave, levels, kStats, blocks]
-    const double* weight;  // [weights], which add up to the batch's weight, or null if the wave is the batch
+    const double* weight;  // [weights]: parts of the batch's weight; null if one wave is the whole batch
     int weights;
     int64_t wave;   // images that are processed at a time
-    int64_t saved;  // tiles of a thread that shared memory keeps from reduce to its backward
+    int64_t saved;  // tiles per thread that shared memory keeps from reduce to its backward
     bool exact;
     ComputedFor computed_for;
     T* grad;
 };
 
-// The offsets in a block's shared memory, in bytes. stats and grad_stats reuse the memory of the thread sums.
+// Offsets into a block's shared memory, in bytes. stats and grad_stats reuse the memory of the thread sums.
 template <typename Tile>
 struct CooperativeShared {
     size_t slots;              // [saved, classes, threads] packs
     size_t backward_classes;   // [classes]
-    size_t thread_sums;        // [levels, kStats, threads], and later:
+    size_t thread_sums;        // [levels, kStats, threads]; reused for:
     size_t stats, grad_stats;  // [wave, levels, kStats]
     size_t reduce_classes;     // [classes]
     size_t end;
@@ -61,9 +62,9 @@ struct CooperativeShared {
     }
 };
 
-// The batch is processed in waves of as many images as stay on the chip from reduce to its backward, each on
-// `blocks` blocks. A thread keeps its first tiles in shared memory and its last one in registers. It reads
-// the others again in reverse order: L2 holds what was read last.
+// The batch is processed in waves. A wave has as many images as stay on the chip from reduce to its backward,
+// with `blocks` blocks each. A thread keeps its first tiles in shared memory and its last tile in registers.
+// It reads the other tiles again, in reverse order, because L2 holds what was read last.
 template <typename Tile>
 __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
     cooperative_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
@@ -84,7 +85,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
     auto* const reduce_classes = reinterpret_cast<ReduceClass<A>*>(ial_shared + at.reduce_classes);
     const int sums = problem.levels * kStats;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-    const int64_t own = blockIdx.x / problem.blocks;  // the block's image of a wave
+    const int64_t own = blockIdx.x / problem.blocks;  // this block's image in the wave
     const GridStride<Tile::V, Threads> loop(layout, problem.blocks, blockIdx.x % problem.blocks);
     const auto slot = [&](int64_t i) {
         return slots + (i * layout.classes * Threads + threadIdx.x) * Tile::V;
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kCooperativeThreads<Tile>, 1)
     load_classes<Threads>(problem, 0, reduce_classes);
 
     Tile tile(problem);
-    int parity = 0;  // of the wave: some blocks may still read `partial` while others write the next wave's
+    int parity = 0;  // of the wave; some blocks may still read `partial` while others write the next wave's
     for (int64_t first = 0; first < layout.batch; first += call.wave, parity ^= 1) {
         const int64_t images = call.wave < layout.batch - first ? call.wave : layout.batch - first;
         const int64_t image = first + own, count = own < images ? loop.count : 0;

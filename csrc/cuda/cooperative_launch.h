@@ -1,5 +1,5 @@
-// The cooperative launch of the whole loss and its gradient: images of a wave, blocks of an image, and tiles
-// in shared memory are chosen.
+// The cooperative launch of the whole loss and its gradient.
+// Chooses the images of a wave, the blocks of an image, and the tiles in shared memory.
 #pragma once
 
 #include "cooperative.cuh"
@@ -7,17 +7,17 @@
 
 namespace ial::gpu {
 
-// Levels up to which the cooperative kernel has room for logits beside its sums.
+// The largest number of levels for which the cooperative kernel has room for logits beside its sums.
 constexpr int kMaxCooperativeLevels = 8;
 
-// The memory that logits may occupy from their first to their second use. Registers are not counted: they
-// make up for what else is in shared memory.
+// The memory that logits may occupy between their first and their second use. Registers are not counted. They
+// compensate for the other data in shared memory.
 template <typename Launcher>
 int64_t on_chip_bytes(const Launcher& launcher) {
     return int64_t(launcher.multiprocessors()) * launcher.shared_bytes() + launcher.l2_bytes();
 }
 
-// The least shared memory with which the cooperative kernel starts, for the tile with the most threads.
+// The minimum shared memory of the cooperative kernel, for the tile with the most threads.
 inline size_t min_cooperative_bytes(int64_t classes, int levels, int64_t pooled_images) {
     return CooperativeShared<Tile<float, 4, 11>>(classes, levels, pooled_images, 0).end;
 }
@@ -70,14 +70,14 @@ struct CooperativeLaunch {
                            combine_arguments.lambdas);
     }
 
-    // All images that are pooled. Otherwise, as many as keep the waves equal and the logits on the chip (in
-    // shared memory, registers and L2) from their first to their second use.
+    // Pooled images form one wave. Otherwise, waves have about equal sizes, and a wave's logits stay on the
+    // chip (in shared memory, registers and L2) between their first and their second use.
     int64_t images_of_a_wave(int threads) const {
         const int64_t batch = call.problem.layout.batch;
         if (combine_arguments.combine.pool_batch) return batch;
         const int64_t bytes = to.grad.numel() * static_cast<int64_t>(sizeof(T));
         const int64_t waves = std::clamp<int64_t>(divide_up(bytes, on_chip_bytes(launcher)), 1, batch);
-        // The rows of stats and grad_stats take the place of a level's sums.
+        // stats and grad_stats reuse the memory of one level's thread sums.
         const int64_t most = std::min<int64_t>(launcher.multiprocessors(), threads * sizeof(A) / 16);
         return std::min(divide_up(batch, waves), most);
     }

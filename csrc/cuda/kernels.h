@@ -1,5 +1,5 @@
-// The launches of all kernels that depend on the type of the logits, so that each type's kernels can be
-// compiled in a file of their own.
+// The launches of all kernels that depend on the type of the logits.
+// Each type's kernels can be compiled in a file of their own.
 #pragma once
 
 #include "cooperative_launch.h"
@@ -7,8 +7,8 @@
 
 namespace ial::gpu {
 
-// T is the type of the kernels. The functions are defined outside of the class: that lets `extern template`
-// suppress them.
+// T is the kernels' type. The functions are defined outside the class, so that `extern template` can suppress
+// them.
 template <typename T, typename Launcher>
 struct Kernels {
     using A = typename Arithmetic<T>::A;
@@ -18,11 +18,11 @@ struct Kernels {
     static void reduce_backward(const Launcher& launcher, const Inputs& inputs, const Tensor& grad_stats,
                                 const Incoming<A>& incoming, const Tensor& grad);
 
-    // One level: writes `to` and what the loss is divided by.
+    // One level. Writes `to`, and to `divisor` what the loss is divided by.
     static void one_pass(const Launcher& launcher, const Inputs& inputs, const Combine& combine,
                          const OptionalTensor& expected, const TrainingResults& to, const Tensor& divisor);
 
-    // The whole loss and its gradient in one launch: writes `to` and the results.
+    // The whole loss and its gradient in one launch. Writes `to` and `results`.
     static void cooperate(const Launcher& launcher, const Inputs& inputs, const CombineArguments& combine,
                           const OptionalTensor& expected, const TrainingResults& to,
                           const CombineResults& results);

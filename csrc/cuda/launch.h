@@ -1,5 +1,5 @@
-// The launches of reduce and its backward for logits of the target's size: a tile and a grid are chosen. Also
-// what all launches share: limits, the operands of a call, the arguments of combine.
+// The launches of reduce and its backward for full-size logits: choose a tile and a grid.
+// Also what all launches share: limits, the operands of a call, the arguments of combine.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -12,27 +12,28 @@
 #include "backward.cuh"
 #include "combine.cuh"
 
-// A Launcher runs kernels: a CUDA stream (cuda/stream.h), or the tests' emulator. It is made from a tensor of
-// the device and has
-//   multiprocessors(), l2_bytes()   of that device
-//   shared_bytes()                  that a block can have there
+// A Launcher runs kernels: on a CUDA stream (cuda/stream.h), or in the emulator of the tests. It is
+// constructed from a tensor on its device and has
+//   multiprocessors(), l2_bytes()   of the device
+//   shared_bytes()                  that a block can request
 //   cooperative()                   whether the blocks of a launch can wait for each other
 //   resident(kernel, shared)        how many blocks of kThreads run on one multiprocessor at a time
-//   operator()(kernel, grid, threads, shared, arguments...), cooperate(the same)
-// No launch waits for the device or copies from pageable memory, so all can be captured in a CUDA graph.
+//   operator()(kernel, grid, threads, shared, arguments...), and cooperate() with the same parameters
+// No launch waits for the device or copies from pageable memory, so CUDA graphs can capture every launch.
 namespace ial::gpu {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The shared memory of a block that does not ask for more, and the part of it for channels-last logits.
+// The shared memory of a block that does not request more, and the part of it for channels-last logits.
 constexpr size_t kSharedBytes = 48 << 10, kStagingBytes = kSharedBytes / 2;
 
-// Classes that a tile keeps in registers with rows of 16 bytes; for more, its rows have 8 bytes.
+// The largest number of classes for which the rows of a tile have 16 bytes. With more classes, rows have 8
+// bytes.
 constexpr int kWideClasses = 24;
 
-// The most that a kernel counts in 32 bits: blocks of a grid, one for each sum of an image and level, and
-// chunks of a cell. There is room for the next step of a loop.
+// The largest count that kernels hold in 32 bits: of blocks in a grid, with one block per sum of an image and
+// level, and of chunks in a cell. The margin is for the next step of a loop.
 constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max() - kThreads;
 
 inline void check_limits(int64_t images, int64_t classes, int levels) {
@@ -45,7 +46,7 @@ inline void check_limits(int64_t images, int64_t classes, int levels) {
                       levels, " levels on CUDA");
 }
 
-// Whether each image is one piece of memory, pixel after pixel.
+// Whether each image is contiguous in memory, pixel after pixel.
 inline bool is_channels_last(const Layout& layout, const View& view) {
     return layout.outer_rank == 0 && view.channel == 1 && view.pixel == layout.classes;
 }
@@ -54,8 +55,8 @@ inline bool aligned(const void* address, size_t bytes) {
     return reinterpret_cast<uintptr_t>(address) % bytes == 0;
 }
 
-// Whether the pixels can be cut into vectors of `lanes` adjacent ones, each at a multiple of `lanes` elements
-// from the start.
+// Whether the pixels can be split into vectors of `lanes` adjacent pixels, each at an offset that is a
+// multiple of `lanes`.
 inline bool in_vectors(const Layout& layout, const View& view, int64_t lanes) {
     bool fits =
         view.pixel == 1 && layout.row % lanes == 0 && view.batch % lanes == 0 && view.channel % lanes == 0;
@@ -69,8 +70,8 @@ inline bool has_dense_labels(const Layout& layout, const void* target, int64_t i
            aligned(target, std::min<size_t>(16, lanes * itemsize));
 }
 
-// The tensors of a call, as operands for kernels whose logits have type T. `inputs` refers to the other
-// members, so a copy would refer to those of the original.
+// The tensors of a call, as operands for kernels with logits of type T. It cannot be copied, because `inputs`
+// refers to the other members.
 template <typename T>
 struct Arguments {
     using A = typename Arithmetic<T>::A;
@@ -104,7 +105,7 @@ struct Arguments {
     }
 };
 
-// A call for logits of the target's size.
+// A call for full-size logits.
 template <typename T>
 struct Call {
     static constexpr int kLanes = 16 / sizeof(T);
@@ -117,7 +118,7 @@ struct Call {
         arguments.fill(problem);
         const Layout layout = arguments.inputs.layout(grad);
         problem.layout = layout;
-        // A vector of double would hold two pixels: not worth kernels of its own.
+        // A vector of double would hold only two pixels, which does not justify kernels of its own.
         vectors = kLanes > 2 && in_vectors(layout, layout.logits, kLanes) &&
                   in_vectors(layout, layout.grad, kLanes) && aligned(problem.logits, 16) &&
                   aligned(grad.const_data_ptr(), 16);
@@ -130,19 +131,20 @@ struct Call {
 
     bool is_smooth() const { return problem.class_share > 0; }
 
-    // Whether the rows of a tile have 16 bytes. With label smoothing one tile serves every number of classes.
+    // Whether the rows of a tile have 16 bytes. With label smoothing, the same tile serves any number of
+    // classes.
     bool is_wide() const { return problem.layout.classes <= kWideClasses && !is_smooth(); }
 
     size_t staged_bytes() const { return problem.staged ? staging_bytes<T>(problem.layout.classes) : 0; }
 
-    // Of an image, with a tile each.
+    // Threads for an image, with one tile each.
     template <typename Tile>
     int64_t threads() const {
         return divide_up(problem.layout.pixels, Tile::V);
     }
 
-    // Calls launch.run<Tile>() with the Tile that fits the number of classes and the layout: exactly for the
-    // common 11 and 19 without label smoothing.
+    // Calls launch.run<Tile>() with the Tile that fits the number of classes and the layout. Without label
+    // smoothing, the common numbers 11 and 19 have tiles of their own.
     template <typename Launch>
     void with_tile(const Launch& launch) const {
         if (vectors)
@@ -174,7 +176,7 @@ struct Call {
 // -------------------------------------------------------------------------------------------------
 // reduce and its backward
 
-// How many blocks of kThreads each image gets if it can keep so many threads busy: together they fill the
+// Blocks of kThreads for each image, which can keep `threads` threads busy. All blocks together fill the
 // device once, and none is idle.
 template <typename Launcher, typename Kernel>
 int choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared, int64_t images, int64_t threads) {
@@ -183,23 +185,23 @@ int choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared, int64_
         std::clamp<int64_t>(divide_up(resident, images), 1, divide_up(threads, kThreads)));
 }
 
-// stats = the sums over the blocks of each row of `partial`.
+// stats = the sum over the blocks of each row of `partial`.
 template <typename Launcher>
 void launch_sums(const Launcher& launcher, const Tensor& partial, int blocks, const Tensor& stats) {
     launcher(sum_kernel, dim3(stats.numel()), kWarp, 0, partial.template const_data_ptr<double>(), blocks,
              stats.template mutable_data_ptr<double>());
 }
 
-// Launches a reduce kernel, then sum_kernel. `staged_bytes`: shared memory that the kernel takes besides.
+// Launches a reduce kernel, then sum_kernel. `staged_bytes` is the shared memory for staging.
 template <typename Launcher, typename Problem>
 void launch_reduce(const Launcher& launcher, void (*kernel)(Problem, int, double*), Problem& problem,
                    size_t staged_bytes, int64_t threads, const Tensor& stats) {
     using A = typename Problem::A;
-    const size_t besides = staged_bytes + problem.classes * sizeof(ReduceClass<A>);
+    const size_t other_bytes = staged_bytes + problem.classes * sizeof(ReduceClass<A>);
     const size_t level = ThreadSums<A, kThreads>::bytes(1);
-    const int block_levels = std::min<int>(problem.levels, (kSharedBytes - besides) / level);
+    const int block_levels = std::min<int>(problem.levels, (kSharedBytes - other_bytes) / level);
     const int groups = divide_up(problem.levels, block_levels);
-    const size_t shared = besides + block_levels * level;
+    const size_t shared = other_bytes + block_levels * level;
     const int64_t images = stats.size(0), sums = stats.numel();
     problem.blocks = choose_blocks(launcher, kernel, shared, images, threads);
 
@@ -249,12 +251,12 @@ struct ReduceBackward {
 // -------------------------------------------------------------------------------------------------
 // combine and its backward
 
-// The arguments that both share on the device.
+// The arguments that combine and its backward share on the device.
 struct CombineArguments {
     Combine combine;
     Lambdas lambdas{};
     size_t shared;
-    bool fits;  // the stats, into shared memory
+    bool fits;  // whether the stats fit into shared memory
 
     explicit CombineArguments(const Combine& c) : combine(c) {
         check_limits(c.batch, 0, c.levels);
@@ -265,7 +267,7 @@ struct CombineArguments {
     }
 };
 
-// The results of combine: f (N or 1, g - 1), a loss for each image, and the loss, () or (N,).
+// The results of combine: f (N or 1, g - 1), the loss of each image, and the loss, () or (N,).
 struct CombineResults {
     Tensor f, image_losses, loss;
 
@@ -282,7 +284,7 @@ struct CombineResults {
     }
 };
 
-// What loss_and_grad computes for the backward pass. grad: like the logits.
+// What loss_and_grad computes for the backward pass. grad has the layout of the logits.
 struct TrainingResults {
     Tensor stats, grad_stats, grad, computed_for;
 

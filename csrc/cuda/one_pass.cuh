@@ -1,22 +1,23 @@
-// The loss of one level and its gradient, in one read of the logits and one write. The gradient needs no sum
-// over the logits but only the divisor of the mean, which comes from labels and weights.
+// The loss of one level and its gradient, in one read of the logits and one write of the gradient.
+// The gradient needs no sum over the logits. It needs the divisor of the mean, which depends on labels and
+// weights alone.
 #pragma once
 
 #include "backward.cuh"
 
 namespace ial::gpu {
 
-// Threads of a block of weight_kernel: one block on each multiprocessor keeps its memory busy, and there are
-// few parts to add.
+// Threads of a block of weight_kernel. One block per multiprocessor keeps its memory busy, and leaves few
+// partial sums to add.
 constexpr int kWeightThreads = 1024;
 
-// The weight of the valid pixels in parts[gridDim.x], a part from each block. Of the problem it takes labels
-// and weights, and its layout has theirs.
+// The weight of the valid pixels: each block writes one part to parts[gridDim.x]. Only the labels and weights
+// of `problem` are used, and its layout is theirs.
 template <typename T, int V>
 __global__ void __launch_bounds__(kWeightThreads)
     weight_kernel(const __grid_constant__ Problem<T> problem, double* parts) {
     extern __shared__ __align__(16) unsigned char ial_shared[];
-    auto* const of_warp = reinterpret_cast<double*>(ial_shared);
+    auto* const warp_sums = reinterpret_cast<double*>(ial_shared);
     const Layout& layout = problem.layout;
     const int64_t tiles = layout.pixels / V, step = int64_t(gridDim.x) * kWeightThreads;
     double total = 0;
@@ -28,16 +29,16 @@ __global__ void __launch_bounds__(kWeightThreads)
             if (labels.has(j)) total += problem.weight_of(labels.label[j]) * labels.pixel_weight(j);
     }
     total = warp_sum(total);
-    if (threadIdx.x % kWarp == 0) of_warp[threadIdx.x / kWarp] = total;
+    if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = total;
     __syncthreads();
     if (threadIdx.x >= kWarp) return;
-    total = warp_sum(of_warp[threadIdx.x]);
+    total = warp_sum(warp_sums[threadIdx.x]);
     if (threadIdx.x == 0) parts[blockIdx.x] = total;
 }
 
 template <typename T>
 struct OnePass {
-    const double* divisor;  // [parts], which add up to what the loss is divided by, or null for 1
+    const double* divisor;  // [parts]: parts of what the loss is divided by; null: 1
     int parts;
     bool exact;
     ComputedFor computed_for;
@@ -46,8 +47,9 @@ struct OnePass {
     double* whole_divisor;
     T* grad;
 
-    // Fills by_class[C]; a barrier must follow. The image's first block writes its row of grad_stats, that of
-    // image 0 the divisor and computed_for.
+    // Fills by_class[C]. The caller must synchronise the block afterwards. The first block of each image
+    // writes the image's row of grad_stats. The first block of image 0 also writes the divisor and
+    // computed_for.
     template <int Threads, typename A>
     IAL_D void start(const Operands<T>& problem, int64_t image, int block, BackwardClass<A>* by_class) const {
         const double whole = divisor ? sum_blocks(divisor, parts) : 1;
@@ -62,7 +64,7 @@ struct OnePass {
     }
 };
 
-// Sums over the pixels of a tile. P2 and Q2 are left out: with one level there is no factor.
+// Sums over the pixels of a tile. P2 and Q2 are left out, because one level has no factors.
 template <typename A>
 struct TileSums {
     A s = 0, weight = 0;
@@ -79,8 +81,8 @@ struct TileSums {
     }
 };
 
-// The sums of each thread's tiles, in its column of [kRows, Threads] in shared memory: the loops over classes
-// need the registers.
+// The sums of each thread's tiles. Each thread has a column of [kRows, Threads] in shared memory, because the
+// loops over the classes need the registers.
 template <typename A, int Threads>
 struct OneLevelSums {
     A* const sums;
@@ -94,14 +96,15 @@ struct OneLevelSums {
         for (int row = 0; row < kRows; ++row) at(row) = 0;
     }
 
-    // A label that is neither a class nor ignore_index sets S to NaN: no gradient depends on it.
+    // A label that is neither a class nor ignore_index sets S to NaN. No gradient depends on S.
     IAL_D void add(const TileSums<A>& tile, bool bad_label) const {
         at(0) += bad_label ? A(NAN) : tile.s;
         at(1) += A(tile.count);
         at(2) += tile.weight;
     }
 
-    // Writes the block's sums, each stat `step` after the one before. Barriers before and after.
+    // Writes the block's sums to `to`, with a stride of `step` between stats. The caller must synchronise the
+    // block before and after.
     IAL_D void total(double* to, int64_t step) const {
         for (int stat = threadIdx.x / kWarp; stat < kStats; stat += Threads / kWarp) {
             const int row = stat == kS ? 0 : stat == kCount ? 1 : stat == kWeight ? 2 : -1;
@@ -111,11 +114,11 @@ struct OneLevelSums {
     }
 };
 
-// Blocks that a multiprocessor must hold: three where a tile leaves room for that.
+// Minimum blocks per multiprocessor: three if the tile leaves enough registers.
 template <typename Tile>
 constexpr int kOnePassBlocks = Tile::B <= 19 ? 3 : kMinBlocks;
 
-// Grid (images x blocks).
+// Grid: images x blocks.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kOnePassBlocks<Tile>)
     one_pass_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
@@ -137,10 +140,10 @@ __global__ void __launch_bounds__(kThreads, kOnePassBlocks<Tile>)
     const GridStride<Tile::V, kThreads> loop(problem.layout, problem.blocks, block);
     for (int64_t i = 0; i < loop.count; ++i)
         differentiate_tile(tile, staging, image, loop.pixel(i), by_class, call.exact, call.grad, [&] {
-            TileSums<A> of_tile;
+            TileSums<A> tile_sums;
 #pragma unroll
-            for (int j = 0; j < Tile::V; ++j) of_tile.add(tile, j, by_class);
-            sums.add(of_tile, tile.labels.bad);
+            for (int j = 0; j < Tile::V; ++j) tile_sums.add(tile, j, by_class);
+            sums.add(tile_sums, tile.labels.bad);
         });
     __syncthreads();
     sums.total(call.partial + image * kStats * problem.blocks + block, problem.blocks);

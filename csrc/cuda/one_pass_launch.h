@@ -1,4 +1,4 @@
-// The launches of one pass: the weight of the labels, then loss and gradient.
+// The launches of one pass: first the weight of the labels, then loss and gradient.
 #pragma once
 
 #include "launch.h"
@@ -6,14 +6,15 @@
 
 namespace ial::gpu {
 
-// The weight of the batch's valid pixels in parts, which add up to it.
+// The weight of the batch's valid pixels, in parts that add up to it.
 template <typename T, typename Launcher>
 Tensor launch_weights(const Launcher& launcher, const Arguments<T>& arguments) {
     constexpr int kLanes = 8;
     const Inputs& in = arguments.inputs;
     at::DimVector shape(in.target.sizes());
     shape.insert(shape.begin() + 1, in.logits.size(1));
-    // Of the logits' shape, with the labels' memory: coarse logits are smaller.
+    // The layout needs a tensor of full size with a class dimension. Coarse logits are smaller, so the labels
+    // are expanded.
     const Tensor labels = in.target.unsqueeze(1).expand(shape);
     Problem<T> problem{};
     arguments.fill(problem);
@@ -31,7 +32,7 @@ Tensor launch_weights(const Launcher& launcher, const Arguments<T>& arguments) {
     return parts;
 }
 
-// The arguments of one pass for any kernel. `divisor`: what the loss is divided by, which it writes.
+// The arguments of one pass for any kernel. The kernel writes to `divisor` what the loss is divided by.
 template <typename T>
 class OnePassArguments {
  public:
@@ -54,7 +55,7 @@ class OnePassArguments {
         pass_.grad = static_cast<T*>(to.grad.mutable_data_ptr());
     }
 
-    // Calls launch(pass) for a kernel with so many blocks to an image, and sums what they write.
+    // Calls launch(pass) for a kernel with `blocks` blocks per image, and adds up their partial sums.
     template <typename Launcher, typename Launch>
     void run(const Launcher& launcher, int blocks, const Launch& launch) const {
         const Tensor partial = at::empty({stats_.numel() * blocks}, stats_.options());

@@ -1,4 +1,4 @@
-// Registers the operators for CUDA tensors. The kernels of each dtype are compiled in a file of their own.
+// Registers the operators for CUDA tensors. The kernels of each dtype are compiled in their own file.
 #include "operators.h"
 #include "stream.h"
 

@@ -1,4 +1,4 @@
-// The operators for any Launcher (cuda/launch.h): they check the arguments, allocate the outputs and launch.
+// The operators for any Launcher (cuda/launch.h). They check the arguments, allocate the outputs and launch.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -13,7 +13,7 @@
 
 namespace ial::gpu {
 
-// The kernels' type for a type of torch.
+// Maps a type of torch to the type of the kernels.
 template <typename T>
 struct Native {
     using type = T;
@@ -86,7 +86,7 @@ struct Operators {
         check_grad_loss(grad_loss, stats, c.reduction == Reduction::kNone ? c.batch : 1);
         const Launcher launcher(stats);
         Tensor grad_stats = at::empty_like(stats);
-        if (c.batch == 0) return grad_stats;  // the kernel writes to the row of its first image
+        if (c.batch == 0) return grad_stats;  // the kernel would write to the row of the first image
         const Tensor incoming = grad_loss.contiguous();
         AT_DISPATCH_FLOATING_TYPES(incoming.scalar_type(), "ial_cuda::combine_backward", [&] {
             launcher(combine_backward_kernel<scalar_t>, dim3(1), kThreads, arguments.shared, c,
@@ -108,7 +108,7 @@ struct Operators {
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         const bool one_pass = inputs.one_pass(expected);
         if (!one_pass && !cooperates(launcher, inputs, factor_scope, expected, one_launch)) {
-            // To compute the gradient now would save no pass over the logits.
+            // Computing the gradient now would not save a pass over the logits.
             const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
             const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
             return without_grad(loss, f, stats, logits);
@@ -182,9 +182,9 @@ struct Operators {
         });
     }
 
-    // Whether several levels take one launch: wherever one can do it, or where it is likely to be faster,
-    // which is where an image, or all that are pooled, stay on the chip. A loss of float16 logits is usually
-    // scaled, and its gradient recomputed.
+    // Whether several levels are computed in one launch: whenever possible, or only if it is likely to be
+    // faster. It is likely to be faster if an image, or all pooled images, stay on the chip. The loss of
+    // float16 logits is usually scaled, so without `expected` its gradient would be recomputed.
     static bool cooperates(const Launcher& launcher, const Inputs& inputs, std::string_view factor_scope,
                            const OptionalTensor& expected, std::optional<bool> one_launch) {
         const Tensor& logits = inputs.logits;
@@ -195,8 +195,8 @@ struct Operators {
                                   on_chip_bytes(launcher));
     }
 
-    // Whether one launch can do it: each thread reads and writes vectors, all blocks are resident, and there
-    // is room for their sums.
+    // Whether one launch is possible: each thread reads and writes vectors, all blocks are resident, and
+    // their sums fit into shared memory.
     static bool has_one_launch(const Launcher& launcher, const Inputs& inputs, int64_t pooled_images) {
         const Tensor &logits = inputs.logits, &target = inputs.target;
         const int64_t classes = logits.size(1);

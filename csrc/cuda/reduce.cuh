@@ -1,8 +1,8 @@
 // reduce: the five sums of each image and level, in one read of the logits.
-// Each block writes partial sums; sum_kernel adds those of an image's blocks.
+// Each block writes partial sums. sum_kernel adds the partial sums of an image's blocks.
 //
-// For all kernels: which thread adds what depends on the grid alone, and sums are added in a fixed order
-// without atomics, so results are bitwise the same from run to run. Kernels see plain structs, never tensors;
+// All kernels: the grid alone determines which thread adds what. Sums are added in a fixed order, without
+// atomics. Results are therefore bitwise the same in every run. Kernels take plain structs, never tensors.
 // cuda/launch.h launches them.
 #pragma once
 
@@ -10,17 +10,17 @@
 
 namespace ial::gpu {
 
-// Blocks of reduce and of its backward that a multiprocessor must hold: this leaves a thread all 255
-// registers. Without a number the compiler aims at more blocks and causes a few spills.
+// Minimum blocks per multiprocessor for reduce and its backward. Two blocks leave each thread all 255
+// registers. Without a minimum, the compiler aims at more blocks and spills a few registers.
 constexpr int kMinBlocks = 2;
 
 template <typename A>
 struct ReduceClass {
     A weight;
-    int level;  // counted from the first level that the block sums
+    int level;  // relative to the first level that the block sums
 };
 
-// Fills by_class[C]; a barrier must follow.
+// Fills by_class[C]. The caller must synchronise the block afterwards.
 template <int Threads, typename T, typename A>
 IAL_D void load_classes(const Operands<T>& problem, int first_level, ReduceClass<A>* by_class) {
     for (int c = threadIdx.x; c < problem.classes; c += Threads)
@@ -32,18 +32,18 @@ IAL_D double warp_sum(double value) {
     return value;
 }
 
-// The weighted cross-entropy of pixel j of a tile. w: the weight of the pixel and its class.
+// The weighted cross-entropy of pixel j of a tile. w is the product of pixel weight and class weight.
 template <typename Tile>
 IAL_D typename Tile::A cross_entropy(const Tile& tile, int j, typename Tile::A w) {
     using A = typename Tile::A;
-    const A log_sum = logarithm(tile.sum[j]), of_target = w * (log_sum - tile.target[j]);
-    if constexpr (!Tile::kSmooth) return of_target;
-    const A of_classes = multiply_add(tile.weights, log_sum, -tile.smooth[j]);
-    return multiply_add(tile.problem.class_share * tile.labels.pixel_weight(j), of_classes,
-                        tile.problem.target_share * of_target);
+    const A log_sum = logarithm(tile.sum[j]), target_term = w * (log_sum - tile.target[j]);
+    if constexpr (!Tile::kSmooth) return target_term;
+    const A class_term = multiply_add(tile.weights, log_sum, -tile.smooth[j]);
+    return multiply_add(tile.problem.class_share * tile.labels.pixel_weight(j), class_term,
+                        tile.problem.target_share * target_term);
 }
 
-// The sum of a row of `Threads` values, added by the lanes of a warp.
+// The sum of a row of `Threads` values, computed by one warp.
 template <int Threads, typename A>
 IAL_D double sum_row(const A* row) {
     double total = 0;
@@ -51,7 +51,7 @@ IAL_D double sum_row(const A* row) {
     return warp_sum(total);
 }
 
-// sums[levels, kStats, Threads] in shared memory: each thread adds to its own column.
+// sums[levels, kStats, Threads] in shared memory. Each thread adds to its own column.
 template <typename A, int Threads>
 struct ThreadSums {
     A* const sums;
@@ -61,7 +61,8 @@ struct ThreadSums {
         for (int slot = 0; slot < levels * kStats; ++slot) sums[slot * Threads + threadIdx.x] = 0;
     }
 
-    // Writes the sum of row i to to[i * step], a warp for each row. Barriers before and after.
+    // Writes the sum of row i to to[i * step], one warp per row. The caller must synchronise the block before
+    // and after.
     IAL_D void total(double* to, int64_t step) const {
         for (int slot = threadIdx.x / kWarp; slot < levels * kStats; slot += Threads / kWarp) {
             const double total = sum_row<Threads>(sums + slot * Threads);
@@ -72,8 +73,8 @@ struct ThreadSums {
     static constexpr size_t bytes(int levels) { return size_t(levels) * kStats * Threads * sizeof(A); }
 };
 
-// A thread's sums of one level, in registers until a pixel of another level follows: neighbouring pixels tend
-// to have the same. Then they are added to the thread's column.
+// A thread's sums of one level, kept in registers until a pixel of another level follows. Neighbouring pixels
+// tend to have the same level. flush() adds the sums to the thread's column.
 template <typename A, int Threads>
 struct LevelSums {
     A* const column;
@@ -112,11 +113,11 @@ struct LevelSums {
         }
     }
 
-    // A label that is neither a class nor ignore_index sets S_0 to NaN: no gradient depends on S_0.
+    // A label that is neither a class nor ignore_index sets S_0 to NaN. No gradient depends on S_0.
     IAL_D void set_nan() const { column[kS * Threads] = NAN; }
 };
 
-// The common part of the reduce kernels. Grid (images x blocks, groups of levels): a block has shared memory
+// The common part of the reduce kernels. Grid: (images x blocks, groups of levels). A block has shared memory
 // for `block_levels` levels, and each further group reads the logits again. body(image, block, by_class, add)
 // calls add(tile) for each tile of the thread. partial: [images, levels, kStats, blocks].
 template <typename T, typename Body>
@@ -165,15 +166,14 @@ __global__ void __launch_bounds__(kThreads, kMinBlocks)
                });
 }
 
-// The sum of `blocks` partial sums, added by the lanes of a warp. The loads bypass L1, which may hold what
-// was in memory before.
+// The sum of `blocks` partial sums, computed by one warp. The loads bypass L1, which may hold stale values.
 IAL_D double sum_blocks(const double* partial, int blocks) {
     double total = 0;
     for (int b = threadIdx.x % kWarp; b < blocks; b += kWarp) total += __ldcg(partial + b);
     return warp_sum(total);
 }
 
-// stats[i] = sum over b of partial[i, b]. A block of one warp for each i.
+// stats[i] = sum over b of partial[i, b]. One block of one warp for each i.
 static __global__ void __launch_bounds__(kWarp) sum_kernel(const double* partial, int blocks, double* stats) {
     const double total = sum_blocks(partial + int64_t(blockIdx.x) * blocks, blocks);
     if (threadIdx.x == 0) stats[blockIdx.x] = total;

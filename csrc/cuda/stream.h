@@ -1,4 +1,4 @@
-// The current CUDA stream of a tensor's device as a Launcher (cuda/launch.h).
+// A Launcher (cuda/launch.h) for the current CUDA stream of a tensor's device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,14 +36,15 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    const Arguments&... arguments) const {
-        // The limit is the kernel's, not the launch's: other threads may launch it with other sizes.
+        // The attribute belongs to the kernel, not to the launch. Other threads may launch it with other
+        // sizes, so it is set to the maximum.
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         launch(kernel, grid, threads, shared, true, arguments...);
     }
 
  private:
     static void check(cudaError_t error) {
-        // The errors of a kernel that was not compiled for this GPU.
+        // These errors mean that the kernel was not compiled for this GPU.
         if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
             cudaGetLastError();
             TORCH_CHECK(false,

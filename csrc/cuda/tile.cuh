@@ -1,5 +1,5 @@
-// What a CUDA thread works on: a tile, a few neighbouring pixels with their classes in registers; their
-// labels; channels-last logits staged in shared memory; the loop over the tiles of an image.
+// A tile: a few neighbouring pixels of a CUDA thread, with their classes in registers. Also the labels of a
+// tile, the staging of channels-last logits in shared memory, and the grid-stride loop over the tiles.
 #pragma once
 
 #include "../layout.h"
@@ -8,8 +8,8 @@
 
 namespace ial::gpu {
 
-// Threads of a warp, and of a block of most kernels. A kernel's parameters have room for so many classes and
-// levels.
+// Threads of a warp, and of a block of most kernels. kMaxClasses and kMaxLevels are limited by the size of
+// kernel parameters.
 constexpr int kWarp = 32, kThreads = 128, kMaxClasses = 1024, kMaxLevels = 256;
 
 IAL_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -26,15 +26,15 @@ struct Operands {
     int64_t ignore_index;
     Label label;
     int classes, levels;
-    int blocks;  // of an image
-    // Label smoothing: the parts of a pixel's cross-entropy that the target and each class have, 1 - eps and
-    // eps / C. Used where a tile is smooth.
+    int blocks;  // blocks per image
+    // Label smoothing: the shares of a pixel's cross-entropy that the target and each class have, 1 - eps and
+    // eps / C. Used if Tile::kSmooth or Chunk::kSmooth is set.
     A target_share, class_share;
     uint8_t class_levels[kMaxClasses];
 
     IAL_D A weight_of(int64_t c) const { return weight ? weight[c] : A(1); }
 
-    // Calls body(target) with a pointer of the labels' type.
+    // Calls body(target) with a pointer to the type of the labels.
     template <typename Body>
     IAL_D void with_target(const Body& body) const {
         switch (label) {
@@ -53,18 +53,18 @@ struct Operands {
 template <typename T>
 struct Problem : Operands<T> {
     Layout layout;
-    bool dense_labels;  // a tile's labels are one aligned vector
-    bool staged;        // channels are adjacent, and pixels too: see Staging
+    bool dense_labels;  // the labels of a tile are one aligned vector
+    bool staged;        // channels and pixels are contiguous; see Staging
 };
 
-// The class of label y, or -1. Sets `bad` if y is neither a class nor ignore_index.
+// Returns the class of label y, or -1. Sets `bad` if y is neither a class nor ignore_index.
 IAL_D int class_of(int64_t y, int64_t classes, int64_t ignore, bool* bad) {
     const bool is_class = static_cast<uint64_t>(y) < static_cast<uint64_t>(classes) && y != ignore;
     *bad |= !is_class && y != ignore;
     return is_class ? static_cast<int>(y) : -1;
 }
 
-// Writes the class of pixel j, or -1, to label[j]. Returns whether a label is neither a class nor
+// Sets label[j] to the class of pixel j, or to -1. Returns whether a label is neither a class nor
 // ignore_index.
 template <int V, typename L>
 IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, int64_t ignore, int* label) {
@@ -81,17 +81,17 @@ IAL_D bool classify(const L* from, int64_t stride, bool dense, int64_t classes, 
 
 template <typename A, int V>
 struct LabelsBase {
-    int label[V];  // class of pixel j, or -1
-    bool bad;      // one is neither a class nor ignore_index
+    int label[V];  // the class of pixel j, or -1
+    bool bad;      // a label is neither a class nor ignore_index
     const A* weight;
 
     IAL_D bool has(int j) const { return label[j] >= 0; }
 
-    // The class of pixel j, or any class where it has none.
+    // The class of pixel j, or class 0 if the pixel has none.
     IAL_D int class_or_any(int j) const { return label[j] < 0 ? 0 : label[j]; }
 };
 
-// The labels and weights of the V pixels of a tile.
+// The labels and pixel weights of the V pixels of a tile.
 template <typename T, int V, typename A = typename Arithmetic<T>::A>
 struct Labels : LabelsBase<A, V> {
     int64_t weight_stride;
@@ -113,14 +113,16 @@ struct Labels : LabelsBase<A, V> {
     IAL_D A pixel_weight(int j) const { return this->weight ? this->weight[j * weight_stride] : A(1); }
 };
 
-// The most classes of a tile in registers. More classes take several passes over the logits.
+// The largest number of classes that a tile holds in registers. More classes take several passes over the
+// logits.
 constexpr int kRegisterClasses = 32;
 
-// V pixels x up to B classes in registers. A row of a tile, V neighbouring pixels of a class, is 16 bytes, or
-// 8 bytes where there are many classes. V is 1 where the logits cannot be cut into aligned vectors: then a
-// pixel is wherever its strides say.
-// The number of classes is never a constant to the compiler: given one, it widens all classes at once and
-// runs out of registers.
+// V pixels and up to B classes in registers. A row of a tile is V neighbouring pixels of a class: 16 bytes,
+// or 8 bytes for many classes. V is 1 if the logits cannot be split into aligned vectors. Pixels may
+// then have any strides.
+//
+// The number of classes is never a compile-time constant. With a constant, the compiler widens all classes at
+// once and runs out of registers.
 template <typename T_, int V_, int B_, bool Smooth = false>
 struct Tile {
     using T = T_;
@@ -132,18 +134,18 @@ struct Tile {
     const Problem<T>& problem;
     const int classes;
     Labels<T, V> labels;
-    const T* from;    // the first pixel's logit of class 0
-    int64_t channel;  // from there to the next class
+    const T* from;    // the logit of class 0 at the first pixel
+    int64_t channel;  // the stride from one class to the next
     Pack<T, V> x[B];
     A max[V], sum[V];  // max_c x_c, sum_c exp(x_c - max)
     A target[V];       // x_y - max
-    A smooth[V];       // if smooth: sum_c w_c (x_c - max), with the classes' weights,
-    A weights;         // and their sum
+    A smooth[V];       // if kSmooth: sum_c w_c (x_c - max) with class weights w_c
+    A weights;         // if kSmooth: sum_c w_c
 
     IAL_D explicit Tile(const Problem<T>& problem) : problem(problem), classes(problem.classes) {}
 
-    // Reads the pixels from `pixel` of an image, whose logits are at `from`. Logits are loaded first: labels
-    // and weights arrive during the wait for them.
+    // Reads the pixels from `pixel` of an image. Their logits are at `from_`. Logits are loaded first, so
+    // that labels and weights are loaded while they arrive.
     template <typename Class>
     IAL_D void read(int64_t image, int64_t pixel, const T* from_, int64_t channel_, const Class* by_class) {
         from = from_;
@@ -159,7 +161,7 @@ struct Tile {
     // e^(x_y - max)
     IAL_D A target_exp(int j) const { return exponential(target[j]); }
 
-    // Calls body(first) with the first class of each pass.
+    // Calls body(first) for each pass, with its first class.
     template <typename Body>
     IAL_D void for_passes(const Body& body) {
         if constexpr (kHasPasses) {
@@ -186,8 +188,8 @@ struct Tile {
         });
     }
 
-    // While all logits so far are -inf, the shift is 0, and their terms are exp(-inf - 0) = 0. A shift of
-    // -inf would make them NaN, though a finite logit may follow.
+    // While all logits so far are -inf, the shift is 0 and their terms are exp(-inf - 0) = 0. With a shift of
+    // -inf the terms would be NaN, although a finite logit may follow.
     template <typename Class>
     IAL_D void softmax(const Class* by_class) {
         Pack<T, V> running_max;
@@ -222,7 +224,7 @@ struct Tile {
         });
     }
 
-    // Writes the logits of at most B classes to `to`, a pack every `step` elements.
+    // Writes the logits of at most B classes to `to`, with a stride of `step` elements between packs.
     IAL_D void store_logits(T* to, int64_t step) const {
         for_classes(0, [&](int i) {
             store_pack(to, x[i]);
@@ -230,9 +232,9 @@ struct Tile {
         });
     }
 
-    // Writes dL/dX_c = scale e^(x_c - max) - soft w_c and, for the target class, `target_grad`. A pixel
-    // without a class has scale and soft 0. Where its logits are not finite they are replaced by 0, since 0
-    // times e^x would be NaN. soft: if smooth.
+    // Writes dL/dX_c = scale e^(x_c - max) - soft w_c, and `target_grad` for the target class. For a pixel
+    // without a class, scale and soft are 0. If its logits are not finite, they are replaced by 0, because 0
+    // times e^x would be NaN. soft is used if kSmooth.
     template <typename Class>
     IAL_D void store_gradient(T* to, int64_t step, const A* scale, const A* soft, const A* target_grad,
                               const Class* by_class) {
@@ -243,7 +245,7 @@ struct Tile {
             non_finite |= labels.label[j] < 0 && !(sum[j] > 0 && sum[j] < HUGE_VALF);
         }
         for_passes([&](int first) {
-            if (kHasPasses && classes > B) load_logits(first);  // x has those of the last pass
+            if (kHasPasses && classes > B) load_logits(first);  // x holds the logits of the last pass
             if (non_finite) clear_ignored(first);
             const TargetClass<T, V> target_class(labels.label, first, B);
             for_classes(first, [&](int i) {
@@ -273,9 +275,9 @@ struct Tile {
     }
 };
 
-// Stages channels-last logits. The 32 pixels of a warp are contiguous in memory, and its lanes copy them to
-// and from shared memory, element by element in order. Without that, each lane would read and write a cache
-// line of its own. rows: [kWarp, classes], this warp's part of the block's shared memory.
+// Staging of channels-last logits. The logits of the 32 pixels of a warp are contiguous in memory. The lanes
+// copy them between global and shared memory in order, one element per lane. Otherwise each lane would access
+// a cache line of its own. rows: [kWarp, classes], this warp's part of the block's shared memory.
 template <typename T>
 struct Staging {
     T* const rows;
@@ -286,17 +288,19 @@ struct Staging {
           classes(static_cast<int>(classes)),
           lane(threadIdx.x % kWarp) {}
 
-    // Of this lane's pixel.
+    // The row of this lane's pixel.
     IAL_D T* row() const { return rows + lane * classes; }
 
-    // The warp's first element of the image, where `pixel` is this lane's; and its elements within the image.
+    // The offset of the warp's first element in the image, and the number of its elements in the image.
+    // `pixel` is this lane's pixel.
     IAL_D int64_t first(int64_t pixel) const { return (pixel - lane) * classes; }
     IAL_D int count(int64_t pixel, int64_t pixels) const {
         const int64_t rest = pixels - (pixel - lane);
         return classes * static_cast<int>(rest < 0 ? 0 : rest < kWarp ? rest : kWarp);
     }
 
-    // `image` is its first element. The first barrier waits for what the lanes still do with the rows.
+    // `image` points to the image's first element. The first barrier waits until all lanes have finished with
+    // the rows.
     IAL_D void load(const T* image, int64_t pixel, int64_t pixels) const {
         __syncwarp();
         const int elements = count(pixel, pixels);
@@ -315,14 +319,14 @@ constexpr size_t staging_bytes(int64_t classes) {
     return kThreads * classes * sizeof(T);
 }
 
-// Whether tiles are read from and written to the block's shared memory instead of global memory.
+// Whether tiles are read from and written to shared memory instead of global memory.
 template <typename Tile>
 IAL_D bool is_staged(const Tile& tile) {
     return Tile::V == 1 && tile.problem.staged;
 }
 
-// Calls body() with the tile at `pixel` of an image, if there is one: `pixel` may be beyond the image. All
-// lanes of a warp must take part.
+// Calls body() with the tile at `pixel` of an image, unless `pixel` is beyond the image. All lanes of a warp
+// must call this function.
 template <typename Tile, typename Class, typename Body>
 IAL_D void read_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64_t image, int64_t pixel,
                      const Class* by_class, const Body& body) {
@@ -337,7 +341,7 @@ IAL_D void read_tile(Tile& tile, const Staging<typename Tile::T>& staging, int64
     body();
 }
 
-// A grid-stride loop over the tiles of an image: in each iteration, block b of `blocks` takes the next
+// A grid-stride loop over the tiles of an image. In each iteration, block b of `blocks` takes the next
 // `Threads` tiles after those of block b - 1. In the last iteration, pixel() may be beyond the image.
 template <int V, int Threads>
 struct GridStride {

@@ -1,5 +1,5 @@
-// reduce and its backward for coarse logits, which are upsampled to the size of the target inside the
-// kernels.
+// reduce and its backward for coarse logits.
+// The kernels upsample the logits to the size of the target.
 #pragma once
 
 #include "chunk.cuh"
@@ -8,9 +8,9 @@
 namespace ial::gpu {
 
 // -------------------------------------------------------------------------------------------------
-// reduce: sum_levels' grid and `partial`. The chunks of an image are numbered along their rows.
+// reduce, with the grid and `partial` of sum_levels(). The chunks of an image are numbered row by row.
 
-// Blocks that a multiprocessor must hold.
+// Minimum blocks per multiprocessor.
 template <typename Chunk>
 constexpr int kReduceBlocks = Chunk::kSmooth ? 3 : 4;
 
@@ -37,21 +37,21 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<Chunk>)
 }
 
 // -------------------------------------------------------------------------------------------------
-// reduce_backward: a block has a rectangle of cells, a warp for each row, and writes the gradient of the
-// logits whose four cells are all inside. So neighbouring rectangles overlap by one row or column of cells.
-// Each class is summed over each cell, and then over the four cells around each logit.
+// reduce_backward: a block has a rectangle of cells, with one warp per row. It writes the gradient of the
+// logits whose four cells are all inside. Neighbouring rectangles therefore overlap by one row or column of
+// cells. Each class is summed over each cell, and then over the four cells around each logit.
 
 struct CellGrid {
-    int lanes;          // threads of a cell, which share its chunks
-    int pass_classes;   // that shared memory holds at a time
-    int rows, columns;  // of rectangles
+    int lanes;          // threads per cell, which share its chunks
+    int pass_classes;   // classes that shared memory holds at a time
+    int rows, columns;  // rectangles of an image
 
     IAL_HD int cells() const { return kWarp / lanes; }        // in a row of a rectangle
-    IAL_HD int rectangles() const { return rows * columns; }  // of an image
+    IAL_HD int rectangles() const { return rows * columns; }  // per image
 };
 
-// What the threads of a block add to the corners of their cells, for the classes of a pass: [4, pass_classes,
-// kCellThreads].
+// The contributions of a block's threads to the corners of their cells, for the classes of a pass.
+// sums: [4, pass_classes, kCellThreads].
 template <typename A>
 struct CornerSums {
     A* const sums;
@@ -70,7 +70,7 @@ struct CornerSums {
         at(3, i, threadIdx.x) += by.bottom_right;
     }
 
-    // The sum for the logit at the top left of the cell whose threads start at `first`.
+    // The sum for the logit at the top left of a cell. The cell's first thread is `first`.
     IAL_D A total(int i, int first, int lanes) const {
         A total = 0;
         for (int t = first; t < first + lanes; ++t)
@@ -82,8 +82,8 @@ struct CornerSums {
 };
 
 // Writes the gradient of the logits of a block's rectangle. start(chunk, extra, is_own) begins the backward
-// of a chunk that has labels. is_own is set once for each chunk of the image, in one block that has its cell.
-// shared: [V, kCellThreads] for `extra`, then CornerSums.
+// of a chunk that has labels. Several blocks may have the same chunk, and is_own is set in exactly one of
+// them. shared: [V, kCellThreads] for `extra`, then CornerSums.
 template <typename Chunk, typename Start>
 IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& problem, const CellGrid& grid,
                                typename Chunk::A* shared, typename Chunk::T* grad, const Start& start) {
@@ -109,7 +109,7 @@ IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& proble
                 const bool is_new = first == 0 || parts > grid.lanes;
                 if (is_new) chunk.read(image, y, part / problem.parts_x, x, part % problem.parts_x);
                 if (!chunk.labels.any()) continue;
-                // The rectangles above and to the left have the first row and column too.
+                // The rectangles above and to the left also have the first row and column.
                 if (is_new) start(chunk, extra, first == 0 && (row > 0 || y < 0) && (cell > 0 || x < 0));
                 if (chunk.careful) {
 #pragma unroll
@@ -134,7 +134,7 @@ IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& proble
     }
 }
 
-// Grid (images x rectangles). grad_stats: [images, levels, kStats]
+// Grid: images x rectangles. grad_stats: [images, levels, kStats].
 template <typename Chunk>
 __global__ void __launch_bounds__(kCellThreads, 2)
     reduce_backward_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
@@ -174,11 +174,11 @@ __global__ void __launch_bounds__(kCellThreads, 2)
     differentiate_cells<Chunk>(problem, grid, sums.end(), call.grad,
                                [&](Chunk& chunk, A* extra, bool is_own) {
                                    chunk.softmax(by_class);
-                                   TileSums<A> of_chunk;
+                                   TileSums<A> chunk_sums;
                                    chunk.start_backward(by_class, call.exact, extra, [&](int j) {
-                                       if (is_own) of_chunk.add(chunk, j, by_class);
+                                       if (is_own) chunk_sums.add(chunk, j, by_class);
                                    });
-                                   if (is_own) sums.add(of_chunk, chunk.labels.bad);
+                                   if (is_own) sums.add(chunk_sums, chunk.labels.bad);
                                });
     sums.total(call.partial + image * kStats * grid.rectangles() + rectangle, grid.rectangles());
 }

@@ -1,4 +1,4 @@
-// The launches of reduce and its backward for coarse logits: a chunk and a grid are chosen.
+// The launches of reduce and its backward for coarse logits: choose a chunk and a grid.
 #pragma once
 
 #include "one_pass_launch.h"
@@ -19,8 +19,8 @@ struct UpsampledCall {
         arguments.fill(problem);
     }
 
-    // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels of double, or with label
-    // smoothing, would not fit the registers.
+    // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels would not fit the registers
+    // in double or with label smoothing.
     template <typename Launch>
     void with_chunk(const Launch& launch) {
         if (problem.class_share > 0) return run<Chunk<T, 2, true>>(launch);
@@ -59,8 +59,8 @@ struct ReduceUpsampled {
     }
 };
 
-// The rectangles of cells of reduce_backward and one pass. shared: what the kernel takes besides, and what it
-// takes.
+// Chooses the rectangles of cells for reduce_backward and one pass. On entry, *shared is the kernel's other
+// shared memory in bytes. On return, it is all of it.
 template <typename Chunk>
 CellGrid choose_cells(const UpsampledProblem<typename Chunk::T>& problem, size_t* shared) {
     using A = typename Chunk::A;
