@@ -1,13 +1,13 @@
-"""Builds ial_cuda._C against the torch installed here, with the CUDA kernels where nvcc fits that torch.
+"""Builds ial_cuda._C against the installed torch. Includes the CUDA kernels if a matching nvcc is installed.
 
-The rest of the package's description is in pyproject.toml. Environment:
+All other package metadata is in pyproject.toml. Environment variables:
 
 IAL_CUDA_FORCE_CPU=1      leaves the CUDA kernels out
-IAL_CUDA_PURE_PYTHON=1    leaves the extension out: no compiler is needed, and the CPU is slow
-TORCH_CUDA_ARCH_LIST      the architectures, as torch spells them ("9.0;12.0+PTX"). Default: those of this
-                          machine's GPUs, else DEFAULT_ARCHS. Set it for a wheel that other machines use.
-MAX_JOBS                  how many compilers run at the same time
-CXX, CUDA_HOME            which compilers to use
+IAL_CUDA_PURE_PYTHON=1    leaves the extension out; no compiler is needed, and the loss on the CPU is slow
+TORCH_CUDA_ARCH_LIST      GPU architectures in torch's notation ("9.0;12.0+PTX"). Default: those of this
+                          machine's GPUs, or DEFAULT_ARCHS. Set it to build wheels for other machines.
+MAX_JOBS                  number of compilers that run at the same time
+CXX, CUDA_HOME            the compilers to use
 """
 
 from __future__ import annotations
@@ -33,28 +33,30 @@ try:
     from torch.utils import cpp_extension
 except ImportError as error:
     raise SystemExit(
-        f"ial_cuda builds against the torch you run it with, which build isolation hides ({error}): install "
-        "torch first, then run the same command with --no-build-isolation (`python -m build`: --no-isolation)"
+        f"ial_cuda builds against the torch you run it with, which build isolation hides ({error}). "
+        "Install torch first, then run the same command with --no-build-isolation (`python -m build`: "
+        "--no-isolation)."
     ) from None
 
 if int(setuptools.__version__.split(".")[0]) < 77:
     raise SystemExit(
-        f"ial_cuda needs setuptools>=77 to build, and {setuptools.__version__} is installed, which "
-        f"--no-build-isolation uses as it is: `{sys.executable} -m pip install 'setuptools>=77'` first."
+        f"ial_cuda needs setuptools>=77 to build, but {setuptools.__version__} is installed and "
+        f"--no-build-isolation uses it. Run `{sys.executable} -m pip install 'setuptools>=77'` first."
     )
 
 NAME = "ial_cuda._C"
 
 CUDA_SOURCES = "csrc/cuda/*.cu"
 
-# A binary also runs on later minor versions of its generation (8.0 on 8.9). PTX is for later generations.
+# A binary also runs on later minor versions of its generation (8.0 on 8.9). PTX also serves later
+# generations.
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 
-# The sources compile against these versions.
+# The versions of torch that the sources compile against.
 TORCH = "torch>=2.11"
 
 OPT_OUT = (
-    "IAL_CUDA_PURE_PYTHON=1 leaves the extension out: slow on the CPU, and Triton's kernels alone on a GPU."
+    "IAL_CUDA_PURE_PYTHON=1 leaves the extension out. The loss is then slow on the CPU, and GPUs use Triton."
 )
 
 
@@ -77,25 +79,25 @@ def is_set(env: Mapping[str, str], name: str) -> bool:
 def decide(
     env: Mapping[str, str], torch_cuda: str | None, nvcc: Nvcc | None, gpus: tuple[str, ...] = ()
 ) -> Plan:
-    """Whether to build for CUDA, for which architectures, and the warning. Depends on its arguments alone.
+    """Decides whether to build for CUDA, for which architectures, and what to warn about.
 
-    ``gpus``, compute capabilities, choose the architectures. Whether CUDA is built does not depend on them.
+    The result depends on the arguments alone. ``gpus`` (compute capabilities) only affect the architectures.
     """
     if is_set(env, "IAL_CUDA_FORCE_CPU") or torch_cuda is None:
         return Plan(cuda=False)
 
     major = torch_cuda.split(".")[0]
     if nvcc is None:
-        found = "no working nvcc is in CUDA_HOME or on PATH"
+        found = "there is no working nvcc in CUDA_HOME or on PATH"
     elif nvcc.version.split(".")[0] != major:
-        found = f"the nvcc in {nvcc.home} is of CUDA {nvcc.version}, another major version"
+        found = f"the nvcc in {nvcc.home} is of another major version, CUDA {nvcc.version}"
     else:
         found = None
     if found:
         return Plan(
             cuda=False,
-            warning=f"built without the CUDA kernels, since torch is for CUDA {torch_cuda} and {found}: "
-            f"install the CUDA {major} toolkit and point CUDA_HOME at it",
+            warning=f"built without the CUDA kernels, because torch is for CUDA {torch_cuda} but {found}: "
+            f"install the CUDA {major} toolkit and set CUDA_HOME to its folder",
         )
 
     listed = env.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
@@ -120,7 +122,7 @@ def find_nvcc() -> Nvcc | None:
     try:
         version = re.search(r"release (\d+\.\d+)", ask("--version"))
         archs = re.findall(r"compute_(\d+)(\d)\b", ask("--list-gpu-arch"))
-        # nvcc on PATH may be a script or a link. nvcc itself knows where its libraries are.
+        # nvcc on PATH may be a script or a link. nvcc itself reports where its libraries are.
         top = re.search(r"TOP=(.+)", ask("--dryrun", "-x", "cu", os.devnull))
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -134,7 +136,7 @@ def find_nvcc() -> Nvcc | None:
 
 
 def find_gpus() -> tuple[str, ...]:
-    """The compute capabilities of this machine's GPUs, from the driver, without starting CUDA."""
+    """The compute capabilities of this machine's GPUs. Asks the driver, so CUDA is not initialised."""
     question = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(question, capture_output=True, text=True, timeout=60).stdout
@@ -145,20 +147,22 @@ def find_gpus() -> tuple[str, ...]:
 
 
 def compile_flags(plan: Plan) -> dict[str, list[str]]:
-    """Without -std: torch adds the one that its headers need, which differs between its versions."""
+    """The flags of the compilers. There is no -std: torch adds the one that its headers need."""
     if os.name == "nt":
         cxx = ["/O2"]
     else:
-        # torch's headers have unused parameters. -g, often among Python's flags, makes compiling take 1.5
-        # times as long and the objects forty times as large.
+        # torch's headers have unused parameters. Python's own flags often include -g, which makes compilation
+        # 1.5 times as slow and objects forty times as large.
         cxx = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
-        # The vectoriser needs these. Results stay those of IEEE 754, with NaN and infinity.
+        # The vectoriser needs these flags. Results still follow IEEE 754, including NaN and infinity.
         cxx += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
         if "clang" not in compiler():
-            # The first keeps loops that clear a few hundred bytes: "rep stos" takes long to start. The second
-            # keeps the vectors of loops over pixels inside loops over classes.
+            # The first flag keeps loops that clear a few hundred bytes, because "rep stos" is slow to start.
+            # The second flag keeps loops over pixels inside loops over classes, which the compiler
+            # vectorises.
             cxx += ["-fno-tree-loop-distribute-patterns", "-fno-loop-unroll-and-jam"]
-    # Files are compiled in parallel. Where that leaves cores idle, so are the architectures of a file.
+    # Files are compiled in parallel. If that leaves cores idle, nvcc also compiles a file's architectures in
+    # parallel.
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = max(1, min(jobs // len(glob(CUDA_SOURCES)), len(plan.arch_list))) if plan.cuda else 1
     return {"cxx": cxx, "nvcc": ["-O3", f"--threads={threads}"]}
@@ -185,20 +189,21 @@ def extension(plan: Plan) -> setuptools.Extension:
 
 
 class BuildExt(cpp_extension.BuildExtension):
-    """torch's build_ext. Records in ial_cuda/_build.json what it built."""
+    """torch's build_ext. Writes a record of the build to ial_cuda/_build.json."""
 
     plan: Plan
     nvcc: Nvcc | None
 
     def initialize_options(self) -> None:
         super().initialize_options()
-        # Kept between editable installs: setuptools would take a new temporary folder. One for each torch:
-        # objects compiled for another must not be linked.
+        # Kept between editable installs, where setuptools would use a new temporary folder. Each torch has
+        # its own folder, because objects that were compiled for different versions must not be linked.
         self.build_temp = os.path.join("build", f"torch-{torch.__version__}")
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        # Without ninja setuptools compares times alone: a file for another torch would count as up to date.
+        # Without ninja, setuptools compares only times. A file for another torch would then count as up to
+        # date.
         self.force = True
 
     def run(self) -> None:
@@ -213,7 +218,7 @@ class BuildExt(cpp_extension.BuildExtension):
         except Exception as error:
             raise SystemExit(
                 f"ial_cuda's extension does not build ({type(error).__name__}: {error}). "
-                f"IAL_CUDA_FORCE_CPU=1 leaves the CUDA kernels out. {OPT_OUT}"
+                f"IAL_CUDA_FORCE_CPU=1 leaves out the CUDA kernels. {OPT_OUT}"
             ) from error
         self.record()
         if self.plan.warning:
@@ -235,7 +240,7 @@ class BuildExt(cpp_extension.BuildExtension):
 
 
 class EggInfo(egg_info):
-    """Adds torch's version to this package's: wheels for several torches can be in one folder."""
+    """Appends torch's version to the package's, so that one folder can hold wheels for several torches."""
 
     def finalize_options(self) -> None:
         self.tag_build = "+torch" + re.sub(r"[^0-9a-zA-Z]+", ".", torch.__version__)
@@ -246,19 +251,19 @@ def main() -> None:
     with contextlib.suppress(ImportError):
         import ninja
 
-        # torch looks for ninja on PATH, where an environment that is not activated is missing.
+        # torch looks for ninja on PATH. An environment that is not activated is not on PATH.
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
 
     BuildExt.nvcc = find_nvcc()
-    # Without kernels to compile (CUDA_SOURCES), a torch for CUDA is treated as one without.
+    # Without CUDA_SOURCES there is nothing to compile for CUDA, so torch counts as built for the CPU.
     torch_cuda = torch.version.cuda if glob(CUDA_SOURCES) else None
     BuildExt.plan = decide(os.environ, torch_cuda, BuildExt.nvcc, find_gpus())
     if BuildExt.plan.cuda:
         cpp_extension.CUDA_HOME = BuildExt.nvcc.home
-        # Without a list torch asks this machine's GPUs, and fails where there is none.
+        # Without a list, torch queries this machine's GPUs and fails if there is none.
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(BuildExt.plan.arch_list)
     pure = is_set(os.environ, "IAL_CUDA_PURE_PYTHON")
-    # The extension fits one torch. The sources and a package without the extension fit many.
+    # The extension works with one version of torch. The sources, and a package without it, work with many.
     one_torch = not pure and "sdist" not in sys.argv
     setuptools.setup(
         install_requires=[f"torch=={torch.__version__.partition('+')[0]}" if one_torch else TORCH, "numpy"],
@@ -267,6 +272,6 @@ def main() -> None:
     )
 
 
-# PEP 517's setuptools.build_meta runs this file as __main__; the tests import it.
+# PEP 517's setuptools.build_meta runs this file as __main__. The tests import it.
 if __name__ == "__main__":
     main()
