@@ -76,7 +76,7 @@ void Inputs::check() const {
     };
     const auto check_device = [&](const char* name, const Tensor& tensor) {
         TORCH_CHECK_VALUE(tensor.device() == logits.device(), name, " is on ", tensor.device(), ", expected ",
-                          logits.device(), " as logits");
+                          logits.device(), " like logits");
     };
     const auto check_floating = [](const char* name, const Tensor& tensor) {
         TORCH_CHECK_TYPE(at::isFloatingType(tensor.scalar_type()), name, " has dtype ", tensor.scalar_type(),
@@ -117,7 +117,7 @@ void Inputs::check_grad(const Tensor& grad) const {
                           grad.device() == logits.device(),
                       "grad has shape ", grad.sizes(), " of ", grad.scalar_type(), " on ", grad.device(),
                       ", expected ", logits.sizes(), " of ", logits.scalar_type(), " on ", logits.device(),
-                      " as logits");
+                      " like logits");
     at::assert_no_internal_overlap(grad);
 }
 
@@ -125,7 +125,7 @@ void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t value
     TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
                       values, " value(s)");
     TORCH_CHECK_VALUE(grad_loss.device() == stats.device(), "grad_loss is on ", grad_loss.device(),
-                      ", expected ", stats.device(), " as stats");
+                      ", expected ", stats.device(), " like stats");
 }
 
 LossAndGrad without_grad(const Tensor& loss, const Tensor& factors, const Tensor& stats,

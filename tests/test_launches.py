@@ -317,7 +317,7 @@ def test_a_gradient_that_cannot_be_overwritten(backend):
         (
             logits.double(),
             ValueError,
-            "grad has shape .* of Double on .*, expected .* of Float on .* as logits",
+            "grad has shape .* of Double on .*, expected .* of Float on .* like logits",
         ),
         (
             logits[:1].clone(),

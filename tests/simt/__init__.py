@@ -1,4 +1,4 @@
-"""Backends "simt" and "simt_one_launch": the CUDA kernels and their launches, compiled by g++ for the CPU."""
+"""Backends "simt" and "simt_one_launch": the CUDA kernels and launches, compiled for the CPU by g++."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from ial_cuda import backends
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-#: The build of the library in this process, a key of `_FLAGS`.
+#: Which build of the library this process loads. A key of `_FLAGS`.
 BUILD = os.environ.get("IAL_SIMT_BUILD", "plain")
 SANITIZED = BUILD == "sanitized"
-_FMA = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []  # other processors always have it
+_FMA = ["-mfma"] if platform.machine() in ("x86_64", "AMD64") else []  # always on with other processors
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-#: Of the compiler and of the linker.
+#: For each build, the flags of the compiler and those of the linker.
 _FLAGS = {
     "plain": (["-O1"], []),
-    # these checks of undefined are slow to compile, and address finds the same errors
+    # these checks of UBSan are slow to compile, and ASan finds the same errors
     "sanitized": (["-O1", *_SANITIZERS, "-fno-sanitize=null,object-size,vptr"], _SANITIZERS),
-    # products are contracted with additions, as nvcc does: g++ does so from -O2 on
+    # contracts products with additions, like nvcc; g++ does this from -O2 on
     "contracted": (["-O2", *_FMA, "-ffp-contract=fast"], []),
 }
 
@@ -63,7 +63,7 @@ def load() -> None:
 
 
 def sanitizer_library(name: str) -> str:
-    """The runtime of a sanitizer, which must be loaded before Python. Skips if the compiler has none."""
+    """The path of a sanitizer's runtime, to be loaded before Python. Skips if the compiler has none."""
     command = [cpp_extension.get_cxx_compiler(), f"-print-file-name=lib{name}.so"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(path):
@@ -73,7 +73,7 @@ def sanitizer_library(name: str) -> str:
 
 @contextlib.contextmanager
 def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[None]:
-    """Replaces the small device inside the context."""
+    """Replaces the emulated device inside the context."""
     before = torch.ops.ial_simt.set_device(multiprocessors, l2_bytes, shared_bytes)
     try:
         yield
@@ -82,7 +82,7 @@ def device(multiprocessors: int, l2_bytes: int, shared_bytes: int) -> Iterator[N
 
 
 def launches() -> int:
-    """How many kernels were launched since the last call."""
+    """The number of kernels launched since the last call."""
     return torch.ops.ial_simt.launches()
 
 

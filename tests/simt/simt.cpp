@@ -1,4 +1,4 @@
-// The CUDA operators on CPU tensors, in the library ial_simt: the kernels and their launches, unchanged.
+// The CUDA operators on CPU tensors, in the library ial_simt. The kernels and their launches are unchanged.
 #include "simt.h"
 
 #include "../../csrc/cuda/operators.h"
@@ -12,13 +12,13 @@ alignas(16) unsigned char ial_shared[simt::kMaxSharedBytes];
 
 namespace {
 
-// So small that blocks take several iterations, images several blocks and batches several waves.
+// Small enough that blocks take several iterations, images several blocks and batches several waves.
 struct Device {
     int64_t multiprocessors = 3, l2_bytes = 16 << 10, shared_bytes = simt::kMaxSharedBytes;
 };
 Device device;
 
-int64_t launches = 0;  // since they were last asked for
+int64_t launches = 0;  // since the last call of ial_simt::launches
 
 class Simt {
  public:
@@ -51,7 +51,7 @@ class Simt {
     }
 };
 
-// Sets the device; returns the one before.
+// Sets the device. Returns the previous device.
 std::tuple<int64_t, int64_t, int64_t> set_device(int64_t multiprocessors, int64_t l2_bytes,
                                                  int64_t shared_bytes) {
     TORCH_CHECK_VALUE(shared_bytes <= static_cast<int64_t>(simt::kMaxSharedBytes), "shared_bytes is ",
@@ -60,7 +60,7 @@ std::tuple<int64_t, int64_t, int64_t> set_device(int64_t multiprocessors, int64_
     return {before.multiprocessors, before.l2_bytes, before.shared_bytes};
 }
 
-// An instruction for one address space, on an address in `space`.
+// Executes an instruction for one address space on an address in `space`.
 void touch_kernel(std::string_view instruction, simt::Space space, double* global) {
     double local = 0;
     double* const places[] = {global, reinterpret_cast<double*>(gpu::ial_shared), &local};

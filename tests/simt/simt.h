@@ -1,9 +1,9 @@
-// An emulator of CUDA on a CPU, with what this project's kernels use.
+// Emulates on a CPU the parts of CUDA that this project's kernels use.
 // Blocks run one after another. Their threads are fibres, which switch at barriers and shuffles only.
 //
-// The blocks of a cooperative launch take turns, from one grid barrier to the next. A missing barrier shows:
-// what it waits for has not happened. Wrong memory ordering does not show: there is one real thread.
-// Instructions for one address space refuse addresses of another.
+// The blocks of a cooperative launch take turns, from one grid barrier to the next. A missing barrier shows in
+// the results, because the data that it waits for is not written yet. Wrong memory ordering does not show,
+// because there is one real thread. Instructions for one address space reject addresses of another.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -69,7 +69,7 @@ Pair __hmax2(Pair a, Pair b) {
 inline unsigned __heq2_mask(__half2 a, __half2 b) {
     return (a.x == b.x ? 0xffffu : 0) | (a.y == b.y ? 0xffff0000u : 0);
 }
-// y with the largest error that PTX allows, up or down depending on x.
+// y with the largest error that PTX allows. The bits of x determine its sign.
 inline float approximate(float y, float x, float error) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof(x));
@@ -87,14 +87,14 @@ inline float __fmul_rn(float a, float b) {
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace ial::gpu {
-// The dynamic shared memory of the block that runs.
+// The dynamic shared memory of the running block.
 extern unsigned char ial_shared[];
 }  // namespace ial::gpu
 
 namespace simt {
 
 constexpr int kWarp = 32;
-// Bytes of a fibre's stack, of the shared memory of a block, and of the most that a block can ask for.
+// Bytes of a fibre's stack, of a block's shared memory, and of the most that a block can request.
 constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10, kMaxSharedBytes = 128 << 10;
 
 struct Barrier {
@@ -112,22 +112,22 @@ struct Block {
     std::vector<Fibre> fibres;
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> lanes;        // each thread's value in a shuffle
+    std::vector<uint64_t> lanes;        // the value of each thread in a shuffle
     std::vector<unsigned char> shared;  // saved while another block runs
     bool descending, done;
 };
 inline std::function<void()> kernel;
-inline std::vector<Block> blocks;  // all of a cooperative launch, else one
-inline Block* block;               // the running one
+inline std::vector<Block> blocks;  // all blocks of a cooperative launch, otherwise one
+inline Block* block;               // the running block
 inline Barrier grid;
 inline ucontext_t scheduler;
 inline bool progress;
-inline std::exception_ptr failure;  // of a thread
+inline std::exception_ptr failure;  // thrown in a thread
 
-inline std::string skipped;   // "file:line" of a barrier to leave out: a test must fail then
-inline unsigned started = 0;  // blocks: every other one runs its threads in descending order
+inline std::string skipped;   // "file:line" of a barrier to leave out; a test must fail then
+inline unsigned started = 0;  // blocks; every second block runs its threads in descending order
 
-// The last thread to arrive yields too, so that the threads continue in the block's order.
+// The last thread to arrive also yields, so that the threads continue in the block's order.
 inline void wait(Barrier& barrier, int threads) {
     const int generation = barrier.generation;
     if (++barrier.arrived == threads) {
@@ -168,8 +168,8 @@ T shuffle_xor(T value, int mask) {
     return value;
 }
 
-// A thread's stack is its local memory, also for the kernel's parameters. (If AddressSanitizer detects uses
-// after return, it keeps variables elsewhere, and they count as global memory.)
+// A thread's stack is its local memory. It also holds the kernel's parameters. If AddressSanitizer detects
+// uses after return, it keeps variables elsewhere, and they count as global memory.
 enum Space { kGlobal, kShared, kLocal };
 
 inline Space space_of(const void* address) {
@@ -182,7 +182,7 @@ inline Space space_of(const void* address) {
     return kGlobal;
 }
 
-// For instructions that work in one address space only.
+// Checks the address of an instruction that works in one address space only.
 inline void expect(Space expected, const void* address, const std::string& instruction) {
     constexpr const char* kNames[] = {"global", "shared", "local"};
     const Space space = space_of(address);
@@ -223,8 +223,7 @@ inline void start(Block& block, dim3 index, size_t shared) {
     }
 }
 
-// Runs a block until it is done or all of its threads wait for other blocks. Returns whether it made
-// progress.
+// Runs a block until it is done or all its threads wait for other blocks. Returns whether it made progress.
 inline bool run(Block& next) {
     using ial::gpu::ial_shared;
     const unsigned threads = blockDim.x;
@@ -250,7 +249,7 @@ inline bool run(Block& next) {
     return advanced;
 }
 
-constexpr const char* kRefused = "simt: a launch that CUDA refuses";
+constexpr const char* kRefused = "simt: CUDA would reject this launch";
 
 template <typename... Parameters, typename... Arguments>
 void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int threads, size_t shared,
@@ -263,7 +262,7 @@ void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int th
     blockDim = dim3(threads);
     grid = {};
     blocks.resize(cooperative ? size.x : 1);
-    constexpr const char* kStuck = "simt: a barrier that not all threads reach";
+    constexpr const char* kStuck = "simt: not all threads arrive at a barrier";
     if (!cooperative) {
         for (unsigned y = 0; y < size.y; ++y)
             for (unsigned x = 0; x < size.x; ++x) {
@@ -298,7 +297,7 @@ T __ldcg(const T* from) {
     simt::expect(simt::kGlobal, from, "__ldcg");
     return *from;
 }
-// Every PTX instruction for shared memory needs it; no kernel has one yet.
+// Every PTX instruction for shared memory needs this conversion. No kernel uses one yet.
 inline size_t __cvta_generic_to_shared(const void* address) {
     simt::expect(simt::kShared, address, "__cvta_generic_to_shared");
     return reinterpret_cast<size_t>(address);
