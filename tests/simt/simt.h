@@ -1,8 +1,8 @@
 // Emulates on a CPU the parts of CUDA that this project's kernels use.
 // Blocks run one after another. Their threads are fibres, which switch at barriers and shuffles only.
 //
-// The blocks of a cooperative launch take turns, from one grid barrier to the next. A missing barrier shows in
-// the results, because the data that it waits for is not written yet. Wrong memory ordering does not show,
+// The blocks of a cooperative launch take turns, from one grid barrier to the next. A missing barrier shows
+// in the results, because the data that it waits for is not written yet. Wrong memory ordering does not show,
 // because there is one real thread. Instructions for one address space reject addresses of another.
 #pragma once
 
