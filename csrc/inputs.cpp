@@ -62,11 +62,11 @@ void Inputs::check() const {
                               logits.size(2) > 0 && logits.size(3) > 0 && target.size(1) > 0 &&
                               target.size(2) > 0,
                           "logits has shape ", logits.sizes(), " and target ", target.sizes(),
-                          ", expected (N, C, h, w) and (N, H, W), none of h, w, H and W 0, to upsample");
+                          ", expected (N, C, h, w) and (N, H, W) with h, w, H and W above 0, to upsample");
         TORCH_CHECK_VALUE(
             std::max({logits.size(2), logits.size(3), target.size(1), target.size(2)}) <= kMaxSide,
             "logits has shape ", logits.sizes(), " and target ", target.sizes(),
-            ", expected none of h, w, H and W above ", kMaxSide, " to upsample");
+            ", expected h, w, H and W up to ", kMaxSide, ", to upsample");
         pixels = at::DimVector(target.sizes());
     }
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m ial_cuda weights`` counts class weights, ``info`` lists the backends."""
+"""The command line: ``python -m ial_cuda weights`` computes class weights, ``info`` lists the backends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _with_file(write: Callable[[io.BytesIO, torch.Tensor], None]) -> Callable[[t
     return to_bytes
 
 
-# To bytes first: torch.save and np.save have errors of their own for a file that cannot be written.
+# Serialised to bytes first: torch.save and np.save raise other errors when a file cannot be written.
 TO_BYTES = {
     ".json": lambda weights: json.dumps(weights.tolist()).encode(),
     ".npy": _with_file(lambda file, weights: np.save(file, weights.numpy())),
@@ -48,9 +48,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line on ``argv``.
+    """Runs the command line.
 
-    Bad input leaves one line on stderr and exits with status 2, an interrupt one line and 130.
+    Bad input prints one line to stderr and exits with status 2. An interrupt prints one line and exits with
+    status 130.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -67,58 +68,62 @@ def _flush() -> None:
     try:
         print(end="", flush=True)
     except OSError:
-        # Python would try again at exit, and complain in its own words.
+        # Python would flush again at exit and print a second message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m ial_cuda", description="Class weights, and what this build can do.")
+    parser = _Parser(prog="python -m ial_cuda", description="Computes class weights, and shows the build.")
     parser.add_argument("--version", action="version", version=f"ial_cuda {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    info = commands.add_parser("info", help="the build, the backends, and why one is missing")
+    info = commands.add_parser("info", help="show the build, the backends, and why one is missing")
     info.set_defaults(command=_info)
 
     weights = commands.add_parser(
         "weights",
-        help="median frequency weights of a folder of label images",
-        description="Median frequency weights, counted from label images: PNG files that store the class of "
-        "each pixel as a grey value or a palette index, of any bit depth. Cityscapes as it is shipped: "
-        "weights gtFine/train --hierarchy cityscapes --cityscapes-ids",
+        help="compute median frequency weights from a folder of label images",
+        description="Computes median frequency weights from a folder of label images. A label image is a PNG "
+        "file of any bit depth that stores the class of each pixel as a grey value or a palette index. For "
+        "Cityscapes as downloaded: weights gtFine/train --hierarchy cityscapes --cityscapes-ids",
     )
     weights.set_defaults(command=_weights)
-    weights.add_argument("folder", metavar="FOLDER", help="where the label images are, sub-folders included")
+    weights.add_argument(
+        "folder", metavar="FOLDER", help="folder of label images; its sub-folders are included"
+    )
     classes = weights.add_mutually_exclusive_group(required=True)
     classes.add_argument("--num-classes", type=int, metavar="C", help="number of classes")
     classes.add_argument(
-        "--hierarchy", choices=PRESETS, help="a data set with number and names of classes and its void label"
+        "--hierarchy", choices=PRESETS, help="data set, which defines classes, names and void label"
     )
     weights.add_argument(
         "--pattern",
         metavar="GLOB",
-        help="which files are label images, such as '*_labelTrainIds.png' (default '*.png'; capital letters "
-        "do not matter, hidden files are skipped)",
+        help="pattern of the label images' paths, such as '*_labelTrainIds.png' (default '*.png'). Case is "
+        "ignored, and hidden files are skipped",
     )
     weights.add_argument(
         "--cityscapes-ids",
         action="store_true",
-        help="the labels are Cityscapes' label ids (7 is road); count them as train ids. The default of "
-        "--pattern is then '*_labelIds.png'",
+        help="the files store Cityscapes label ids (7 is road): convert them to train ids. The default of "
+        "--pattern becomes '*_labelIds.png'",
     )
     weights.add_argument(
         "--ignore-index",
         type=int,
         metavar="I",
-        help="label of void (default: that of --hierarchy; with --num-classes 255)",
+        help="label of void pixels (default: that of --hierarchy; 255 with --num-classes)",
     )
     weights.add_argument(
         "--count-void",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="whether the pixels of an image include its void pixels (default: they do)",
+        help="include void pixels in the pixel count of an image (default: yes)",
     )
-    weights.add_argument("--output", type=_output, metavar="FILE", help="save to a .json, .npy or .pt file")
+    weights.add_argument(
+        "--output", type=_output, metavar="FILE", help="save the weights to a .json, .npy or .pt file"
+    )
     return parser
 
 
@@ -128,12 +133,18 @@ def _output(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} ends in {file.suffix!r}, expected {', '.join(TO_BYTES)}")
     target = Path(os.path.realpath(file))
     if not target.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is in no existing folder, expected a file in one")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is in a folder that does not exist, expected one that exists"
+        )
     if target.exists() and not target.is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a regular file, expected one or a new name")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a regular file, expected a regular file or a new name"
+        )
     for path in (target, target.parent):
         if path.exists() and not os.access(path, os.W_OK):
-            raise argparse.ArgumentTypeError(f"{text!r} needs write permission for {str(path)!r}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} cannot be written, expected write permission for {str(path)!r}"
+            )
     return file
 
 
@@ -180,12 +191,12 @@ def _weights(arguments: argparse.Namespace) -> None:
     if arguments.output:
         print(f"saved to {arguments.output}")
     else:
-        # str() of a float32 is the shortest decimal that reads back as the same float32
+        # str() of a float32 is the shortest decimal that parses back to the same float32
         print(f"weight = torch.tensor([{', '.join(map(str, weights.numpy()))}])")
 
 
 def _progress(label_maps: LabelFolder) -> contextlib.AbstractContextManager[Any]:
-    """``label_maps`` to be iterated, with a bar where tqdm is installed and stderr is a terminal."""
+    """``label_maps``, with a progress bar if tqdm is installed and stderr is a terminal."""
     if sys.stderr is None:  # closed
         return contextlib.nullcontext(label_maps)
     try:
@@ -197,8 +208,8 @@ def _progress(label_maps: LabelFolder) -> contextlib.AbstractContextManager[Any]
 
 
 def _save(file: Path, data: bytes) -> None:
-    """Save so that a kill or a full disk at any moment leaves the old file or the new one, whole."""
-    target = Path(os.path.realpath(file))  # a link stays, and leads to the new file
+    """Replaces the file in one step: a kill or a full disk leaves the old file or the new one, complete."""
+    target = Path(os.path.realpath(file))  # a symbolic link is kept
     new = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with new.open("xb") as stream:
@@ -216,5 +227,5 @@ def _save(file: Path, data: bytes) -> None:
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it silently, like other tools
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # exits silently in `| head`, like other tools
     main()

@@ -1,4 +1,4 @@
-"""Converts arguments that are not tensors. Errors name the argument, what came and what was expected."""
+"""Converts arguments that are not tensors. Every error has the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def as_int(value: object, argument: str) -> int:
-    """``value`` as a Python int; a TypeError that names ``argument`` if it is a boolean or no integer."""
+    """``value`` as a Python int. Raises a TypeError for booleans and for what is not an integer."""
     boolean = isinstance(value, bool) or (isinstance(value, torch.Tensor) and value.dtype == torch.bool)
     if not boolean:
         try:
@@ -24,10 +24,10 @@ def as_int(value: object, argument: str) -> int:
 
 
 def as_label(value: object, argument: str) -> int:
-    """``value`` as a Python int that a label can be."""
+    """``value`` as a Python int in the range of int64."""
     label = as_int(value, argument)
     if not -(2**63) <= label < 2**63:
-        raise ValueError(f"{argument} is {label}, expected an integer of 64 bits")
+        raise ValueError(f"{argument} is {label}, expected a 64-bit integer")
     return label
 
 
@@ -39,11 +39,11 @@ def as_bool(value: object, argument: str) -> bool:
 
 
 def as_float(value: Any, argument: str) -> float:
-    """``value`` as a Python float. Booleans and tensors that require a gradient are errors."""
+    """``value`` as a Python float. Raises for booleans and for tensors that require a gradient."""
     if type(value) is float:
         return value
     number = value
-    if not isinstance(value, int | float):  # a compiler's symbol is one of these, and has no attributes
+    if not isinstance(value, int | float):  # torch.compile's symbolic numbers are, and have no attributes
         if getattr(value, "requires_grad", False):
             raise ValueError(
                 f"{argument} requires a gradient, expected a constant: only logits are differentiated"
@@ -56,7 +56,7 @@ def as_float(value: Any, argument: str) -> float:
         raise TypeError(f"{argument} is {value!r} ({type(value).__name__}), expected a number")
     try:
         return float(number)
-    except OverflowError:  # of an integer
+    except OverflowError:  # an integer too large for a float
         raise ValueError(f"{argument} is {value!r}, expected a finite number") from None
 
 
@@ -69,11 +69,11 @@ def as_finite(value: SupportsFloat, argument: str) -> float:
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether ``value`` is a NumPy number, or a 0-d tensor or array."""
+    """Whether ``value`` is a NumPy number, a 0-d tensor or a 0-d array."""
     return getattr(value, "shape", None) == ()
 
 
 def check_choice(value: object, argument: str, choices: Collection[str | None]) -> None:
-    """A ValueError if ``value`` is none of ``choices``."""
+    """Raises a ValueError if ``value`` is not one of ``choices``."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -17,18 +17,18 @@ from .warn import warn
 
 @dataclass(frozen=True)
 class Backend:
-    """What computes the loss.
+    """An implementation of the loss.
 
     Attributes:
-        name: what ``backend=`` calls it.
-        devices: the types of device whose tensors it takes; None for all.
-        library: where its operators are in `torch.ops`; None for plain PyTorch.
-        load: called before each use, imports what registers them; None where the extension does. It has an
-            import statement, which torch.compile can trace, unlike importlib.
-        missing: None where it can be used, else the reason and the remedy in a sentence.
-        fallback: what "auto" warns of when it has nothing better.
-        one_launch: whether one cooperative launch computes the gradient of several levels with the loss:
-            False for never, True wherever it can, None where it is likely to be faster.
+        name: its value in ``backend=``.
+        devices: the device types that it supports; None for all.
+        library: the namespace of its operators in `torch.ops`; None for plain PyTorch.
+        load: imports the module that registers the operators, and is called before each use. None if the
+            extension registers them. It uses an import statement, since torch.compile cannot trace importlib.
+        missing: the reason and the remedy in one sentence if the backend cannot be used, else None.
+        fallback: a description for the warning when "auto" has to choose this backend. None for no warning.
+        one_launch: whether one cooperative launch computes the loss and the gradient of several levels.
+            False: never. True: whenever possible. None: when it is likely to be faster.
     """
 
     name: str
@@ -53,14 +53,14 @@ _backends: dict[str, Backend] = {}
 
 
 def register(backend: Backend) -> None:
-    """Adds a backend after the others, replacing one of its name. "auto" prefers those that come first."""
+    """Adds a backend at the end and replaces one of the same name. "auto" prefers earlier ones."""
     _backends.pop(backend.name, None)
     _backends[backend.name] = backend
 
 
 @contextlib.contextmanager
 def only(*backends: Backend) -> Iterator[None]:
-    """Replaces all backends for a while, such as for a test."""
+    """Replaces all backends within the context, for tests."""
     before = dict(_backends)
     _backends.clear()
     try:
@@ -81,24 +81,24 @@ def get(name: str) -> Backend:
 
 
 def suitable(device_type: str) -> list[Backend]:
-    """The backends for a type of device, there or not, best first."""
+    """The backends that support a device type, best first, including missing ones."""
     return [backend for backend in _backends.values() if backend.takes(device_type)]
 
 
 def _best(device_type: str) -> Backend:
-    """The first that is not missing. The reference takes every device."""
+    """The first backend that is not missing. The reference supports every device."""
     return next(b for b in _backends.values() if b.missing is None and b.takes(device_type))
 
 
 def choose(name: str, device: torch.device) -> Backend:
-    """The backend for logits on ``device``; "auto" takes the best that is there.
+    """The backend for logits on ``device``. "auto" is the best one that is not missing.
 
     Raises:
-        ValueError: the backend takes no tensors of this device.
-        RuntimeError: it is missing.
+        ValueError: the backend does not support the device.
+        RuntimeError: the backend is missing.
     """
     device_type = device.type
-    if device_type == "meta":  # nothing is computed, and the shapes are those of every backend
+    if device_type == "meta":  # only shapes are computed, which all backends share
         return get("reference" if name == "reference" or get("cpu").missing else "cpu")
     if name == "auto":
         backend = _best(device_type)
@@ -122,12 +122,12 @@ def _warn_of_fallback(chosen: Backend, device_type: str) -> None:
         return
     _warned.add(device_type)
     missing = [f"{other.name}: {other.missing}" for other in suitable(device_type) if other.missing]
-    reasons = "; ".join(missing) or "it has no kernels for this device"
-    warn(f"ial_cuda computes on {device_type} with its {chosen.fallback} ({reasons})")
+    reasons = "; ".join(missing) or "there are no kernels for this device"
+    warn(f"ial_cuda uses its {chosen.fallback} on {device_type} ({reasons})")
 
 
 def describe() -> str:
-    """The text of ``python -m ial_cuda info``: versions, the build, every backend, and what "auto" takes."""
+    """The text of ``python -m ial_cuda info``: versions, the build, backends, and the choice of "auto"."""
     lines = extension.describe()
     lines.append("backends:")
     for backend in _backends.values():
@@ -136,7 +136,7 @@ def describe() -> str:
             lines[-1] += " ({cpu}, threads: {threads})".format(**extension.module.build_info())
     for device_type in ("cpu", "cuda"):
         best = _best(device_type)
-        several = ", several levels in one launch in training where an image fits on the chip"
+        several = "; training with several levels takes one launch if an image fits on the chip"
         lines.append(f'backend="auto" on {device_type}: {best.name}{several * (best.one_launch is None)}')
     return "\n".join(lines)
 
@@ -166,4 +166,4 @@ register(
         fallback="Triton kernels",
     )
 )
-register(Backend("reference", None, fallback="slow reference, in plain PyTorch"))
+register(Backend("reference", None, fallback="slow reference in plain PyTorch"))

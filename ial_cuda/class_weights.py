@@ -1,4 +1,4 @@
-"""Class weights by median frequency balancing, Eq. 2."""
+"""Class weights by median frequency balancing (Eq. 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LabelMap: TypeAlias = torch.Tensor | np.ndarray[Any, Any]
 
 
 class LabelError(ValueError):
-    """A label is neither a class nor void; ``map_index`` says in which of the label maps, counted from 0."""
+    """A label is neither a class nor void. ``map_index`` is the index of its label map, from 0."""
 
     def __init__(self, message: str, map_index: int) -> None:
         super().__init__(message)
@@ -31,32 +31,38 @@ def median_frequency_weights(
     ignore_index: int | None = None,
     count_void: bool = True,
 ) -> torch.Tensor:
-    """Weights that balance frequent and rare classes, Eq. 2:
+    """Computes class weights by median frequency balancing, Eq. 2 of Chen, Gong and Yang (IJCAI 2017).
 
-        w_c = median_freq / freq_c,    freq_c = pixels of class c / all pixels of the images that contain c,
+        w_c = median_freq / freq_c,    freq_c = pixels of class c / all pixels of the images that contain c
 
-    where median_freq is the median of freq over the classes that occur. Pixels are counted as exact integers
-    and divided in float64; every image is counted by itself, so how images are batched changes nothing.
+    median_freq is the median of freq over the classes that occur. Pixels are counted as integers and divided
+    in float64. Each image is counted on its own, so the result does not depend on how images are batched.
 
     Args:
-        label_maps: label maps of any integer dtype or bool, tensors or NumPy arrays. They are read once and
-            one at a time, so a generator over a whole data set will do. One tensor or array is one map.
-        hierarchy: C, or anything else that `Hierarchy.of` takes. Only its classes and void label are used.
-        batched: what the first dimension of a map means. True: it counts images, (N, *spatial). False: a map
-            is one image, (*spatial), such as a volume (D, H, W). None: every map is one image (H, W).
-        ignore_index: the label of void pixels, which are no class; by default the hierarchy's, else 255.
-        count_void: whether void pixels count among "all pixels of the images". With them, the 367 training
+        label_maps: label maps of any integer dtype or bool, tensors or NumPy arrays. They are read once, one
+            at a time, so a generator over a data set works. A single tensor or array is one map.
+        hierarchy: the number of classes C, or anything else that `Hierarchy.of` takes. Only its classes and
+            its void label are used.
+        batched: what the first dimension of a map means. True: images, (N, *spatial). False: each map is one
+            image (*spatial), such as a volume (D, H, W). None: each map is one image (H, W).
+        ignore_index: the label of void pixels. None means the hierarchy's own, else 255.
+        count_void: whether "all pixels of the images" includes void pixels. With them, the 367 training
             label maps of CamVid give Column/Pole 4.7865 and Bicyclist 8.8587; without them 4.7889 and 8.8193.
 
     Returns:
         Weights (C,), float32, on the CPU. A class in no image gets 1.0, and a UserWarning names it.
 
     Raises:
-        TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer one; an
-            argument has the wrong type.
-        LabelError: a label is outside [0, C) and is not ``ignore_index`` (a ValueError).
-        ValueError: the shape of a label map does not fit ``batched``; no pixel has a class; or what
-            `Hierarchy.of` and `resolve_ignore_index` raise.
+        TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer dtype. Or
+            another argument has a wrong type.
+        ValueError: a label is outside [0, C) and is not ``ignore_index``; the shape of a label map does not
+            fit ``batched``; no pixel has a class; ``hierarchy`` or ``ignore_index`` is not valid.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> labels = torch.tensor([[0, 0, 0, 1], [0, 0, 2, 255]])
+        >>> ial_cuda.median_frequency_weights(labels, 3)
+        tensor([0.2000, 1.0000, 1.0000])
     """
     hierarchy = Hierarchy.of(hierarchy)
     num_classes = hierarchy.num_classes
@@ -68,7 +74,7 @@ def median_frequency_weights(
     try:
         iter(label_maps)
     except TypeError:
-        raise TypeError(f"label_maps is a {type(label_maps).__name__}, expected label maps, or one") from None
+        raise TypeError(f"label_maps is a {type(label_maps).__name__}, expected label maps or one") from None
 
     images = 0
     pixels = np.zeros(num_classes, dtype=np.int64)
@@ -100,7 +106,7 @@ def median_frequency_weights(
 
 
 def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndarray[Any, Any]:
-    """``label_map`` as an array of the shape that ``batched`` says."""
+    """``label_map`` as an array. Its dtype and shape are checked."""
     if not isinstance(label_map, torch.Tensor | np.ndarray) or isinstance(label_map, np.ma.MaskedArray):
         raise TypeError(
             f"{argument} is a {type(label_map).__name__}, expected a torch.Tensor or numpy.ndarray"
@@ -110,8 +116,8 @@ def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndar
     shape = tuple(label_map.shape)
     if batched is None and len(shape) != 2:
         raise ValueError(
-            f"{argument} has shape {shape}, expected (H, W); or batched=True if the first dimension counts "
-            "images, batched=False if it does not"
+            f"{argument} has shape {shape}, expected (H, W), or batched=True for (N, *spatial), or "
+            "batched=False for (*spatial)"
         )
     if len(shape) < (2 if batched else 1):
         expected = "(N, *spatial)" if batched else "(*spatial)"
@@ -119,7 +125,7 @@ def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndar
     if isinstance(label_map, np.ndarray):
         return label_map
     if label_map.is_meta:
-        raise ValueError(f"{argument} is on the meta device, expected a device that holds labels")
+        raise ValueError(f"{argument} is on the meta device, expected a device that stores values")
     return label_map.cpu().numpy()
 
 
@@ -130,7 +136,7 @@ def _is_integer(dtype: torch.dtype | np.dtype[Any]) -> bool:
 
 
 def _blocks(labels: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """The labels in C order, a few at a time, so that nothing of the map's size is allocated."""
+    """The labels in C order, in blocks: nothing of the map's size is allocated."""
     return iter(np.nditer(labels, ["external_loop", "buffered", "zerosize_ok"], order="C", buffersize=2**18))
 
 
@@ -141,7 +147,7 @@ def _is_class(labels: np.ndarray[Any, Any], num_classes: int) -> np.ndarray[Any,
 def _count(
     image: np.ndarray[Any, Any], num_classes: int, ignore_index: int
 ) -> tuple[np.ndarray[Any, Any], int]:
-    """How many pixels each class has, and how many are not void."""
+    """The number of pixels of each class, and the number of pixels that are not void."""
     counts = np.zeros(num_classes, dtype=np.int64)
     valid = 0
     for block in _blocks(image):

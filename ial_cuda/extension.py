@@ -1,4 +1,4 @@
-"""Loads the compiled extension. Where it cannot be loaded, says why, and what to install."""
+"""Loads the compiled extension. If it cannot be loaded, gives the reason and the remedy."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PIP = f"{shlex.quote(sys.executable)} -m pip install"
 
 
 def _is_source_tree() -> bool:
-    """Whether this package is the folder in a checkout, as it also is after an editable install."""
+    """Whether this package is imported from a source tree, as it is after an editable install."""
     return all((_PACKAGE.parent / name).exists() for name in ("setup.py", "csrc"))
 
 
 def _installed_from() -> str | None:
-    """Where pip found the sources of this package (PEP 610), if they are still there."""
+    """The sources that pip installed this package from (PEP 610), if they still exist."""
     try:
         found = metadata.distribution("ial_cuda")
     except metadata.PackageNotFoundError:
@@ -48,11 +48,11 @@ def _installed_from() -> str | None:
 
 
 def _reinstall() -> str:
-    """What to type for an extension that fits this torch."""
+    """The command that builds the extension for this torch."""
     build = f"{PIP} --no-build-isolation --no-deps"
     if _is_source_tree():
         return f"reinstall it: `{build} -e {shlex.quote(str(_PACKAGE.parent))}`"
-    # pip may have kept a wheel that it built before, which is the one that does not fit.
+    # pip may have cached a wheel for another torch.
     build += " --no-cache-dir --force-reinstall"
     source = _installed_from()
     if source is None:
@@ -61,7 +61,7 @@ def _reinstall() -> str:
 
 
 def _read_build() -> dict[str, Any]:
-    """What setup.py left beside the extension: versions of torch, CUDA, nvcc and compiler, archs, warning."""
+    """What setup.py recorded: versions of torch, CUDA, nvcc and the compiler, architectures, a warning."""
     try:
         return dict(json.loads((_PACKAGE / "_build.json").read_text()))
     except FileNotFoundError:
@@ -69,13 +69,16 @@ def _read_build() -> dict[str, Any]:
 
 
 def _load(build: dict[str, Any]) -> tuple[ModuleType | None, str | None]:
-    """The extension, or why there is none. Versions come first: a foreign torch is an undefined symbol."""
+    """The extension, or why it cannot be loaded.
+
+    Versions are compared first: with another torch the import fails with an undefined symbol.
+    """
     if build and (build["torch"], build["torch_cuda"]) != (torch.__version__, torch.version.cuda):
         return None, (
             f"the extension was built for torch {build['torch']} (CUDA {build['torch_cuda']}), but torch "
             f"{torch.__version__} (CUDA {torch.version.cuda}) is imported; {_reinstall()}"
         )
-    # In this folder alone: an editable install would lend the extension of another checkout.
+    # Search this folder only: with an editable install, Python would find the extension of another checkout.
     if PathFinder.find_spec(f"{__package__}._C", [str(_PACKAGE)]) is None:
         return None, _why_no_extension()
     try:
@@ -92,7 +95,7 @@ def _why_no_extension() -> str:
     if _is_source_tree():
         return (
             f"ial_cuda is imported from {_PACKAGE.parent}, a source tree without its extension; start Python "
-            f"elsewhere to use the ial_cuda that is installed, or {_reinstall()}"
+            f"in another folder to use the installed ial_cuda, or {_reinstall()}"
         )
     return f"ial_cuda is installed without its extension; {_reinstall()}"
 
@@ -101,21 +104,21 @@ def _why_no_cuda(build: dict[str, Any]) -> str | None:
     if torch._C._dispatch_has_kernel_for_dispatch_key("ial_cuda::reduce", "CUDA"):
         return None
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is a build without CUDA; install one with it, then {_reinstall()}"
+        return f"torch {torch.__version__} is a build without CUDA; install a CUDA build, then {_reinstall()}"
     if warning := build.get("warning"):
         return f"{warning}, then {_reinstall()}"
     return f"the extension was built without the CUDA kernels; {_reinstall()}"
 
 
 def _covers(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels for these architectures, as torch spells them, run on a GPU of this capability."""
+    """Whether kernels for these architectures (in torch's notation) run on a GPU of this capability."""
     for arch in arch_list:
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if found is None:
-            return True  # a name, such as Hopper
+            return True  # the name of an architecture, such as Hopper
         major, minor, feature, ptx = found.groups()
         built = int(major), int(minor)
-        # A binary runs on the later minor versions, PTX on all later versions; "a" is for one version.
+        # A binary also runs on later minor versions, PTX on all later versions, and "a" on one version only.
         if built == capability or (
             built < capability and feature != "a" and (ptx or built[0] == capability[0])
         ):
@@ -124,7 +127,7 @@ def _covers(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
 
 
 def describe() -> list[str]:
-    """Lines about the versions, the build, and the GPUs of this machine."""
+    """Lines with the versions, the build, and the GPUs of this machine."""
     from . import __version__
 
     lines = [
@@ -143,7 +146,7 @@ def describe() -> list[str]:
         version = ".".join(map(str, capability))
         line = f"device cuda:{i}: {torch.cuda.get_device_name(i)}, compute capability {version}"
         if why_no_cuda is None and not _covers(build["arch_list"], capability):
-            line += ", for which the CUDA kernels are not built; "
+            line += ", for which the CUDA kernels were not built; "
             line += f"set TORCH_CUDA_ARCH_LIST={version} and {_reinstall()}"
         lines.append(line)
     return lines
@@ -151,7 +154,7 @@ def describe() -> list[str]:
 
 #: What setup.py recorded about the build.
 build = _read_build()
-#: The extension, and why there is none: one of the two is None.
+#: The extension, and why it cannot be loaded. One of the two is None.
 module, problem = _load(build)
 #: Why the CUDA kernels are missing, or None.
 why_no_cuda = problem or _why_no_cuda(build)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Arguments that decide no shape are left unnamed. The schemas in csrc/library.cpp have all names.
+# Arguments that do not affect a shape have no name here. csrc/library.cpp has the full schemas.
 
 
 def _reduce(
@@ -41,7 +41,7 @@ def _combine(
 
 
 def computes_in_one_pass(logits: Tensor, levels: int, expected: Tensor | None) -> bool:
-    """Whether loss_and_grad makes one pass and returns the gradient: csrc/inputs.cpp has the same rule."""
+    """Whether loss_and_grad returns the gradient after one pass: Inputs::one_pass of csrc/inputs.cpp."""
     return levels == 1 and logits.numel() > 0 and (logits.dtype != torch.float16 or expected is not None)
 
 
@@ -67,7 +67,7 @@ def _loss_and_grad(
     stats = _reduce(logits, target, weight, pixel_weight, class_levels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     loss, f = _combine(stats, divisor, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype)
-    # That several levels are computed in one launch is not known here.
+    # Whether several levels are computed in one launch is not known here.
     if not computes_in_one_pass(logits, stats.shape[1], expected):
         return loss, f, stats, stats.new_empty((0,)), logits.new_empty((0,)), stats.new_empty((0,))
     return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits), stats.new_empty(())
@@ -85,7 +85,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
 
 
 def register_fakes(library: str) -> None:
-    """Registers those of the operators that the library has."""
+    """Registers the fakes of the operators that the library has."""
     operators = getattr(torch.ops, library)
     for name, fake in _FAKES.items():
         if hasattr(operators, name):

@@ -41,15 +41,29 @@ from .warn import warn
 
 
 class Components(NamedTuple):
-    """The parts of the loss, detached, for logging. g levels, least important first; t < g - 1.
+    """The parts of the loss, detached from the graph, for logging.
 
-    With ``factor_scope="batch"`` the factors are those of the whole batch, (1, g-1).
+    There are N images and g levels, the least important level first, and t < g - 1. With
+    ``factor_scope="batch"`` the images share their factors: f and F are (1, g-1).
+
+    Attributes:
+        f: (N, g-1) f_t of Eq. 3.
+        F: (N, g-1) importance factors f_t + alpha.
+        S: (N, g) weighted cross-entropy of each level, w'l of Eqs. 1 and 2.
+        count: (N, g) number of valid pixels of each level, int64.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits, target = torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+        >>> _, parts = ial_cuda.importance_aware_loss(logits, target, [[1, 2], [0]], return_components=True)
+        >>> parts.count
+        tensor([[ 0, 16]])
     """
 
-    f: Tensor  #: (N, g-1) f_t of Eq. 3
-    F: Tensor  #: (N, g-1) importance factors f_t + alpha
-    S: Tensor  #: (N, g) weighted cross-entropy of each level, w'l of Eqs. 1 and 2
-    count: Tensor  # type: ignore[assignment]  #: (N, g) valid pixels of each level; not the tuple's method
+    f: Tensor
+    F: Tensor
+    S: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 @overload
@@ -112,76 +126,86 @@ def importance_aware_loss(
     return_components: bool = False,
     process_group: None = None,
 ) -> Tensor | tuple[Tensor, Components]:
-    """Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), differentiable by ``logits``.
+    """The Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), with its gradient for ``logits``.
 
     S_k is the sum of the weighted cross-entropy over the pixels of level k. f_t is the sum of
-    1/2 (M_t + lambda_t) (pi - M_t)^2 / Z_t over the pixels of level t and above, where pi is the probability
-    of a pixel's own class and M_t is 0 at level t and 1 above. The loss of an image is
+    1/2 (M_t + lambda_t) (pi - M_t)^2 / Z_t over the pixels of level t and above. There pi is the predicted
+    probability of the pixel's own class, and M_t is 0 at level t and 1 above. The loss of an image is
 
-        IAL = S_0 + (f_0 + alpha) (S_1 + (f_1 + alpha) (S_2 + ...))                             (Eqs. 1 to 8).
+        IAL = S_0 + (f_0 + alpha) (S_1 + (f_1 + alpha) (S_2 + ...))                             (Eqs. 1 to 8)
 
-    A hierarchy of one level gives `torch.nn.functional.cross_entropy` with ``weight`` and ``ignore_index``.
+    With one level it equals `torch.nn.functional.cross_entropy` with ``weight`` and ``ignore_index``.
 
     Args:
-        logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. Any strides
-            are read without a copy; contiguous and channels_last tensors are the fastest. Half precision is
+        logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. All strides are
+            read without a copy. Contiguous and channels_last tensors are the fastest. Half precision is
             computed in float32. Logits (M, C) are M images of one pixel each: see ``factor_scope``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
-        hierarchy: the levels of the C classes, least important first: anything that `Hierarchy.of` takes,
-            such as the name of a preset, nested lists, or a number of classes for one level.
-        weight: (C,) class weights w of Eq. 2, a tensor of a floating dtype, a list or a NumPy array; ones if
-            None. `median_frequency_weights` computes them.
-        pixel_weight: (N, *spatial), multiplies the weight of each pixel; ones if None. Like ``weight`` it
-            enters S_k and the divisor of the mean, not f_t.
-        divisor: what ``reduction="mean"`` divides by instead of the weight of the valid pixels: a number from
-            0 or a 0-d tensor, such as the pixels of all accumulated batches. Where it is 0 the loss is 0. It
-            is a constant, and nothing waits for a tensor's value.
-        alpha: added to every f_t. Numbers may be Python's, NumPy's or 0-d tensors.
-        lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors, not negative.
-        ignore_index: pixels with this label take no part, and their gradient is 0. It may be a class, which
-            then takes no part. None means the hierarchy's own ``ignore_index``, else 255; it is an error
-            where 255 is a class.
-        reduction: "mean": the sum of the images' losses, divided by the summed weight of the valid pixels (0
-            where that is 0); "sum"; "none": one loss for each image.
-        factor_normalization: "mean": Z_t is the number of pixels that f_t compares; "sum": Z_t = 1, Eq. 3
-            literally, which grows with the image.
-        factor_scope: "image": f_t of each image; "batch": one f_t over all pixels of the batch. For logits
+        hierarchy: the levels of the C classes, the least important level first. It takes everything that
+            `Hierarchy.of` takes: the name of a preset, nested lists, or a number of classes for one level.
+        weight: (C,) class weights w of Eq. 2: a tensor of a floating dtype, a list or a NumPy array. None
+            means ones. `median_frequency_weights` computes them.
+        pixel_weight: (N, *spatial) tensor of a floating dtype that multiplies the weight of each pixel. None
+            means ones. Like ``weight`` it applies to S_k and to the divisor of the mean, not to f_t.
+        divisor: replaces the summed weight of the valid pixels as the divisor of ``reduction="mean"``: a
+            non-negative number or a 0-d tensor, such as the number of pixels of all accumulated batches. The
+            loss is 0 if it is 0. It is a constant. A tensor is read without a synchronisation.
+        alpha: added to every f_t. All numbers may be Python or NumPy numbers or 0-d tensors.
+        lambdas: lambda_t of Eq. 3, at least 0: one number for all factors, or one for each of the g - 1.
+        ignore_index: the label of void pixels. They are left out of the loss and have gradient 0. It may be
+            a class, which is then left out. None means the hierarchy's own ``ignore_index``, else 255. It is
+            an error if 255 is a class.
+        reduction: "mean": the summed loss of the images divided by the summed weight of the valid pixels,
+            or 0 if that weight is 0. "sum": the summed loss. "none": one loss for each image.
+        factor_normalization: "mean": Z_t is the number of pixels in the sum of f_t. "sum": Z_t = 1, as in
+            Eq. 3, so f_t grows with the image.
+        factor_scope: "image": f_t of each image. "batch": one f_t over all pixels of the batch. For logits
             (M, C) of the M pixels of one image use "batch", or the shape (1, C, M).
-        gradient: "exact": the derivative; "paper": Eqs. 9 to 19 literally, which leave out the derivative of
-            pi by the logits of other classes (Eq. 15).
-        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`: -log pi in S_k becomes a mean
-            over the classes with this share. f_t stays that of the target's probability.
+        gradient: "exact": the derivative. "paper": Eqs. 9 to 19, which leave out the derivative of pi with
+            respect to the logits of the other classes (Eq. 15).
+        label_smoothing: from 0 to 1, as in `torch.nn.functional.cross_entropy`. In S_k, -log pi is mixed with
+            its mean over all classes. f_t does not change.
         upsample: None, or "bilinear" for coarse ``logits`` (N, C, h, w) with ``target`` and ``pixel_weight``
             (N, H, W) of any size. The loss is that of `torch.nn.functional.interpolate(logits, (H, W),
-            mode="bilinear")`, but the kernels interpolate each pixel when they read it, so that no logits of
-            full size are stored. The gradient is summed at coarse size in a fixed order. A coarse logit of
-            weight 0 takes no part; `interpolate` turns an infinite one into NaN.
-        align_corners: how ``upsample`` places the pixels, as in `interpolate`.
-        backend: "auto" (the best for the device of ``logits``), "cuda", "triton", "cpu" or "reference".
-            ``python -m ial_cuda info`` lists which there are.
-        inplace: lets the backward pass write the gradient over ``logits``, which saves a tensor of their
-            size. A later backward pass that needs the old logits raises. "reference", torch.compile,
-            torch.func and backward passes with ``create_graph`` leave the logits as they are.
-        grad_in_forward: lets the forward pass compute the gradient with the loss where that saves a pass over
-            the logits, which it does with one level. The gradient is then in memory until the backward pass:
-            with several losses in a step, the gradients of all at once. It is that of an incoming gradient of
-            1, and computed again for another; the modules learn which one comes in. False leaves it to the
-            backward pass.
-        return_components: return ``(loss, Components)``.
-        process_group: None; sums over processes are not in this version.
+            mode="bilinear")`. The kernels interpolate each pixel when they read it, so full-resolution logits
+            are never stored. The gradient is summed at coarse size in a fixed order. A coarse logit with
+            interpolation weight 0 has no effect, while `interpolate` turns an infinite one into NaN.
+        align_corners: the pixel positions of ``upsample``, as in `torch.nn.functional.interpolate`.
+        backend: "auto" (the best one for the device of ``logits``), "cuda", "triton", "cpu" or "reference".
+            ``python -m ial_cuda info`` lists the available ones.
+        inplace: allows the backward pass to overwrite ``logits`` with the gradient. This saves a tensor of
+            their size. A later backward pass that needs the old logits raises. The logits are not overwritten
+            by "reference", under torch.compile and torch.func, and with ``create_graph=True``.
+        grad_in_forward: allows the forward pass to compute the gradient with the loss if this saves a pass
+            over the logits, as it does with one level. The gradient is then in memory until the backward
+            pass; with several losses in a step, all their gradients are. It is computed for an incoming
+            gradient of 1, and again in the backward pass if that is another number. The modules remember
+            the number. False leaves the gradient to the backward pass.
+        return_components: whether to return ``(loss, Components)``.
+        process_group: must be None. Sums over processes are not implemented.
 
     Returns:
-        The loss, () or with ``reduction="none"`` (N,); float64 for float64 logits, else float32.
+        The loss, (), or (N,) with ``reduction="none"``. It is float64 for float64 logits, else float32.
+            With ``return_components=True``, the tuple ``(loss, Components)``.
 
     Raises:
-        ValueError: a shape, a device or an option is not one of the above; on the CPU, a label outside [0, C)
-            that is not ``ignore_index``. On CUDA such a pixel takes no part and makes the loss NaN; with
-            IAL_CUDA_DEBUG=1 in the environment it is the same error, and the call synchronises. So it does
-            under torch.compile.
-        TypeError: an argument of a wrong type or dtype.
-        RuntimeError: ``backend`` is missing; the message has the reason and the remedy.
+        ValueError: a shape, a device or an option is not one of the above. On the CPU, also a label outside
+            [0, C) that is not ``ignore_index``. On CUDA a pixel with such a label is left out and makes the
+            loss NaN. With IAL_CUDA_DEBUG=1 in the environment it raises on CUDA too, which synchronises. This
+            also holds under torch.compile.
+        TypeError: an argument has a wrong type or dtype.
+        RuntimeError: ``backend`` is missing. The message gives the reason and the remedy.
         NotImplementedError: ``process_group`` is given. In the backward pass: a gradient of the gradient is
-            needed, which only "reference" has, and not under torch.compile.
+            requested. Only "reference" has one, and not under torch.compile.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(2, 19, 64, 128, requires_grad=True)
+        >>> target = torch.randint(19, (2, 64, 128))
+        >>> loss = ial_cuda.importance_aware_loss(logits, target, "cityscapes")
+        >>> loss.backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 64, 128])
     """
     options = Options(
         hierarchy,
@@ -204,7 +228,7 @@ def importance_aware_loss(
     return compute_loss(logits, target, weight, pixel_weight, divisor, options)
 
 
-# torch.fx.symbolic_trace leaves this call as it is: what it checks is not known of a proxy.
+# torch.fx.symbolic_trace keeps this call as one node: a proxy has nothing that the function could check.
 torch.fx.wrap("compute_loss")
 
 
@@ -218,7 +242,7 @@ def compute_loss(
     expected: ExpectedGradient | None = None,
     name: str = "logits",
 ) -> Tensor | tuple[Tensor, Components]:
-    """`importance_aware_loss` with validated options. ``name``: what the caller calls ``logits``."""
+    """`importance_aware_loss` with validated options. ``name``: of the logits in errors."""
     levels = options.hierarchy.class_levels
     class_weights = _weights_beside(logits, weight, len(levels), name)
     coarse = options.upsample is not None
@@ -243,7 +267,7 @@ def compute_loss(
         if rows:
             logits, target, pixel_weight = _as_image(logits, target, pixel_weight)
         in_training = logits.requires_grad and torch.is_grad_enabled()
-        # loss_and_grad has one loss, and writes the gradient to memory of its own.
+        # loss_and_grad returns one loss for the batch and writes the gradient to new memory.
         in_forward = (
             in_training
             and options.grad_in_forward
@@ -276,8 +300,10 @@ def _call_operators(
     in_forward: bool,
     expected: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, f_t (N or 1, g-1) and the sums (N, g, 5). ``in_forward``: whether the gradient may be
-    computed now."""
+    """The loss, f_t (N or 1, g-1) and the sums (N, g, 5).
+
+    ``in_forward``: whether the gradient may be computed now.
+    """
     operators, logits = backend.operators(), tensors[0]
     pixels = (
         *tensors,
@@ -296,15 +322,18 @@ def _call_operators(
 
 def _weights_beside(logits: Tensor, weight: ClassWeights | None, classes: int, name: str) -> Tensor | None:
     weights = class_weight(weight, classes)
-    if weights is None or weights is weight:  # a tensor on another device is an error of check_inputs
+    if weights is None or weights is weight:  # check_inputs raises for a tensor on another device
         return weights
     check_logits(logits, name)
     return weights.to(logits.device)
 
 
 def _is_transformed() -> bool:
-    """Whether the operators are traced or transformed. torch.compile plans memory itself, the transforms of
-    torch.func have their own levels to write into, and a trace must not hold a gradient."""
+    """Whether the operators are traced or transformed. Nothing is then written in place or computed early.
+
+    torch.compile plans memory itself, a transform of torch.func needs results of its own level, and a trace
+    must not contain a gradient.
+    """
     return bool(
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -314,8 +343,10 @@ def _is_transformed() -> bool:
 
 
 def _is_one_image(options: Options) -> bool:
-    """Whether the rows of logits (M, C) may be the pixels of one image, which is faster than M images: their
-    factors are the same or there are none, and no result has a value for each image."""
+    """Whether rows of logits (M, C) can be computed as the pixels of one image, which is faster.
+
+    The rows must share their factors or have none, and no result may have a value for each row.
+    """
     shared = options.hierarchy.num_levels == 1 or options.factor_scope == "batch"
     return shared and options.reduction != "none" and not options.return_components
 
@@ -323,26 +354,26 @@ def _is_one_image(options: Options) -> bool:
 def _as_image(
     logits: Tensor, target: Tensor, pixel_weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows (M, C) as the pixels of an image (1, C, M), a view."""
+    """Rows (M, C) as the pixels of one image (1, C, M), without a copy."""
     weights = None if pixel_weight is None else pixel_weight.unsqueeze(0)
     return logits.t().unsqueeze(0), target.unsqueeze(0), weights
 
 
 def _raise_of_labels(target: Tensor, classes: int, options: Options) -> None:
-    """Raises for bad labels on the CPU, with their positions in the target as it was given."""
+    """Raises for bad labels on the CPU, with positions in the target as the caller passed it."""
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         validate_target(target, classes, options.void_label)
 
 
 class ExpectedGradient:
-    """The incoming gradient that a module's loss is likely to get, kept on the device of the logits.
+    """The incoming gradient that the loss of a module will probably get, on the device of the logits.
 
-    A loss is scaled by the same number at every step, by a GradScaler or a weight of its own. The gradient
-    that the forward pass computes is for the number that came in last twice in a row, 1 at first.
+    A loss is usually scaled by the same number in every step, by a GradScaler or by its own weight. The
+    forward pass computes the gradient for the last number that came in twice in a row, initially 1.
     """
 
     def __init__(self) -> None:
-        self.states: dict[torch.device, Tensor] = {}  #: (2,) float64: the expected one, and the last one
+        self.states: dict[torch.device, Tensor] = {}  #: (2,) float64: the expected number, and the last one
 
     def on(self, device: torch.device) -> Tensor:
         if device not in self.states:
@@ -350,11 +381,11 @@ class ExpectedGradient:
         return self.states[device]
 
     def __reduce__(self) -> tuple[type[ExpectedGradient], tuple[()]]:
-        """Copies and pickles learn anew: their device may be another one, or not be there."""
+        """Copies and pickles start from 1 again: their device may differ or may not exist."""
         return ExpectedGradient, ()
 
     def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
-        """One of its own at each call of a traced graph."""
+        """A traced graph creates a new one in each call."""
         return tracer.create_node("call_function", ExpectedGradient, (), {})
 
 
@@ -363,9 +394,9 @@ def _warn_of_rows(logits: Tensor, options: Options) -> None:
         return
     if options.hierarchy.num_levels > 1 and options.factor_scope == "image":
         warn(
-            f"logits has shape {tuple(logits.shape)}: each row is an image of one pixel, with factors of its "
-            'own; for rows that are pixels of one image pass factor_scope="batch", or logits (1, C, M) and '
-            "target (1, M)"
+            f"logits has shape {tuple(logits.shape)}: each row is an image of one pixel, with its own "
+            'factors; if the rows are pixels of one image, pass factor_scope="batch", or logits (1, C, M) '
+            "and target (1, M)"
         )
 
 
@@ -385,42 +416,55 @@ def cross_entropy(
     inplace: bool = False,
     grad_in_forward: bool = True,
 ) -> Tensor:
-    """`torch.nn.functional.cross_entropy` for class indices, of logits at full size or coarse ones.
+    """`torch.nn.functional.cross_entropy` for class indices, at full size or with coarse logits.
 
-    The loss and the gradient are computed in one pass over the logits. With ``upsample`` they are those of
+    The loss and its gradient are computed in one pass over the logits. With ``upsample="bilinear"`` they are
+    those of
 
         F.cross_entropy(F.interpolate(input, target.shape[1:], mode="bilinear"), target, ...)
 
-    without logits of that size in memory.
+    but full-resolution logits are never stored. A mean without a valid pixel is 0, not NaN.
 
     Args:
-        input: logits (N, C, *spatial), or of one image (C,), or (C, *spatial) with two spatial dimensions or
-            more; float64, float32, float16 or bfloat16. Where a shape has both meanings, the first dimension
-            is N.
+        input: logits (N, C, *spatial), or those of one image: (C,), or (C, *spatial) with at least two
+            spatial dimensions. If a shape can mean both, the first dimension is N. float64, float32, float16
+            or bfloat16.
         target: class indices (N, *spatial), (N,), (*spatial) or (), int64, int32 or uint8.
-        weight: (C,) class weights, a tensor, a list or a NumPy array; ones if None.
-        ignore_index: pixels with this label take no part. It may be a class. The void label of most
-            segmentation data, 255, is not the default.
-        reduction: "mean": over the weight of the valid pixels; "sum"; "none": the loss of each pixel, 0 where
-            it is ignored. "none" is computed in plain PyTorch, at full size.
-        label_smoothing: from 0 to 1, the share of a mean over all classes, with their weights.
-        pixel_weight: the shape of ``target``, multiplies the weight of each pixel; ones if None.
-        divisor: what "mean" divides by instead of the weight of the valid pixels: a number from 0 or a 0-d
-            tensor. Where it is 0 the loss is 0.
+        weight: (C,) class weights: a tensor, a list or a NumPy array. None means ones.
+        ignore_index: the label of void pixels, which are left out. It may be a class. The default is that of
+            `torch.nn.functional.cross_entropy`. Most segmentation data sets use 255.
+        reduction: "mean": the summed loss divided by the summed weight of the valid pixels. "sum": the summed
+            loss. "none": the loss of each pixel, 0 for void pixels, computed in plain PyTorch at full size.
+        label_smoothing: from 0 to 1, the share of the mean over all classes with their weights.
+        pixel_weight: a tensor in the shape of ``target`` that multiplies the weight of each pixel. None means
+            ones.
+        divisor: replaces the summed weight of the valid pixels as the divisor of "mean": a non-negative
+            number or a 0-d tensor. The loss is 0 if it is 0.
         upsample: None, or "bilinear" for coarse ``input`` (N, C, h, w) with ``target`` (N, H, W).
-        align_corners, backend, inplace, grad_in_forward: as in `importance_aware_loss`. The last two have no
-            effect with ``reduction="none"``.
+        align_corners: as in `importance_aware_loss`.
+        backend: as in `importance_aware_loss`.
+        inplace: as in `importance_aware_loss`. No effect with ``reduction="none"``.
+        grad_in_forward: as in `importance_aware_loss`. No effect with ``reduction="none"``.
 
     Returns:
-        The loss, () or with ``reduction="none"`` the shape of ``target``; float64 for float64 logits, else
-        float32.
+        The loss, (), or the shape of ``target`` with ``reduction="none"``. It is float64 for float64 logits,
+            else float32.
 
     Raises:
-        What `importance_aware_loss` raises. Unlike `F.cross_entropy`, a mean without a valid pixel is 0, not
-        NaN, and a label that is no class is a ValueError on the CPU and a NaN on CUDA.
+        ValueError: as in `importance_aware_loss`. A label that is no class raises on the CPU and gives NaN on
+            CUDA.
+        TypeError: an argument has a wrong type or dtype.
+        RuntimeError: ``backend`` is missing. The message gives the reason and the remedy.
+        NotImplementedError: in the backward pass, a gradient of the gradient is requested.
 
-    >>> loss = cross_entropy(logits, labels, weight, ignore_index=255)
-    >>> loss = cross_entropy(head(features), labels, upsample="bilinear")
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)  # at a quarter of the labels' size
+        >>> labels = torch.randint(19, (2, 128, 256))
+        >>> loss = ial_cuda.cross_entropy(logits, labels, ignore_index=255, upsample="bilinear")
+        >>> loss.backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 32, 64])
     """
     options = Options(
         FLAT,
@@ -436,7 +480,7 @@ def cross_entropy(
     return compute_cross_entropy(input, target, weight, pixel_weight, divisor, options)
 
 
-#: The hierarchy of options that wait for the number of classes.
+#: A placeholder until the number of classes is known.
 FLAT = Hierarchy.flat(1)
 
 torch.fx.wrap("compute_cross_entropy")
@@ -451,7 +495,7 @@ def compute_cross_entropy(
     options: Options,
     expected: ExpectedGradient | None = None,
 ) -> Tensor:
-    """`cross_entropy` with validated options, whose hierarchy is replaced by one of the logits' classes."""
+    """`cross_entropy` with validated options. Their hierarchy is replaced: the logits give the classes."""
     check_logits(input, "input")
     if input.dim() == 0:
         raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
@@ -467,12 +511,12 @@ def compute_cross_entropy(
 
 
 def _is_unbatched(input: Tensor, target: object, options: Options) -> bool:
-    """Whether the logits are those of one image, without the dimension N. Two dimensions are (N, C)."""
+    """Whether the logits are one image without the dimension N. Two dimensions always mean (N, C)."""
     if input.dim() <= 2 or not isinstance(target, Tensor):
         return input.dim() == 1
     if options.upsample is not None:
         return input.dim() == 3 and target.dim() == 2
-    # In this order: the other one makes torch.export guard that N is not C.
+    # In the other order torch.export would add a guard that N is not C.
     return target.shape != input.shape[:1] + input.shape[2:] and target.shape == input.shape[1:]
 
 
@@ -503,7 +547,7 @@ def _of_classes(options: Options, classes: int) -> Options:
     return replace(options, hierarchy=Hierarchy.flat(classes))
 
 
-_cached_of_classes = functools.lru_cache(_of_classes)  # which Dynamo warns of
+_cached_of_classes = functools.lru_cache(_of_classes)  # Dynamo warns about lru_cache
 
 
 def _pixel_losses(

@@ -10,7 +10,7 @@ import torch
 
 from .arguments import as_int, as_label
 
-#: Far more than a segmentation has. A mistaken number must not fill the memory with a list of classes.
+#: Far more classes than a data set has. Without a limit, a wrong number could fill the memory with a list.
 _MAX_FLAT = 2**20
 
 
@@ -34,27 +34,26 @@ def _items(value: object, argument: str, expected: str) -> tuple[object, ...]:
 class Hierarchy:
     """A partition of the classes 0 ... C-1 into g levels, the least important level first.
 
-    Level k is the paper's Group k+1. A level is a set, so its classes are kept sorted: hierarchies that mean
-    the same compare and hash equal, however they were written down.
+    Level k is Group k+1 of Chen, Gong and Yang (IJCAI 2017). The classes of a level are stored sorted, so
+    equal partitions compare equal and have the same hash. A hierarchy is immutable.
 
     Args:
-        levels: g >= 1 levels, each with C_k >= 1 class indices; any nested sequence of integers is taken and
+        levels: g >= 1 levels, each with at least one class index, as a nested sequence of integers. It is
             stored as a tuple of tuples. Every class 0 ... C-1 is in exactly one level.
         names: optional class names, C strings in index order.
-        ignore_index: optional, the label of void pixels in this data set. It is the default of every
-            ``ignore_index`` that comes with this hierarchy.
-
-    Attributes:
-        class_levels: tuple of C ints, the level of each class.
+        ignore_index: optional, the label of void pixels in the data set. It is the default ``ignore_index``
+            of the functions and modules that are given this hierarchy.
 
     Raises:
-        TypeError: ``levels`` is not a nested sequence of integers, ``names`` not a sequence of strings, or
-            ``ignore_index`` not an integer.
-        ValueError: no level, an empty level, a negative class, a class in two places, a class missing, a
-            number of names other than C, or an ``ignore_index`` that is a class or outside int64.
+        TypeError: ``levels`` is not a nested sequence of integers, ``names`` is not a sequence of strings, or
+            ``ignore_index`` is not an integer.
+        ValueError: there is no level, an empty level, a negative class, a class in two places or a missing
+            class. Or the number of names is not C, or ``ignore_index`` is a class or outside int64.
 
-    >>> Hierarchy([[0, 2], [1]], names=["sky", "person", "road"]).class_levels
-    (0, 1, 0)
+    Examples:
+        >>> from ial_cuda import Hierarchy
+        >>> Hierarchy([[0, 2], [1]], names=["sky", "person", "road"]).class_levels
+        (0, 1, 0)
     """
 
     levels: tuple[tuple[int, ...], ...]
@@ -108,8 +107,8 @@ class Hierarchy:
                     f"ignore_index is {ignore_index}, a class in levels, expected a label outside "
                     f"0 to {num_classes - 1}"
                 )
-        # Frozen, and class_levels is no field: `dataclasses.asdict` gives what the constructor takes.
-        put = object.__setattr__  # torch 2.11 compiles no other way
+        # class_levels is not a field: `dataclasses.asdict` returns the arguments of the constructor.
+        put = object.__setattr__  # the class is frozen, and torch 2.11 can compile this form only
         put(self, "levels", tuple(sorted_levels))
         put(self, "names", names)
         put(self, "ignore_index", ignore_index)
@@ -117,24 +116,34 @@ class Hierarchy:
 
     @classmethod
     def flat(cls, num_classes: SupportsIndex) -> Hierarchy:
-        """All classes in one level: nothing is compared, and the loss is plain weighted cross-entropy.
+        """A hierarchy with all classes in one level. The loss is then weighted cross-entropy.
+
+        Args:
+            num_classes: C, from 1 to 2**20.
 
         Raises:
-            TypeError, ValueError: ``num_classes`` is not an integer from 1 to 2**20.
+            TypeError: ``num_classes`` is not an integer.
+            ValueError: ``num_classes`` is out of range.
         """
         return cls([range(_as_num_classes(num_classes, "num_classes"))])
 
     @classmethod
     def of(cls, value: HierarchyLike, argument: str = "hierarchy") -> Hierarchy:
-        """The hierarchy that a configuration file means.
+        """Converts a value, such as one of a configuration file, to a hierarchy.
 
         Args:
-            value: a `Hierarchy`; the name of a preset, "camvid" or "cityscapes"; C, for `Hierarchy.flat`; a
-                nested sequence of class indices; or a mapping as `to_dict` returns it.
-            argument: what errors call ``value``.
+            value: a `Hierarchy`; the name of a preset, "camvid" or "cityscapes"; a number of classes C, for
+                one level; a nested sequence of class indices; or a mapping like the result of `to_dict`.
+            argument: the name of ``value`` in errors.
 
         Raises:
-            TypeError, ValueError: ``value`` is none of these, or what the constructor raises.
+            TypeError: ``value`` has none of these types, or an item has a wrong type.
+            ValueError: ``value`` is no preset, or the constructor rejects the levels.
+
+        Examples:
+            >>> from ial_cuda import Hierarchy
+            >>> Hierarchy.of("camvid").num_levels
+            4
         """
         if isinstance(value, cls):
             return value
@@ -142,7 +151,7 @@ class Hierarchy:
             if value not in PRESETS:
                 raise ValueError(f"{argument} is {value!r}, expected one of {', '.join(map(repr, PRESETS))}")
             return PRESETS[value]
-        # An int of a compiler knows of no attributes.
+        # torch.compile's symbolic int has no attributes.
         if isinstance(value, int) or (isinstance(value, SupportsIndex) and not getattr(value, "ndim", 0)):
             return cls([range(_as_num_classes(value, argument))])
         if not isinstance(value, Iterable):
@@ -166,11 +175,15 @@ class Hierarchy:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Hierarchy:
-        """The hierarchy of `to_dict`; ``names`` and ``ignore_index`` may be missing.
+        """The inverse of `to_dict`.
+
+        Args:
+            data: a mapping with the key ``levels`` and, optionally, ``names`` and ``ignore_index``.
 
         Raises:
-            TypeError: ``data`` is not a mapping, lacks ``levels`` or has another key.
-            TypeError, ValueError: what the constructor raises.
+            TypeError: ``data`` is not a mapping, has no ``levels`` or has an unknown key. Or a value has a
+                wrong type.
+            ValueError: the constructor rejects a value.
         """
         if not isinstance(data, Mapping):
             raise TypeError(
@@ -183,18 +196,18 @@ class Hierarchy:
         return cls(**data)
 
     def __fx_create_arg__(self, tracer: torch.fx.Tracer) -> torch.fx.Node:
-        """For `torch.fx`: the node of a graph that makes this hierarchy."""
+        """For `torch.fx`: a node that creates this hierarchy in a graph."""
         return tracer.create_node(
             "call_function", type(self), (self.levels, self.names, self.ignore_index), {}
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Unpickled by the constructor, so that a file cannot hold levels and class_levels that disagree.
+        # Unpickling calls the constructor, so levels and class_levels of a file always agree.
         return type(self), (self.levels, self.names, self.ignore_index)
 
     @property
     def class_levels(self) -> tuple[int, ...]:
-        """The level of each class."""
+        """The level of each class, C ints."""
         return vars(self)["_class_levels"]  # type: ignore[no-any-return]
 
     @property
@@ -215,7 +228,7 @@ class Hierarchy:
         return "\n".join(lines)
 
 
-#: Whatever `Hierarchy.of` makes a hierarchy of.
+#: What `Hierarchy.of` takes.
 HierarchyLike: TypeAlias = (
     Hierarchy | str | SupportsIndex | Iterable[Iterable[SupportsIndex]] | Mapping[str, Any]
 )
@@ -226,11 +239,12 @@ def resolve_ignore_index(
 ) -> int:
     """The label of void pixels: ``ignore_index``, else the data set's ``void_label``, else 255.
 
-    This is the one rule of every entry point. An explicit ``ignore_index`` may be a class; a default may not.
+    All functions and modules with a hierarchy use this rule. An explicit ``ignore_index`` may be a class, a
+    default may not.
 
     Raises:
         TypeError: ``ignore_index`` is not an integer.
-        ValueError: it is outside int64; or it is None and 255 is one of the classes.
+        ValueError: ``ignore_index`` is outside int64, or it is None and 255 is a class.
     """
     if ignore_index is not None:
         return as_label(ignore_index, argument)
@@ -238,13 +252,12 @@ def resolve_ignore_index(
         return void_label
     if num_classes > 255:
         raise ValueError(
-            f"{argument} is None, which means 255, a class of {num_classes}: expected the label of void "
-            "pixels, or -100 where no pixel is void"
+            f"{argument} is None, which means 255, but 255 is one of the {num_classes} classes: expected the "
+            "label of void pixels, or -100 if there are none"
         )
     return 255
 
 
-#: CamVid, 11 classes in the order of the SegNet and ENet label maps, grouped as in Fig. 1.
 CAMVID = Hierarchy(
     levels=((0,), (1, 2, 5, 7), (3, 4, 6), (8, 9, 10)),
     names=(
@@ -262,9 +275,8 @@ CAMVID = Hierarchy(
     ),
     ignore_index=11,
 )
+"""CamVid: 11 classes in the order of the SegNet and ENet label maps, 4 levels as in Fig. 1, void label 11."""
 
-#: Cityscapes, 19 classes in train-id order, grouped as in the text of section 5. Table 3 lists pole, traffic
-#: light and traffic sign among Groups 1 to 3; the text puts them into Group 4, as here.
 CITYSCAPES = Hierarchy(
     levels=((10,), (2, 3, 4, 8, 9), (0, 1, 16), (5, 6, 7, 11, 12, 13, 14, 15, 17, 18)),
     names=(
@@ -290,9 +302,13 @@ CITYSCAPES = Hierarchy(
     ),
     ignore_index=255,
 )
+"""Cityscapes: 19 classes in train-id order, 4 levels as in the text of section 5, void label 255.
+
+The text puts pole, traffic light and traffic sign into Group 4. Table 3 lists them in Groups 1 to 3.
+"""
 
 #: Presets by name, for `Hierarchy.of` and the command line.
 PRESETS = {"camvid": CAMVID, "cityscapes": CITYSCAPES}
 
-# A checkpoint that holds a hierarchy loads with torch.load's default, weights_only=True.
+# torch.load reads checkpoints with a hierarchy with its default weights_only=True.
 torch.serialization.add_safe_globals([Hierarchy])

@@ -1,4 +1,4 @@
-"""Reads label images: PNG files, as the numbers that they store."""
+"""Reads label images: the numbers stored in PNG files, not their colours."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33)
 
 
 class LabelFolder:
-    """The label images of a folder and its sub-folders, sorted by path, read one at a time when iterated.
+    """The label images of a folder and its sub-folders, sorted by path. Iterating reads one at a time.
 
-    Yields arrays (H, W) as `read_labels` does. Files and folders whose names begin with a dot are skipped.
-    Links to folders are followed; no folder is read twice. Needs Pillow.
+    Yields the arrays (H, W) of `read_labels`. Files and folders whose names begin with a dot are skipped.
+    Links to folders are followed, and no folder is read twice. Needs Pillow.
 
     Args:
-        folder: where the images are.
-        pattern: which files are label images, such as ``*_labelTrainIds.png`` or ``train/*.png``. It is
-            compared with the end of the path, ignoring case.
-        ids: optional, the label that stands for each class in the files: label ``ids[c]`` is read as class c,
-            the others up to the highest of ``ids`` as 255.
+        folder: the folder.
+        pattern: a pattern for the end of a file's path, such as ``*_labelTrainIds.png`` or ``train/*.png``.
+            Case is ignored.
+        ids: optional, the label of each class in the files. Label ``ids[c]`` is read as class c. The other
+            labels up to the highest of ``ids`` are read as 255.
 
     Attributes:
-        files: the images' paths, in the order of iteration.
+        files: the paths of the images, in the order of iteration.
 
     Raises:
         NotADirectoryError: ``folder`` is not a folder.
         FileNotFoundError: no file matches ``pattern``.
-        OSError: a folder cannot be read; while iterating, a file cannot be read.
-        ValueError: while iterating, what `read_labels` raises, or a label above all ``ids``.
+        OSError: a folder cannot be read. While iterating: a file cannot be read.
+        ValueError: while iterating, what `read_labels` raises, or a label is above all ``ids``.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LabelFolder:
 
 def _visible_files(folder: Path, pattern: str) -> Iterator[Path]:
     def fail(error: OSError) -> None:
-        raise error  # os.walk would leave the folder out
+        raise error  # os.walk would skip the folder
 
     seen = set()
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -91,26 +91,26 @@ def _visible_files(folder: Path, pattern: str) -> Iterator[Path]:
 
 
 def read_labels(file: Path) -> np.ndarray[Any, Any]:
-    """The labels (H, W) of a PNG file: its grey values or palette indices, exactly as they are stored.
+    """Reads the labels of a PNG file: its grey values or palette indices, exactly as stored.
 
-    Reads every bit depth, interlaced or not. Colours and transparency of the palette do not matter. There is
-    no limit of size: beside the result it takes the file's size and a few MiB.
+    Every bit depth is read, interlaced or not. The palette itself is ignored. There is no limit on the size.
+    The memory needed beside the result is the size of the file and a few MiB.
 
     Returns:
-        uint8, or uint16 where the file stores 16 bits.
+        Labels (H, W): uint8, or uint16 if the file stores 16 bits.
 
     Raises:
-        ValueError: ``file`` is not a PNG, stores colours or transparency instead of labels, or is damaged;
-            the message begins with its name.
+        ValueError: ``file`` is not a PNG, stores colours or transparency instead of labels, or is damaged.
+            The message begins with its name.
         OSError: ``file`` cannot be read.
         MemoryError: the labels do not fit in memory.
         ImportError: Pillow is not installed.
     """
-    if file.exists() and not file.is_file():  # a pipe would be waited for
+    if file.exists() and not file.is_file():  # reading a pipe would block
         raise ValueError(f"{file} is not a regular file, expected a PNG image")
     data = file.read_bytes()
     if not data.startswith(_SIGNATURE):
-        raise ValueError(f"{file} is not a PNG image, expected PNG, which stores labels without loss")
+        raise ValueError(f"{file} is not a PNG image, expected PNG, which is lossless")
     try:
         return _decode(memoryview(data)[len(_SIGNATURE) :])
     except _Unsupported as error:
@@ -188,11 +188,11 @@ def _chunks(data: memoryview) -> tuple[memoryview, list[memoryview]]:
 
 
 class _Inflated:
-    """The decompressed bytes, a few at a time."""
+    """Decompresses the bytes on demand."""
 
     def __init__(self, compressed: list[memoryview]) -> None:
         inflate = zlib.decompressobj().decompress
-        # deflate makes at most 1032 bytes of one: 4 KiB become 4 MiB
+        # deflate turns a byte into at most 1032 bytes: 4 KiB become about 4 MiB
         self._parts = (inflate(part[i : i + 4096]) for part in compressed for i in range(0, len(part), 4096))
         self._buffer = bytearray()
 
@@ -208,16 +208,16 @@ class _Inflated:
 
 
 def _unfilter(above: bytes, filtered: bytes, row_bytes: int, depth: int) -> np.ndarray[Any, Any]:
-    """The rows (rows, row_bytes) as stored before PNG's filters, which predict bytes from the row above."""
+    """The rows (rows, row_bytes) without PNG's filters, which predict bytes from the row above."""
     try:
         from PIL import Image
     except ImportError as error:
         raise ImportError("reading label images needs Pillow: pip install Pillow") from error
 
-    # Pillow's own reader fills missing rows with 0, scales depths below 8 and refuses large images. Its
-    # decoder of the filters does none of this when each pixel is a byte, or two bytes at 16 bits.
+    # Pillow's PNG reader fills missing rows with 0, scales depths below 8 and rejects large images. Its
+    # decoder of the filters does none of this if each pixel is a byte, or two bytes at 16 bits.
     mode, pixel_bytes = ("LA", 2) if depth == 16 else ("L", 1)
-    rows = b"\0" + above + filtered  # filter 0: `above` is taken as it is
+    rows = b"\0" + above + filtered  # filter 0: `above` is not filtered
     size = row_bytes // pixel_bytes, len(rows) // (1 + row_bytes)
     image = Image.frombytes(mode, size, zlib.compress(rows, 0), "zip", mode, 0)
     return np.asarray(image).reshape(-1, row_bytes)[1:]

@@ -30,7 +30,7 @@ Given = TypeVar("Given")
 
 
 class _Option(Generic[Held, Given]):
-    """An attribute of the module that is read from its options, and validated with them when it is set."""
+    """A module attribute that reads one of the options. Setting it validates all options."""
 
     def __init__(self, doc: str, field: str | None = None) -> None:
         self.__doc__ = doc
@@ -57,7 +57,7 @@ class _Option(Generic[Held, Given]):
 
 
 class Loss(nn.Module):
-    """What the modules share: validated options, and class weights that casts leave as they are."""
+    """The base class of both losses: validated options, and class weights that keep their dtype in casts."""
 
     options: Options
     weight: Tensor | None
@@ -70,15 +70,15 @@ class Loss(nn.Module):
 
     ignore_index = _Option[int, "SupportsIndex | None"]("The label of void pixels.", field="void_label")
     reduction = _Option[Reduction, Reduction]("mean, sum or none.")
-    label_smoothing = _Option[float, SupportsFloat]("The share of a mean over all classes.")
-    upsample = _Option["Upsample | None", "Upsample | None"]("None or bilinear.")
-    align_corners = _Option[bool, bool]("How upsample places the pixels.")
-    backend = _Option[Backend, Backend]("What computes the loss.")
+    label_smoothing = _Option[float, SupportsFloat]("Label smoothing, 0 to 1.")
+    upsample = _Option["Upsample | None", "Upsample | None"]("None, or bilinear for coarse logits.")
+    align_corners = _Option[bool, bool]("The pixel positions of upsample.")
+    backend = _Option[Backend, Backend]("The name of the backend.")
     inplace = _Option[bool, bool]("Whether the gradient may overwrite the logits.")
     grad_in_forward = _Option[bool, bool]("Whether the forward pass may compute the gradient.")
 
     def _fitting(self, weight: object, options: Options) -> Tensor | None:
-        """The class weights as a tensor, which the options must fit, and fit each other."""
+        """The class weights as a tensor. Raises if weights and options do not fit each other."""
         _ = options.void_label
         return class_weight(weight, options.hierarchy.num_classes)
 
@@ -88,7 +88,7 @@ class Loss(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves the weights with the module and leaves their dtype: float16 would round them, or overflow."""
+        """Moves the weights with the module but keeps their dtype: float16 would round or overflow them."""
         weight = self.weight
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if weight is not None and self.weight is not None and self.weight.dtype != weight.dtype:
@@ -110,42 +110,44 @@ class Loss(nn.Module):
 
 
 class ImportanceAwareLoss(Loss):
-    """`importance_aware_loss` with its options fixed, as a drop-in for `torch.nn.CrossEntropyLoss`.
+    """`importance_aware_loss` as a module, with the options as attributes.
 
-    Every argument is an attribute afterwards, which can be read and set; what is set is validated, too.
+    It is used like `torch.nn.CrossEntropyLoss`. Setting an attribute validates it. `importance_aware_loss`
+    documents the options in full.
 
     Args:
-        hierarchy: the levels of the C classes, least important first, or anything that `Hierarchy.of` takes.
-        weight: (C,) class weights, a tensor, a list or a NumPy array. They are a buffer, so ``.to(device)``
-            moves them, but casts such as ``.half()`` leave their dtype: float32 for a list.
+        hierarchy: the levels of the C classes, the least important level first, or anything else that
+            `Hierarchy.of` takes.
+        weight: (C,) class weights: a tensor of a floating dtype, a list or a NumPy array. None means ones.
+            They are a buffer: ``.to(device)`` moves them, but casts such as ``.half()`` keep their dtype. A
+            list becomes float32.
         alpha: added to every f_t.
-        lambdas: lambda_t of Eq. 3, one for all or one for each of the g - 1 factors.
-        ignore_index: the label of void pixels; None means the hierarchy's own, else 255.
+        lambdas: lambda_t of Eq. 3: one number for all factors, or one for each of the g - 1.
+        ignore_index: the label of void pixels. None means the hierarchy's own, else 255.
         reduction: "mean", "sum" or "none".
         factor_normalization: "mean" or "sum".
         factor_scope: "image" or "batch".
         gradient: "exact" or "paper".
-        label_smoothing: from 0 to 1, the share of a mean over all classes in S_k.
-        upsample: None or "bilinear".
-        align_corners: how ``upsample`` places the pixels.
+        label_smoothing: from 0 to 1, the share of the mean over all classes in S_k.
+        upsample: None, or "bilinear" for coarse logits (N, C, h, w) with targets (N, H, W).
+        align_corners: the pixel positions of ``upsample``, as in `torch.nn.functional.interpolate`.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
-        inplace: lets the backward pass write the gradient over the logits.
-        grad_in_forward: lets the forward pass compute the gradient.
-        return_components: return ``(loss, Components)``.
-        process_group: None; sums over processes are not in this version.
-
-    `importance_aware_loss` explains them.
-
-    Shape:
-        ``criterion(logits, target, pixel_weight=None, *, divisor=None)``: logits (N, C, *spatial), target and
-        pixel_weight (N, *spatial), divisor a number or (). Returns what the function returns.
+        inplace: allows the backward pass to overwrite the logits with the gradient.
+        grad_in_forward: allows the forward pass to compute the gradient with the loss.
+        return_components: whether to return ``(loss, Components)``.
+        process_group: must be None. Sums over processes are not implemented.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: an unknown or a bad option, at construction or when it is
-            set.
+        TypeError: an option has a wrong type, at construction or when it is set.
+        ValueError: an option has a value that is not allowed, at construction or when it is set.
+        NotImplementedError: ``process_group`` is given.
 
-    >>> criterion = ImportanceAwareLoss("camvid", weight=w)
-    >>> criterion(model(images), labels).backward()
+    Examples:
+        >>> import ial_cuda, torch
+        >>> criterion = ial_cuda.ImportanceAwareLoss("camvid", alpha=1.0)
+        >>> logits = torch.randn(2, 11, 36, 48, requires_grad=True)
+        >>> labels = torch.randint(12, (2, 36, 48))  # 11 is void
+        >>> criterion(logits, labels).backward()
     """
 
     hierarchy = _Option[Hierarchy, HierarchyLike]("The levels of the classes.")
@@ -154,7 +156,7 @@ class ImportanceAwareLoss(Loss):
     factor_normalization = _Option[FactorNormalization, FactorNormalization]("mean or sum.")
     factor_scope = _Option[FactorScope, FactorScope]("image or batch.")
     gradient = _Option[Gradient, Gradient]("exact or paper.")
-    return_components = _Option[bool, bool]("Whether the components are returned, too.")
+    return_components = _Option[bool, bool]("Whether the components are returned too.")
     process_group = _Option[None, None]("None.")
 
     def __init__(
@@ -206,7 +208,25 @@ class ImportanceAwareLoss(Loss):
         *,
         divisor: Divisor | None = None,
     ) -> Tensor | tuple[Tensor, Components]:
-        # By its name in functional.py, which is the one that torch.fx.wrap replaces there.
+        """Computes the loss, as `importance_aware_loss` does.
+
+        Args:
+            logits: (N, C, *spatial), or (N, C, h, w) with ``upsample``.
+            target: (N, *spatial) class indices.
+            pixel_weight: (N, *spatial), multiplies the weight of each pixel. None means ones.
+            divisor: replaces the summed weight of the valid pixels as the divisor of the mean: a number or a
+                0-d tensor.
+
+        Returns:
+            The loss, (), or (N,) with ``reduction="none"``. With ``return_components``, the tuple
+                ``(loss, Components)``.
+
+        Raises:
+            TypeError: a tensor has a wrong type or dtype.
+            ValueError: a shape, a device or a label is wrong.
+            RuntimeError: the backend is missing.
+        """
+        # Called through its module, where torch.fx.wrap replaces the name.
         return functional.compute_loss(
             logits, target, self.weight, pixel_weight, divisor, self.options, self.expected
         )
@@ -220,32 +240,33 @@ class ImportanceAwareLoss(Loss):
 
 
 class CrossEntropyLoss(Loss):
-    """`cross_entropy` with its options fixed, a drop-in for `torch.nn.CrossEntropyLoss` of class indices.
+    """`cross_entropy` as a module: a drop-in for `torch.nn.CrossEntropyLoss` with class indices.
 
-    Every argument is an attribute afterwards, which can be read and set; what is set is validated, too.
+    The options are attributes. Setting one validates it. `cross_entropy` documents them in full.
 
     Args:
-        weight: (C,) class weights, a tensor, a list or a NumPy array. They are a buffer, so ``.to(device)``
-            moves them, but casts such as ``.half()`` leave their dtype: float32 for a list.
+        weight: (C,) class weights: a tensor of a floating dtype, a list or a NumPy array. None means ones.
+            They are a buffer: ``.to(device)`` moves them, but casts such as ``.half()`` keep their dtype. A
+            list becomes float32.
         ignore_index: the label of void pixels.
         reduction: "mean", "sum" or "none".
-        label_smoothing: from 0 to 1, the share of a mean over all classes.
-        upsample: None or "bilinear".
-        align_corners: how ``upsample`` places the pixels.
+        label_smoothing: from 0 to 1, the share of the mean over all classes.
+        upsample: None, or "bilinear" for coarse logits (N, C, h, w) with targets (N, H, W).
+        align_corners: the pixel positions of ``upsample``, as in `torch.nn.functional.interpolate`.
         backend: "auto", "cuda", "triton", "cpu" or "reference".
-        inplace: lets the backward pass write the gradient over the logits.
-        grad_in_forward: lets the forward pass compute the gradient.
-
-    `cross_entropy` explains them.
-
-    Shape:
-        ``criterion(input, target, pixel_weight=None, *, divisor=None)``: as for `cross_entropy`.
+        inplace: allows the backward pass to overwrite the logits with the gradient.
+        grad_in_forward: allows the forward pass to compute the gradient with the loss.
 
     Raises:
-        TypeError, ValueError: an unknown or a bad option, at construction or when it is set.
+        TypeError: an option has a wrong type, at construction or when it is set.
+        ValueError: an option has a value that is not allowed, at construction or when it is set.
 
-    >>> criterion = CrossEntropyLoss(weight, ignore_index=255, upsample="bilinear")
-    >>> criterion(model(images), labels).backward()
+    Examples:
+        >>> import ial_cuda, torch
+        >>> criterion = ial_cuda.CrossEntropyLoss(ignore_index=255, upsample="bilinear")
+        >>> logits = torch.randn(2, 19, 16, 32, requires_grad=True)
+        >>> labels = torch.randint(19, (2, 64, 128))
+        >>> criterion(logits, labels).backward()
     """
 
     def __init__(
@@ -275,8 +296,8 @@ class CrossEntropyLoss(Loss):
         super().__init__(weight, options)
 
     def _fitting(self, weight: object, options: Options) -> Tensor | None:
-        as_label(options.ignore_index, "ignore_index")  # None means nothing here
-        return class_weight(weight, None)  # the logits say how many classes there are
+        as_label(options.ignore_index, "ignore_index")  # None is an error: no hierarchy gives a default
+        return class_weight(weight, None)  # of any C: the logits define it
 
     def forward(
         self,
@@ -286,6 +307,24 @@ class CrossEntropyLoss(Loss):
         *,
         divisor: Divisor | None = None,
     ) -> Tensor:
+        """Computes the loss, as `cross_entropy` does.
+
+        Args:
+            input: logits (N, C, *spatial), (C, *spatial) or (C,), or (N, C, h, w) with ``upsample``.
+            target: class indices (N, *spatial), (*spatial) or ().
+            pixel_weight: a tensor in the shape of ``target`` that multiplies the weight of each pixel. None
+                means ones.
+            divisor: replaces the summed weight of the valid pixels as the divisor of the mean: a number or a
+                0-d tensor.
+
+        Returns:
+            The loss, (), or the shape of ``target`` with ``reduction="none"``.
+
+        Raises:
+            TypeError: a tensor has a wrong type or dtype.
+            ValueError: a shape, a device or a label is wrong.
+            RuntimeError: the backend is missing.
+        """
         return functional.compute_cross_entropy(
             input, target, self.weight, pixel_weight, divisor, self.options, self.expected
         )

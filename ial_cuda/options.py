@@ -1,4 +1,4 @@
-"""The options of the loss, validated when they are constructed and handed on whole."""
+"""The options of the loss: one frozen dataclass, validated when it is constructed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UPSAMPLES = (None, *get_args(Upsample))
 
 
 class OptionArguments(TypedDict, total=False):
-    """What the options may be given as, for type checkers."""
+    """The types that callers may pass as options, for type checkers."""
 
     alpha: SupportsFloat
     lambdas: Lambdas
@@ -49,12 +49,12 @@ class OptionArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """All options of `importance_aware_loss`, which explains them, as Python's own types.
+    """All options of `importance_aware_loss`, which documents them, converted to Python types.
 
     Raises:
         TypeError: an option has a wrong type.
-        ValueError: a value is not one of the option's.
-        NotImplementedError: ``process_group``.
+        ValueError: an option has a value that is not allowed.
+        NotImplementedError: ``process_group`` is not None.
     """
 
     hierarchy: Hierarchy
@@ -85,7 +85,7 @@ class Options:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        # Runs at each call of the function: what needs no conversion must cost little.
+        # This runs in each call of the function, so options that need no conversion are checked inline.
         put = object.__setattr__
         if not isinstance(self.hierarchy, Hierarchy):
             put(self, "hierarchy", Hierarchy.of(self.hierarchy))
@@ -117,36 +117,36 @@ class Options:
             raise ValueError("align_corners is True, expected False: upsample is None")
         if self.inplace and self.upsample is not None:
             raise ValueError(
-                f"inplace is True, expected False: with upsample={self.upsample!r} gradients depend on "
-                "logits nearby"
+                f"inplace is True, expected False: with upsample={self.upsample!r} a gradient depends on "
+                "neighbouring logits"
             )
         if self.process_group is not None:
             raise NotImplementedError(
                 f"process_group is a {type(self.process_group).__name__}, expected None: sums over processes "
-                "are not in this version"
+                "are not implemented"
             )
 
     @property
     def factor_lambdas(self) -> tuple[float, ...]:
-        """``lambdas``, one for each of the g - 1 factors."""
+        """``lambdas`` as one number for each of the g - 1 factors."""
         values = self.lambdas
         return values if isinstance(values, tuple) else (values,) * (self.hierarchy.num_levels - 1)
 
     @property
     def void_label(self) -> int:
-        """``ignore_index``, or what None means for ``hierarchy``: a ValueError where that is nothing."""
+        """``ignore_index``, or its default for ``hierarchy``. Raises a ValueError if there is none."""
         if self.ignore_index is not None:
             return self.ignore_index
         return resolve_ignore_index(None, self.hierarchy.num_classes, self.hierarchy.ignore_index)
 
     @property
     def corners(self) -> bool | None:
-        """``align_corners`` where the logits are coarse, else None: an argument of the operators."""
+        """The argument ``align_corners`` of the operators: None if the logits are not upsampled."""
         return None if self.upsample is None else self.align_corners
 
     @property
     def combine_arguments(self) -> tuple[tuple[float, ...], float, str, str, str]:
-        """The arguments of combine and its backward that are options: all but the divisor."""
+        """The options that combine and combine_backward take."""
         return (
             self.factor_lambdas,
             self.alpha,
@@ -156,7 +156,7 @@ class Options:
         )
 
     def changed(self) -> dict[str, object]:
-        """The options that are not their defaults."""
+        """The options that differ from their defaults."""
         values = vars(self)
         return {f.name: values[f.name] for f in fields(self)[1:] if values[f.name] != f.default}
 
@@ -181,5 +181,5 @@ def _as_lambdas(value: object, levels: int) -> float | tuple[float, ...]:
         numbers = (result,)
     for number in numbers:
         if not 0 <= number < math.inf:
-            raise ValueError(f"lambdas is {value!r}, expected finite numbers from 0")
+            raise ValueError(f"lambdas is {value!r}, expected finite, non-negative numbers")
     return result

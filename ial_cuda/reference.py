@@ -1,8 +1,8 @@
-"""The Importance-Aware Loss in plain PyTorch, to be read beside the paper (Chen, Gong and Yang, IJCAI 2017).
+"""The Importance-Aware Loss in plain PyTorch, written like the paper (Chen, Gong and Yang, IJCAI 2017).
 
 The other backends are tested and timed against this file. It runs on every device and in every floating
-dtype, and autograd differentiates it any number of times. Eqs. 1 to 8 are the code below. Eqs. 9 to 19 are
-its derivative by autograd, literally so with ``gradient="paper"``.
+dtype, and autograd differentiates it any number of times. The code below is Eqs. 1 to 8. Its derivative by
+autograd is Eqs. 9 to 19 with ``gradient="paper"``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .options import Options
 
 
 class Pixels(NamedTuple):
-    """What the loss needs of P pixels in each of N images, with C classes."""
+    """N images of P pixels, with C classes. A pixel is valid if its label is a class and not void."""
 
-    x: Tensor  # (N, C, P) logits, 0 where a pixel takes no part
-    y: Tensor  # (N, P) classes, 0 where a pixel takes no part
-    is_class: Tensor  # (N, P) whether it takes part
-    bad: Tensor  # (N, P) labels that are neither a class nor ignore_index
-    w: Tensor  # (N, P) class weight times pixel weight, 0 where a pixel takes no part
+    x: Tensor  # (N, C, P) logits, 0 if not valid
+    y: Tensor  # (N, P) classes, 0 if not valid
+    is_class: Tensor  # (N, P) whether the pixel is valid
+    bad: Tensor  # (N, P) whether the label is neither a class nor ignore_index
+    w: Tensor  # (N, P) class weight times pixel weight, 0 if not valid
     nll: Tensor  # (N, P) -log pi, Eq. 1
     ce: Tensor  # (N, P) weighted cross-entropy: w nll, or its smoothed form
 
@@ -36,13 +36,13 @@ def _pixels(
     if options.upsample is not None:  # coarse logits (N, C, h, w), target (N, H, W)
         x = F.interpolate(x, target.shape[1:], mode=options.upsample, align_corners=options.align_corners)
     x = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)  # (N, C, P)
-    # (N, P), as all that follows; int64, since a number beyond the range of a smaller dtype would wrap
+    # (N, P), like the tensors below. int64: a number outside the range of a smaller dtype would wrap
     target = target.reshape(x.shape[0], x.shape[2]).long()
 
     is_class = (target >= 0) & (target < x.shape[1]) & (target != ignore_index)
     bad = ~is_class & (target != ignore_index)
     y = torch.where(is_class, target, 0)
-    x = torch.where(is_class.unsqueeze(1), x, 0)  # not a product with 0, which is NaN for NaN and infinity
+    x = torch.where(is_class.unsqueeze(1), x, 0)  # a product of 0 and NaN or infinity is NaN
     w = is_class.to(x.dtype)
     if weight is not None:
         w = torch.where(is_class, weight.to(x.dtype)[y], 0)
@@ -52,7 +52,7 @@ def _pixels(
     log_p = F.log_softmax(x, dim=1)
     nll = -log_p.gather(1, y.unsqueeze(1)).squeeze(1)
     ce = w * nll
-    if smoothing > 0:  # the mean over the classes has their own weights, the divisor that of the target
+    if smoothing > 0:  # each class has its own weight in the mean, as in F.cross_entropy
         terms = log_p if weight is None else log_p * weight.to(x.dtype).unsqueeze(1)
         mean = -terms.mean(dim=1)
         if pixel_weight is not None:
@@ -69,8 +69,10 @@ def cross_entropy(
     weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
-    """The weighted cross-entropy of each pixel, in the shape of ``target``: 0 where it is ignored, NaN where
-    its label is no class."""
+    """The weighted cross-entropy of each pixel, in the shape of ``target``.
+
+    It is 0 for void pixels and NaN for labels that are no class.
+    """
     pixels = _pixels(logits, target, options, weight, pixel_weight)
     return pixels.ce.masked_fill(pixels.bad, torch.nan).reshape(target.shape)
 
@@ -86,17 +88,17 @@ def importance_aware_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, f_t (N or 1, g-1), S_k (N, g) and pixel counts (N, g) for `ial_cuda.importance_aware_loss`.
 
-    A label that is neither a class nor ``ignore_index`` takes no part and makes the loss NaN, without a
-    synchronisation. The logits and weights of such a pixel and of an ignored one, even NaN, affect no result,
-    and its gradient is 0.
+    A pixel whose label is neither a class nor ``ignore_index`` is left out and makes the loss NaN, without a
+    synchronisation. The logits and weights of pixels that are left out affect no result, even if they are
+    NaN. Their gradient is 0.
     """
     g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
     x, y, is_class, bad, w, nll, ce = _pixels(logits, target, options, weight, pixel_weight)
     level = torch.where(is_class, torch.tensor(options.hierarchy.class_levels, device=x.device)[y], -1)
     if options.gradient == "exact":
         pi = torch.exp(-nll)
-    else:  # Eq. 15: X-bar varies with its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
-        x = x - x.detach().amax(1, keepdim=True)  # before logsumexp rounds to the size of the logits
+    else:  # Eq. 15: X-bar depends on its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
+        x = x - x.detach().amax(1, keepdim=True)  # first, since logsumexp of large logits rounds more
         others = x.detach().scatter(1, y.unsqueeze(1), -torch.inf).logsumexp(1)
         pi = torch.sigmoid(x.gather(1, y.unsqueeze(1)).squeeze(1) - others)
 
@@ -109,7 +111,7 @@ def importance_aware_loss(
     f = []  # Eq. 3, each (N,) or, pooled, (1,)
     for t in range(g - 1):
         M = (level > t).to(x.dtype)
-        compared = level >= t  # M_t is not "x"
+        compared = level >= t  # where M_t is not the paper's "x"
         f_t = 0.5 * total((M + lambdas[t]) * (pi - M) ** 2, compared)
         Z_t = torch.stack(count[t:]).sum(0)
         if options.factor_scope == "batch":

@@ -1,4 +1,4 @@
-"""Checks of tensors and labels. Errors name the argument, what came and what was expected."""
+"""Checks of tensors and labels. Every error has the argument, its value and what was expected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .hierarchy import resolve_ignore_index
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _LABELS = (torch.int64, torch.int32, torch.uint8)
 _LARGEST = torch.finfo(torch.float32).max
-#: The dtypes in which labels are compared: torch cannot compare some unsigned ones.
+#: The dtypes in which labels are compared. torch cannot compare some unsigned ones.
 _COMPARED_AS = {
     torch.int64: torch.int64,
     torch.int32: torch.int32,
@@ -30,15 +30,15 @@ _COMPARED_AS = {
     torch.uint32: torch.int64,
     torch.uint64: torch.int64,
 }
-#: Labels of void pixels in other losses and data sets.
+#: The usual labels of void pixels.
 _COMMON_VOID_LABELS = (-100, -1, 255)
 
 #: The largest side of coarse logits and of their target: kMaxSide of csrc/bilinear.h.
 MAX_SIDE = 2**30 - 1
 
-#: What class weights may be given as.
+#: What ``weight`` accepts.
 ClassWeights: TypeAlias = Tensor | Sequence[float] | npt.NDArray[Any]
-#: What reduction="mean" may be told to divide by.
+#: What ``divisor`` accepts.
 Divisor: TypeAlias = SupportsFloat | Tensor
 
 
@@ -46,12 +46,12 @@ Divisor: TypeAlias = SupportsFloat | Tensor
 
 
 def check_logits(logits: object, name: str = "logits") -> None:
-    """Type and dtype alone."""
+    """Checks type and dtype only."""
     _check_tensor(name, logits, _FLOATING)
 
 
 def class_weight(weight: object, num_classes: int | None) -> Tensor | None:
-    """``weight`` as a tensor (C,), of any C if None; a list of numbers or an array becomes one on the CPU."""
+    """``weight`` as a tensor (C,), on the CPU if it is a list or an array. ``num_classes`` None: any C."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
@@ -94,8 +94,10 @@ def check_inputs(
     upsample: bool,
     name: str = "logits",
 ) -> None:
-    """Types, dtypes, shapes and devices. ``upsample``: whether the logits are coarse. ``name``: of the logits
-    in messages."""
+    """Checks types, dtypes, shapes and devices.
+
+    ``upsample``: whether the logits are coarse. ``name``: of the logits in errors.
+    """
     check_logits(logits, name)
     _check_tensor("target", target, _LABELS)
     if logits.dim() < 2 or logits.shape[1] != num_classes:
@@ -114,13 +116,13 @@ def check_inputs(
         ):
             raise ValueError(
                 f"{name} has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
-                f"(N, C, h, w) and (N, H, W), none of h, w, H and W 0, for upsample='bilinear'"
+                f"(N, C, h, w) and (N, H, W) with h, w, H and W above 0, for upsample='bilinear'"
                 + _target_hint(logits, target)
             )
         if any(side > MAX_SIDE for side in target.shape[1:] + logits.shape[2:]):
             raise ValueError(
-                f"{name} has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected none of "
-                f"h, w, H and W above {MAX_SIDE} for upsample='bilinear'"
+                f"{name} has shape {tuple(logits.shape)} and target {tuple(target.shape)}, expected "
+                f"h, w, H and W up to {MAX_SIDE}, for upsample='bilinear'"
             )
         expected = tuple(target.shape)
     if target.shape != expected:
@@ -142,7 +144,7 @@ def check_inputs(
 
 
 def check_one_image(input: Tensor, target: Tensor, pixel_weight: Tensor | None, *, upsample: bool) -> None:
-    """Types, dtypes and shapes of the target and its weights, for logits (C,) or (C, *spatial)."""
+    """Checks types, dtypes and shapes of target and pixel_weight, for logits (C,) or (C, *spatial)."""
     _check_tensor("target", target, _LABELS)
     pixels = tuple(target.shape if upsample else input.shape[1:])
     if target.shape != pixels:
@@ -159,10 +161,12 @@ def check_one_image(input: Tensor, target: Tensor, pixel_weight: Tensor | None, 
 
 
 def mean_divisor(divisor: object, reduction: str, device: torch.device, name: str) -> Tensor:
-    """``divisor`` as () float64 on ``device``, that of the logits, without waiting for it: a number is filled
-    in there. ``name``: of the logits in messages."""
+    """``divisor`` as a () float64 tensor on ``device``, the device of the logits, without a synchronisation.
+
+    ``name``: of the logits in errors.
+    """
     if reduction != "mean":
-        raise ValueError(f"divisor is given, expected None: reduction is {reduction!r}, which has none")
+        raise ValueError(f"divisor is given, expected None: reduction is {reduction!r}, not 'mean'")
     if isinstance(divisor, Tensor) and (
         divisor.dim() > 0 or divisor.device.type != "cpu" or device.type == "cpu"
     ):
@@ -175,18 +179,20 @@ def mean_divisor(divisor: object, reduction: str, device: torch.device, name: st
         return divisor.to(torch.float64)
     number = as_finite(divisor, "divisor")  # type: ignore[arg-type]
     if number < 0:
-        raise ValueError(f"divisor is {divisor!r}, expected a number from 0")
+        raise ValueError(f"divisor is {divisor!r}, expected a non-negative number")
     return torch.full((), number, dtype=torch.float64, device=device)
 
 
 def check_inplace(logits: Tensor, *others: Tensor | None, name: str = "logits") -> None:
-    """Raises for logits that torch would refuse to overwrite: in the forward pass, not the backward pass.
-    ``name``: of the logits in messages."""
+    """Raises in the forward pass for logits that the backward pass could not overwrite.
+
+    ``name``: of the logits in errors.
+    """
     problem = None
     if torch._debug_has_internal_overlap(logits) == 1:
         problem = f"elements of {name} share memory; clone() them"
     elif any(other is not None and _share_memory(other, logits) for other in others):
-        problem = f"{name} share memory with target, weight or pixel_weight"
+        problem = f"{name} shares memory with target, weight or pixel_weight"
     elif logits.requires_grad and torch.is_grad_enabled():
         base = logits._base
         if logits.is_leaf:
@@ -195,7 +201,8 @@ def check_inplace(logits: Tensor, *others: Tensor | None, name: str = "logits") 
             problem = f"{name} is a view of a leaf that requires a gradient"
         elif base is not None and _get_creation_meta(logits) != CreationMeta.DEFAULT:
             problem = (
-                f"{name} is one of several views, or a view made by a hook, a Function or without gradients"
+                f"{name} is one of several views of a result, or a view made in a hook, in an "
+                "autograd.Function or under no_grad"
             )
     if problem:
         raise ValueError(f"inplace is True, expected False: {problem}")
@@ -209,7 +216,7 @@ _TWO_CHANNELS = ": binary logits x need two channels, torch.cat([torch.zeros_lik
 
 
 def _target_hint(logits: Tensor, target: Tensor) -> str:
-    """The remedy for targets of other losses: with a channel of size 1, or one-hot."""
+    """The remedy for a target with a channel of size 1, or a one-hot target."""
     if target.dim() == logits.dim() and target.shape[:2] == (logits.shape[0], 1):
         return ": pass target.squeeze(1)"
     if target.dim() == logits.dim() and target.shape[:2] == logits.shape[:2]:
@@ -243,37 +250,44 @@ def check_constant(name: str, tensor: Tensor) -> None:
 
 
 def validate_target(target: Tensor, num_classes: int, ignore_index: int | None = None) -> None:
-    """Checks every label of ``target``, on any device; on CUDA this synchronises.
+    """Checks every label of ``target``, on any device.
 
-    A meta or fake tensor has no labels and passes. Under torch.compile this is a graph break.
+    On CUDA this synchronises. Under torch.compile it breaks the graph. A meta or fake tensor has no labels
+    and passes.
 
     Args:
         target: class indices of any shape, of any integer dtype or bool.
-        num_classes: C.
-        ignore_index: the one label outside [0, C) that is allowed; None means 255, where that is no class.
+        num_classes: the number of classes C.
+        ignore_index: the label of void pixels, which is allowed too. None means 255.
 
     Raises:
-        TypeError: ``target`` is not a tensor of integers; ``num_classes`` or ``ignore_index`` no integer.
-        ValueError: a label outside [0, C) that is not ``ignore_index``: its value, position, and how many. Or
-            ``num_classes`` is below 1, ``ignore_index`` outside int64, or None with more than 255 classes.
+        TypeError: ``target`` is not a tensor of integers, or another argument is not an integer.
+        ValueError: a label is outside [0, C) and is not ``ignore_index``. The message gives the first bad
+            label, its position, and the number of bad pixels. Or ``num_classes`` is below 1, or
+            ``ignore_index`` is outside int64, or None with more than 255 classes.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> ial_cuda.validate_target(torch.tensor([[0, 18], [255, 3]]), num_classes=19)
     """
     _check_tensor("target", target, _COMPARED_AS)
     num_classes = as_int(num_classes, "num_classes")
     if not 1 <= num_classes < 2**63:
-        raise ValueError(f"num_classes is {num_classes}, expected at least 1, in 64 bits")
+        raise ValueError(f"num_classes is {num_classes}, expected a positive 64-bit integer")
     ignore_index = resolve_ignore_index(ignore_index, num_classes)
     if torch.compiler.is_compiling():
-        _check_labels(target, num_classes, ignore_index)  # the operator would be dropped, since its result is
+        # A compiler would drop the operator, since its result is not used.
+        _check_labels(target, num_classes, ignore_index)
     else:
         checked_target(target, num_classes, ignore_index)
 
 
 @torch.library.custom_op("ial_cuda::checked_target", mutates_args=())
 def checked_target(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """A copy of ``target`` whose labels have been checked.
+    """A copy of ``target`` after its labels have been checked.
 
-    An operator, since a compiler, a fake tensor or a transform of functorch must not look at labels. Who uses
-    its result keeps a compiler from dropping it.
+    This is an operator because labels cannot be read under a compiler, fake tensors or functorch transforms.
+    The caller must use the result, else a compiler drops the call.
     """
     _check_labels(target, num_classes, ignore_index)
     return target.clone()
@@ -294,8 +308,8 @@ def _(
 def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
     labels = target.to(_COMPARED_AS[target.dtype])
     limits = torch.iinfo(labels.dtype)
-    bad = labels < 0  # so are those of uint64 from 2**63 on
-    # A number outside the range of a dtype would wrap in a comparison.
+    bad = labels < 0  # as are uint64 labels from 2**63 on
+    # A number outside the range of the dtype would wrap in a comparison.
     if num_classes <= limits.max:
         bad |= labels >= num_classes
     if (0 if target.dtype == torch.uint64 else limits.min) <= ignore_index <= limits.max:
@@ -312,5 +326,5 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
 
 def _label_hint(label: int, num_classes: int) -> str:
     if label in _COMMON_VOID_LABELS:
-        return f": pass ignore_index={label} where that is the label of void"
+        return f": pass ignore_index={label} if it is the void label"
     return _TWO_CHANNELS if num_classes == 1 else ""

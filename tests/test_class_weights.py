@@ -147,7 +147,9 @@ def test_ignore_index_is_the_data_sets_else_255():
         assert torch.equal(median_frequency_weights(plain, 11), expected)
     with pytest.raises(LabelError, match=r"has label 255 .* or ignore_index=11"):
         median_frequency_weights(plain, "camvid")
-    with pytest.raises(ValueError, match="ignore_index is None, which means 255, a class of 256"):
+    with pytest.raises(
+        ValueError, match="ignore_index is None, which means 255, but 255 is one of the 256 classes"
+    ):
         median_frequency_weights(plain, 256)
     with pytest.warns(UserWarning, match="no image contains"):
         assert median_frequency_weights(plain, 256, ignore_index=255)[255] == 1
@@ -267,7 +269,7 @@ def test_many_blocks_count_like_one():
 
 GOOD = np.zeros((2, 2), np.uint8)
 ERRORS = [
-    (dict(label_maps=None), TypeError, "label_maps is a NoneType, expected label maps, or one"),
+    (dict(label_maps=None), TypeError, "label_maps is a NoneType, expected label maps or one"),
     (
         dict(label_maps=[GOOD, [[0, 1]]]),
         TypeError,
@@ -296,14 +298,14 @@ ERRORS = [
     (
         dict(label_maps=[torch.zeros(2, 2, dtype=torch.uint8, device="meta")]),
         ValueError,
-        "label_maps[0] is on the meta device, expected a device that holds labels",
+        "label_maps[0] is on the meta device, expected a device that stores values",
     ),
     *(
         (
             dict(label_maps=label_maps),
             ValueError,
-            f"label_maps[0] has shape {shape}, expected (H, W); or batched=True if the first dimension "
-            "counts images, batched=False if it does not",
+            f"label_maps[0] has shape {shape}, expected (H, W), or batched=True for (N, *spatial), or "
+            "batched=False for (*spatial)",
         )
         for label_maps, shape in [
             (GOOD[0], (2,)),
@@ -365,7 +367,7 @@ ERRORS = [
     (
         dict(label_maps=[GOOD], ignore_index=2**63),
         ValueError,
-        "ignore_index is 9223372036854775808, expected an integer of 64 bits",
+        "ignore_index is 9223372036854775808, expected a 64-bit integer",
     ),
     (
         dict(label_maps=[GOOD], batched="no"),

@@ -156,7 +156,7 @@ COMMAND_ERRORS = [
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--ignore-index", str(2**63)],
-        "error: --ignore-index is 9223372036854775808, expected an integer of 64 bits",
+        "error: --ignore-index is 9223372036854775808, expected a 64-bit integer",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--pattern", "*_x.png"],
@@ -177,15 +177,18 @@ COMMAND_ERRORS = [
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--output", "{folder}/none/w.pt"],
-        "error: argument --output: '{folder}/none/w.pt' is in no existing folder, expected a file in one",
+        "error: argument --output: '{folder}/none/w.pt' is in a folder that does not exist, expected one that "
+        "exists",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--output", "{folder}/taken.pt"],
-        "error: argument --output: '{folder}/taken.pt' is not a regular file, expected one or a new name",
+        "error: argument --output: '{folder}/taken.pt' is not a regular file, expected a regular file or a "
+        "new name",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--output", "{folder}/device.pt"],
-        "error: argument --output: '{folder}/device.pt' is not a regular file, expected one or a new name",
+        "error: argument --output: '{folder}/device.pt' is not a regular file, expected a regular file or a "
+        "new name",
     ),
 ]
 
@@ -375,7 +378,8 @@ def test_a_file_that_may_not_be_written_is_refused_before_counting(tmp_path, cap
             main(["weights", "nowhere", "--num-classes", "3", "--output", str(file)])
         assert stopped.value.code == 2
         assert capsys.readouterr().err == (
-            f"error: argument --output: {str(file)!r} needs write permission for {str(denied)!r}\n"
+            f"error: argument --output: {str(file)!r} cannot be written, "
+            f"expected write permission for {str(denied)!r}\n"
         )
 
 

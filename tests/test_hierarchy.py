@@ -277,15 +277,15 @@ def test_the_rule_of_ignore_index(ignore_index, num_classes, void_label, expecte
             None,
             256,
             ValueError,
-            "ignore_index is None, which means 255, a class of 256: expected the label of void pixels, "
-            "or -100 where no pixel is void",
+            "ignore_index is None, which means 255, but 255 is one of the 256 classes: expected the label of "
+            "void pixels, or -100 if there are none",
         ),
-        (2**63, 19, ValueError, "ignore_index is 9223372036854775808, expected an integer of 64 bits"),
+        (2**63, 19, ValueError, "ignore_index is 9223372036854775808, expected a 64-bit integer"),
         (
             -(2**63) - 1,
             19,
             ValueError,
-            "ignore_index is -9223372036854775809, expected an integer of 64 bits",
+            "ignore_index is -9223372036854775809, expected a 64-bit integer",
         ),
         (255.0, 19, TypeError, "ignore_index is 255.0 (float), expected an integer"),
         ("255", 19, TypeError, "ignore_index is '255' (str), expected an integer"),
@@ -359,7 +359,7 @@ ERRORS = [
     (
         dict(levels=[[0], [1]], ignore_index=2**63),
         ValueError,
-        "ignore_index is 9223372036854775808, expected an integer of 64 bits",
+        "ignore_index is 9223372036854775808, expected a 64-bit integer",
     ),
     (
         dict(levels=[[0], [1]], ignore_index="255"),

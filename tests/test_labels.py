@@ -82,13 +82,13 @@ def test_validate_target_of_bools_and_of_large_uint64():
             "torch.uint64: class indices only; torch.nn.functional.cross_entropy takes probabilities",
         ),
         (dict(target=TARGET + 1j), TypeError, "target has dtype torch.complex64, expected one of"),
-        (dict(num_classes=0), ValueError, "num_classes is 0, expected at least 1"),
+        (dict(num_classes=0), ValueError, "num_classes is 0, expected a positive 64-bit integer"),
         (dict(num_classes=5.0), TypeError, "num_classes is 5.0 (float), expected an integer"),
         (dict(ignore_index="255"), TypeError, "ignore_index is '255' (str), expected an integer"),
         (
             dict(ignore_index=2**63),
             ValueError,
-            "ignore_index is 9223372036854775808, expected an integer of 64 bits",
+            "ignore_index is 9223372036854775808, expected a 64-bit integer",
         ),
         (dict(num_classes=256), ValueError, "ignore_index is None, which means 255, a class of 256"),
     ],
@@ -129,7 +129,7 @@ def test_255_is_no_default_where_it_is_a_class(backend):
         make_logits((1, 256, 8), torch.float32).to(device),
         torch.full((1, 8), 255, device=device),
     )
-    message = "ignore_index is None, which means 255, a class of 256: expected the label of void"
+    message = "ignore_index is None, which means 255, but 255 is one of the 256 classes: expected the label"
     with pytest.raises(ValueError, match=message):
         importance_aware_loss(logits, target, 256, backend=backend)
     with pytest.raises(ValueError, match=message):

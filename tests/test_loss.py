@@ -42,13 +42,13 @@ BAD = {
     "logits rank": (dict(logits=LOGITS[:, 0, 0, 0]), ValueError, "logits has shape (2,), expected (N, C, *spatial) with the C = 5 classes of hierarchy"),
     "logits classes": (dict(logits=LOGITS[:, :4]), ValueError, "logits has shape (2, 4, 6, 7), expected (N, C, *spatial) with the C = 5 classes of hierarchy"),
     "logits sparse": (dict(logits=LOGITS.to_sparse()), TypeError, "logits has layout torch.sparse_coo, expected torch.strided"),
-    "wide target": (dict(target=torch.zeros(1, 1, 1, dtype=torch.uint8).expand(2, 1, 2**30), upsample="bilinear"), ValueError, "logits has shape (2, 5, 6, 7) and target (2, 1, 1073741824), expected none of h, w, H and W above 1073741823"),
+    "wide target": (dict(target=torch.zeros(1, 1, 1, dtype=torch.uint8).expand(2, 1, 2**30), upsample="bilinear"), ValueError, "logits has shape (2, 5, 6, 7) and target (2, 1, 1073741824), expected h, w, H and W up to 1073741823"),
     "target type": (dict(target=1), TypeError, "target is a int, expected a torch.Tensor"),
     "target dtype": (dict(target=TARGET.float()), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8"),
     "target probabilities": (dict(target=LOGITS.softmax(1)), TypeError, "target has dtype torch.float32, expected one of torch.int64, torch.int32, torch.uint8: class indices only; torch.nn.functional.cross_entropy takes probabilities"),
     "target int16": (dict(target=TARGET.short()), TypeError, "target has dtype torch.int16, expected one of torch.int64, torch.int32, torch.uint8"),
     "target channel": (dict(target=TARGET[:, None]), ValueError, "target has shape (2, 1, 6, 7), expected (N, *spatial) = (2, 6, 7) for logits (2, 5, 6, 7): pass target.squeeze(1)"),
-    "fine target channel": (dict(target=TARGET[:, None], upsample="bilinear"), ValueError, "none of h, w, H and W 0, for upsample='bilinear': pass target.squeeze(1)"),
+    "fine target channel": (dict(target=TARGET[:, None], upsample="bilinear"), ValueError, "with h, w, H and W above 0, for upsample='bilinear': pass target.squeeze(1)"),
     "binary logits": (dict(logits=LOGITS[:, :1], hierarchy=2), ValueError, "logits has shape (2, 1, 6, 7), expected (N, C, *spatial) with the C = 2 classes of hierarchy: binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"),
     "binary labels": (dict(logits=LOGITS[:, :1], hierarchy=1, target=TARGET.clamp(max=1)), ValueError, "expected labels 0 to 0 or ignore_index=255: binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)"),
     "target bool": (dict(target=TARGET > 3), TypeError, "target has dtype torch.bool, expected one of"),
@@ -61,13 +61,13 @@ BAD = {
     "label beyond 32 bits": (dict(target=bad_label(2**32 + 1)), ValueError, "target has label 4294967297 at (0, 2, 3), the first of 2 bad pixels"),
     "label uint8": (dict(target=bad_label(254, torch.uint8)), ValueError, "target has label 254 at (0, 2, 3), the first of 2 bad pixels"),
     "label int32": (dict(target=bad_label(-7, torch.int32)), ValueError, "target has label -7 at (0, 2, 3), the first of 2 bad pixels"),
-    "label -100": (dict(target=bad_label(-100)), ValueError, "or ignore_index=255: pass ignore_index=-100 where that is the label of void"),
-    "label -1": (dict(target=bad_label(-1, torch.int32)), ValueError, "or ignore_index=255: pass ignore_index=-1 where that is the label of void"),
-    "label 255": (dict(target=bad_label(255, torch.uint8), ignore_index=-100), ValueError, "expected labels 0 to 4 or ignore_index=-100: pass ignore_index=255 where that is the label of void"),
+    "label -100": (dict(target=bad_label(-100)), ValueError, "or ignore_index=255: pass ignore_index=-100 if it is the void label"),
+    "label -1": (dict(target=bad_label(-1, torch.int32)), ValueError, "or ignore_index=255: pass ignore_index=-1 if it is the void label"),
+    "label 255": (dict(target=bad_label(255, torch.uint8), ignore_index=-100), ValueError, "expected labels 0 to 4 or ignore_index=-100: pass ignore_index=255 if it is the void label"),
     "ignore_index string": (dict(ignore_index="255"), TypeError, "ignore_index is '255' (str), expected an integer"),
     "ignore_index bool": (dict(ignore_index=True), TypeError, "ignore_index is True (bool), expected an integer"),
-    "ignore_index range": (dict(ignore_index=2**63), ValueError, "ignore_index is 9223372036854775808, expected an integer of 64 bits"),
-    "ignore_index of many classes": (dict(logits=torch.zeros(1, 256, 2), target=torch.zeros(1, 2, dtype=torch.int64), hierarchy=256), ValueError, "ignore_index is None, which means 255, a class of 256: expected the label of void pixels"),
+    "ignore_index range": (dict(ignore_index=2**63), ValueError, "ignore_index is 9223372036854775808, expected a 64-bit integer"),
+    "ignore_index of many classes": (dict(logits=torch.zeros(1, 256, 2), target=torch.zeros(1, 2, dtype=torch.int64), hierarchy=256), ValueError, "ignore_index is None, which means 255, but 255 is one of the 256 classes: expected the label of void pixels"),
     "ignore_index type": (dict(ignore_index=0.5), TypeError, "ignore_index is 0.5 (float), expected an integer"),
     "hierarchy": (dict(hierarchy=0.5), TypeError, "hierarchy is 0.5 (float), expected an ial_cuda.Hierarchy, the name of a preset"),
     "hierarchy name": (dict(hierarchy="voc"), ValueError, "hierarchy is 'voc', expected one of 'camvid', 'cityscapes'"),
@@ -112,7 +112,7 @@ BAD = {
     "upsample": (dict(upsample="nearest"), ValueError, "upsample is 'nearest', expected one of None, 'bilinear'"),
     "upsample inplace": (dict(upsample="bilinear", inplace=True), ValueError, "inplace is True, expected False: with upsample='bilinear'"),
     "lambdas number": (dict(lambdas=[0.5, 0.5]), ValueError, "lambdas has 2 values, expected one, or 3 for 4 levels"),
-    "lambdas sign": (dict(lambdas=-0.5), ValueError, "lambdas is -0.5, expected finite numbers from 0"),
+    "lambdas sign": (dict(lambdas=-0.5), ValueError, "lambdas is -0.5, expected finite, non-negative numbers"),
     "reduction None": (dict(reduction=None), ValueError, "reduction is None, expected one of 'mean', 'sum', 'none'"),
     "reduction array": (dict(reduction=np.array(["mean", "sum"])), ValueError, "expected one of 'mean', 'sum', 'none'"),
     "reduction": (dict(reduction="max"), ValueError, "reduction is 'max', expected one of 'mean', 'sum', 'none'"),
@@ -329,7 +329,7 @@ def test_slow_fallback_warns_once_with_the_reason(registry, recwarn):
         with pytest.raises(RuntimeError, match=missing):
             importance_aware_loss(LOGITS, TARGET, HIERARCHY, backend="cpu")
     assert [str(w.message) for w in recwarn] == [
-        "ial_cuda computes on cpu with its slow reference, in plain PyTorch (cpu: no compiler was there; reinstall)"
+        "ial_cuda uses its slow reference in plain PyTorch on cpu (cpu: no compiler was there; reinstall)"
     ]
 
 
@@ -338,12 +338,12 @@ def test_triton_without_the_extension_warns_once(registry, recwarn):
         for _ in range(2):
             assert backends.choose("auto", torch.device("cuda")).name == "triton"
     (warning,) = recwarn
-    assert "computes on cuda with its Triton kernels (" in str(warning.message)
+    assert "uses its Triton kernels on cuda (" in str(warning.message)
     assert "cuda: no nvcc; reinstall" in str(warning.message)
 
 
 def test_other_devices_compute_with_the_reference(registry):
-    message = r"computes on xpu with its slow reference, in plain PyTorch \(it has no kernels"
+    message = r"uses its slow reference in plain PyTorch on xpu \(there are no kernels"
     with registry(cpu=None), pytest.warns(UserWarning, match=message):
         assert backends.choose("auto", torch.device("xpu")).name == "reference"
 
@@ -387,7 +387,7 @@ def test_a_foreign_extension_is_not_loaded(change, message):
 @pytest.mark.parametrize(
     ("cuda", "build", "message"),
     [
-        (None, {}, "is a build without CUDA; install one with it, then reinstall"),
+        (None, {}, "is a build without CUDA; install a CUDA build, then reinstall"),
         ("13.0", {"warning": "no working nvcc was found"}, "no working nvcc was found"),
         ("13.0", {"warning": None}, "the extension was built without the CUDA kernels; reinstall"),
     ],

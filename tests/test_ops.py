@@ -417,7 +417,7 @@ def test_inplace_takes_what_torch_takes(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_inplace_reads_nothing_that_it_writes_over(backend):
     _, logits, target = problem(backend)
-    message = "inplace is True, expected False: logits share memory with target, weight or pixel_weight"
+    message = "inplace is True, expected False: logits shares memory with target, weight or pixel_weight"
     with pytest.raises(ValueError, match=message):
         importance_aware_loss(
             logits, target, HIERARCHY, pixel_weight=logits[:, 0].detach(), backend=backend, inplace=True

@@ -318,7 +318,9 @@ def assert_installs(command: list[str], cwd: Path) -> None:
 def test_a_source_tree_says_that_it_is_one(tree):
     pytest.importorskip("pip")
     reason, command = why_no_cpu(tree)
-    assert f"imported from {tree}, a source tree without its extension; start Python elsewhere" in reason
+    assert (
+        f"imported from {tree}, a source tree without its extension; start Python in another folder" in reason
+    )
     assert_installs(command, tree.parent)
 
 

@@ -226,7 +226,7 @@ struct CoarseCall {
     if (target.dim() == 1) position += ",";
     std::string hint;
     if (label == -100 || label == -1 || label == 255)
-        hint = ": pass ignore_index=" + std::to_string(label) + " where that is the label of void";
+        hint = ": pass ignore_index=" + std::to_string(label) + " if it is the void label";
     else if (classes == 1)
         hint = ": binary logits x need two channels, torch.cat([torch.zeros_like(x), x], 1)";
     TORCH_CHECK_VALUE(false, "target has label ", label, " at (", position, "), the first of ", count,
