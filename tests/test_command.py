@@ -177,8 +177,8 @@ COMMAND_ERRORS = [
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--output", "{folder}/none/w.pt"],
-        "error: argument --output: '{folder}/none/w.pt' is in a folder that does not exist, expected one that "
-        "exists",
+        "error: argument --output: '{folder}/none/w.pt' is in a folder that does not exist, "
+        "expected one that exists",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--output", "{folder}/taken.pt"],

@@ -1,6 +1,4 @@
-"""The derivatives of the operators. Those of reduce and combine are operators, too, which have none
-themselves.
-"""
+"""The derivatives of the operators. Those of reduce and combine are operators without derivatives."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from .operators import (
     rescale_,
 )
 
-# The messages are those of csrc/inputs.h and csrc/library.cpp.
+# csrc/library.cpp has the same messages.
 _DOUBLE_BACKWARD = (
     'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
     "are needed"
@@ -33,13 +31,13 @@ _JVP = "ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='r
 
 
 def _save_pixels(ctx: Any, logits: Tensor, pixels: tuple[Any, ...], *others: Tensor) -> None:
-    """Saves what reduce_backward takes. ``pixels``: the arguments from target to label_smoothing."""
+    """Saves the arguments of reduce_backward. ``pixels``: the arguments from target to label_smoothing."""
     *tensors, ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing = pixels
     ctx.save_for_backward(logits, *tensors, *others)
 
 
 def _saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], tuple[Tensor, ...]]:
-    """What `_save_pixels` was given. To be read once: torch.utils.checkpoint unpacks a tensor once."""
+    """The arguments of `_save_pixels`. Call it once: torch.utils.checkpoint unpacks a tensor only once."""
     logits, target, weight, pixel_weight, *others = ctx.saved_tensors
     options = (ctx.class_levels, ctx.ignore_index, ctx.gradient, ctx.label_smoothing)
     return logits, (target, weight, pixel_weight, *options), tuple(others)
@@ -47,14 +45,14 @@ def _saved(ctx: Any) -> tuple[Tensor, tuple[Any, ...], tuple[Tensor, ...]]:
 
 def _save_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _save_pixels(ctx, inputs[0], inputs[1:8])
-    # torch omits an argument that is the default
+    # torch omits arguments that have their default
     ctx.inplace, ctx.align_corners = (*inputs[8:], None)[:2]
 
 
 def _differentiate_reduce(ctx: Any, grad_stats: Tensor) -> tuple[Tensor | None, ...]:
     logits, pixels, _ = _saved(ctx)
     arguments = (logits, grad_stats.contiguous(), *pixels)
-    # With create_graph the gradient has a history, which needs the logits.
+    # With create_graph the gradient has a history that needs the logits.
     if ctx.inplace and not torch.is_grad_enabled():
         reduce_backward_(*arguments)
         grad = logits.detach()
@@ -80,7 +78,7 @@ def _save_loss_and_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     divisor, *ctx.options = inputs[8:14]
     ctx.align_corners, ctx.expected = (*inputs[14:], None, None)[:2]
     ctx.has_grad = grad.dim() > 1
-    # Not saved: the gradient is given away and `expected` is overwritten.
+    # Attributes, not saved tensors: the gradient is handed out and `expected` is overwritten.
     ctx.grad = grad if ctx.has_grad else None
     _save_pixels(
         ctx, inputs[0], inputs[1:8], *(grad_stats, computed_for) if ctx.has_grad else (stats, divisor)
@@ -89,8 +87,10 @@ def _save_loss_and_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
 
 
 def _differentiate_loss_and_grad(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Where the forward pass has computed the gradient, the first backward pass hands it out. A second pass,
-    or one with create_graph, computes another."""
+    """The first backward pass returns the gradient of the forward pass, if there is one.
+
+    A second backward pass, or one with create_graph, computes a new gradient.
+    """
     logits, pixels, others = _saved(ctx)
     if not ctx.has_grad:
         stats, divisor = others
@@ -108,8 +108,8 @@ def _differentiate_loss_and_grad(ctx: Any, grad_loss: Tensor, *_: Tensor | None)
 
 
 def _is_traced(grad_loss: Tensor) -> bool:
-    """Whether a mode traces the calls, or vmap makes several of one: nothing is written over then."""
-    functorch = torch._C._functorch  # autograd.grad(is_grads_batched=True) has the older vmap
+    """Whether a mode traces the calls or vmap batches them. Nothing may be overwritten then."""
+    functorch = torch._C._functorch  # autograd.grad(is_grads_batched=True) uses the older vmap
     wrapped = functorch.is_functorch_wrapped_tensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
     return wrapped or torch._C._len_torch_dispatch_stack() > 0
 
@@ -136,12 +136,14 @@ _library = torch.library.Library("ial_triton", "FRAGMENT")
 def _register(
     op: Any, save: Callable[..., None] = _save_nothing, backward: Callable[..., Any] = _no_double_backward
 ) -> None:
-    """`op.register_autograd` that supports torch.func. torch calls an Autograd kernel at each level of its
-    transforms. The autograd.Function that register_autograd makes raises there, or ignores the tangent.
+    """`op.register_autograd` with support for torch.func.
+
+    torch calls an Autograd kernel at each level of its transforms. The autograd.Function of register_autograd
+    raises there or ignores the tangent.
     """
 
     def forward(*args: Any) -> Any:
-        # Autograd disables gradients here, but the levels below need them.
+        # Autograd disables gradients here, but the transforms below need them.
         with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             result = op(*args)
         return args[0] if result is None else result
@@ -175,7 +177,7 @@ _register(rescale_, _save_written)
 
 
 def _bump_versions(keyset: Any, *args: Any) -> None:
-    """As torch does for what an operator writes. That of torch 2.11 fails where `expected` is omitted."""
+    """Marks what an operator writes, as torch does. torch 2.11 fails if `expected` is omitted."""
     for written in (args[0], *args[13:]):
         torch.autograd.graph.increment_version(written)
     with torch._C._AutoDispatchBelowADInplaceOrView():

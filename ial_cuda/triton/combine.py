@@ -1,7 +1,7 @@
-"""The Triton kernels of combine and combine_backward: the loss and its derivative, from the five sums.
-Also the derivative that one level needs before there are sums.
+"""The Triton kernels of combine and combine_backward: the loss and its derivative from the five sums.
 
-The mathematics is that of csrc/loss.h. Each kernel is one program, since the sums are few.
+Also the derivative for one level, which does not need the sums. csrc/loss.h has the mathematics. Each kernel
+is one program, since there are few sums.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .pixels import P2, PIXELS, Q2, STATS, WEIGHT, S, to_int64
 _IMAGES = tl.constexpr(128)
 # Terms of the divisor in registers at a time.
 _TERMS = tl.constexpr(1024)
-# Not specialised: Triton would compile once more for bits that are 1 or divisible by 16.
+# Not specialised: Triton would compile another kernel for bits that are 1 or divisible by 16.
 _BITS = ["lambda_low", "lambda_high", "alpha_low", "alpha_high"]
 
 
@@ -50,7 +50,7 @@ def _mean(value, divisor):
 
 @triton.jit
 def _lambda(lambda_ptr, lambda_low, lambda_high, t, G: tl.constexpr):
-    """lambda_t: the bits of the one value, or one of the values in memory."""
+    """lambda_t: a single value given as its bits, or one of the values in memory."""
     if lambda_ptr is None:
         return _float64(lambda_low, lambda_high)
     else:
@@ -61,7 +61,7 @@ def _lambda(lambda_ptr, lambda_low, lambda_high, t, G: tl.constexpr):
 def _factor(
     stats_ptr, n, N, t, count, above, lam, G: tl.constexpr, NORMALIZE: tl.constexpr, POOL: tl.constexpr
 ):
-    """f_t and Z_t of Eq. 3, with the pixels of the levels above t and their Q2 before and after t."""
+    """f_t and Z_t of Eq. 3. Adds level t to `count` (pixels) and to `above` (Q2 of the levels above)."""
     count += _stat(stats_ptr, n, N, t, PIXELS, G, POOL)
     z = _or_one(count) if NORMALIZE else tl.full(n.shape, 1, tl.float64)
     f = 0.5 * (lam * _stat(stats_ptr, n, N, t, P2, G, POOL) + (1 + lam) * above) / z
@@ -70,7 +70,7 @@ def _factor(
 
 @triton.jit
 def _mean_divisor(stats_ptr, divisor_ptr, N, G: tl.constexpr):
-    """What reduction="mean" divides by: what is given, or the weight of the valid pixels."""
+    """The divisor of reduction="mean": the given one, or the summed weight of the valid pixels."""
     if divisor_ptr is not None:
         return tl.load(divisor_ptr)
     else:
@@ -82,7 +82,7 @@ def _mean_divisor(stats_ptr, divisor_ptr, N, G: tl.constexpr):
 
 @triton.jit
 def _below(n, t, bound):
-    """t < bound, in the shape of n. Interpreted, t is an int, and Triton 3.9 takes no bool as a mask."""
+    """t < bound, in the shape of n. In the interpreter t is an int, and Triton 3.9 rejects bools as masks."""
     return tl.zeros_like(n) + t < bound
 
 
@@ -192,9 +192,12 @@ def combine_backward_kernel(
     NORMALIZE: tl.constexpr,
     POOL: tl.constexpr,
 ):
-    """dL/dstats. csrc/loss.h has the formulas. The first loop goes down the levels and leaves F_t and
-    T_{t+1} / Z_t in the last two columns of an image's rows, or of the first image's where images are pooled.
-    The second loop goes up the levels and reads them. The third writes the zeros of these columns."""
+    """dL/dstats. csrc/loss.h has the formulas.
+
+    The first loop goes down the levels. It stores F_t and T_{t+1} / Z_t in the last two columns of an image's
+    rows, or of the first image's rows if images are pooled. The second loop goes up the levels and reads
+    them. The third loop sets these columns to 0.
+    """
     alpha = _float64(alpha_low, alpha_high)
     divisor = _mean_divisor(stats_ptr, divisor_ptr, N, G)
     rows = 1 if POOL else N
@@ -246,8 +249,11 @@ def combine_backward_kernel(
 def one_level_gradient_of_s(
     divisor_ptr, terms, expected_ptr, total_ptr, grad_stats_ptr, computed_for_ptr, blocks
 ):
-    """dL/dS of one level for the expected incoming gradient. The first program of an image stores its row of
-    grad_stats, the first of all the divisor and `computed_for`."""
+    """dL/dS of one level for the expected incoming gradient.
+
+    The first program of each image stores its row of grad_stats. Program 0 stores the divisor and
+    `computed_for`.
+    """
     computed_for = _load_or_one(expected_ptr)
     divisor = tl.full([], 1, tl.float64)
     if divisor_ptr is not None:

@@ -1,13 +1,15 @@
-"""The Triton kernels for logits of full size: reduce, the sum of its partial sums, reduce_backward, and for
-one level the sums and the gradient in one pass.
+"""The Triton kernels for full-resolution logits.
 
-A program owns a tile of (THREADS, LANES) pixels. Where memory allows it, the LANES of a thread are adjacent,
-16 bytes of a row, so that its loads are wide. A sum over LANES stays in the thread. reduce_backward and the
-one pass read the logits twice, the second time from the caches.
+They are reduce, the sum of its partial sums, reduce_backward, and for one level the sums and the gradient in
+one pass.
 
-Sums are added in a fixed order, without atomics. Only THREADS of reduce_backward is tuned on the device: no
-sum depends on it. The other kernels are not tuned: the order of their sums, and so their last bits, would
-depend on a clock.
+A program owns a tile of (THREADS, LANES) pixels. If the strides allow it, the LANES of a thread are adjacent,
+16 bytes of a row, and loads are vectorised. A sum over LANES stays in the thread. reduce_backward and the
+one-pass kernel read the logits twice, the second time from the caches.
+
+Sums are added in a fixed order, without atomics. Only THREADS of reduce_backward is tuned on the device,
+since no sum depends on it. Tuning the other kernels would make the order of their sums, and so their last
+bits, depend on a timing.
 """
 
 from __future__ import annotations
@@ -36,15 +38,15 @@ from .pixels import (
     zero_sums,
 )
 
-#: The one configuration of reduce. An interpreted tile is large: the interpreter pays for each operation.
+#: The configuration of reduce. In the interpreter each operation is slow, so tiles are large.
 REDUCE_CONFIG = config(1024 if INTERPRETED else 128)
 #: The configurations tried for reduce_backward. The interpreter has nothing to tune.
 REDUCE_BACKWARD_CONFIGS = [REDUCE_CONFIG] if INTERPRETED else [config(threads) for threads in (64, 128, 256)]
-#: Sums that a program of sum_kernel makes, and how many partial sums of each it reads at a time.
+#: The number of sums of a program of sum_kernel, and of the partial sums of each that it reads at a time.
 SUM_ROWS, SUM_WIDTH = 4, 128
-#: Lanes that are not adjacent: each has an address of its own, and more of them would spill.
+#: The number of lanes that are not adjacent. Each has its own address, and more of them would spill.
 STRIDED_LANES = 2
-#: The most spatial dimensions, after merging, that a kernel takes.
+#: The most spatial dimensions of a kernel, after merging.
 MAX_DIMS = 4
 
 
@@ -53,13 +55,13 @@ MAX_DIMS = 4
 
 @triton.jit
 def num_tiles(P, SIZE: tl.constexpr):
-    """Tiles of an image of 1 pixel or more. In tl.cdiv, P + SIZE - 1 may overflow int32."""
+    """The number of tiles of an image with at least 1 pixel. P + SIZE - 1 of tl.cdiv may overflow int32."""
     return (P - 1) // SIZE + 1
 
 
 @triton.jit
 def _pixels(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Pixels of a tile, and whether they are in the image. 64 bits: N C P exceeds 2^31, and P may."""
+    """The pixels of a tile, and whether they are in the image. int64, since N C P and P may exceed 2^31."""
     thread, lane = tl.arange(0, THREADS)[:, None], tl.arange(0, LANES)[None, :]
     pixel = thread * LANES + lane if VECTOR else thread + lane * THREADS
     first = to_int64(tile) * (THREADS * LANES)
@@ -68,11 +70,11 @@ def _pixels(tile, P, THREADS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.cons
 
 @triton.jit
 def _offset(p, P, DIMS: tl.constexpr, sizes, strides):
-    """The offset of pixel p. Dimensions are innermost first; the outermost one's size is not needed."""
+    """The offset of pixel p. Dimensions are innermost first. The size of the outermost one is not needed."""
     if DIMS == 1:
         return p * strides[0]
     else:
-        # 32-bit divisions where P allows them. Then p may wrap outside the image, where nothing is loaded.
+        # 32-bit divisions if P fits. p may then wrap outside the image, where nothing is loaded.
         rest = p.to(P.dtype)
         offset = (rest % sizes[0]).to(tl.int64) * strides[0]
         rest = rest // sizes[0]
@@ -107,8 +109,7 @@ def _read_tile(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The pixels of a tile and what they hold: class, whether it is valid or bad, weights, where the logits
-    are, and softmax."""
+    """The pixels of a tile: position, class, whether it is valid or bad, weights, logits and softmax."""
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
     label, valid, bad = classify(target_ptr, n * P + p, inside, ignore_index, C)
@@ -124,13 +125,13 @@ def _read_tile(
 def _gradient_chunk(
     logits, to, to_channel, label, valid, max, gradient, weight_ptr, first, COUNT: tl.constexpr
 ):
-    # Marked as the last use. Otherwise the compiler keeps what it loaded for the softmax, and spills.
+    # Another eviction policy than in the softmax. Otherwise the compiler keeps those loads, and spills.
     x = load_chunk(logits, first, COUNT, max.dtype, "evict_first")
     inside = logits[2]
     for i in tl.static_range(COUNT):
         value = class_gradient(x[i], first + i, label, valid, max, gradient, weight_ptr)
         value = value.to(to.dtype.element_ty)
-        # Streamed past the caches: the gradient is not read again soon.
+        # A streaming store: the gradient is not read again soon.
         tl.store(to + to_channel * (first + i), value, mask=inside, cache_modifier=".cs")
 
 
@@ -138,7 +139,7 @@ def _gradient_chunk(
 def _write_gradient(
     logits, to, to_channel, label, valid, max, gradient, weight_ptr, C: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Classes in reverse order, for the L1 cache."""
+    """Writes the classes in reverse order, to hit the L1 cache."""
     WHOLE: tl.constexpr = C // CHUNK * CHUNK
     if WHOLE < C:
         _gradient_chunk(logits, to, to_channel, label, valid, max, gradient, weight_ptr, WHOLE, C - WHOLE)
@@ -241,8 +242,8 @@ def sum_kernel(
 def reduce_backward_kernel(
     logits_ptr,
     grad_stats_ptr,  # [N, G, STATS] of float64
-    scale_ptr,  # what multiplies it, or None
-    computed_for_ptr,  # where the gradient is already that for this factor, it stays; or None
+    scale_ptr,  # a factor of grad_stats, or None
+    computed_for_ptr,  # the factor that the gradient is already for, or None
     expected_ptr,
     target_ptr,  # [N, P]
     weight_ptr,  # [C] or None
@@ -279,7 +280,7 @@ def reduce_backward_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Grid (N tiles), in reverse order: the L2 cache holds what reduce read last."""
+    """Grid (N tiles), in reverse order, since the L2 cache holds what reduce read last."""
     P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3 = join(
         (P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3), HIGH
     )
@@ -324,7 +325,7 @@ def reduce_backward_kernel(
     )
 
 
-#: reduce_backward that leaves a gradient as it is where that is right. Tuning would time the early return.
+#: reduce_backward that keeps a gradient that is already right. Not tuned: tuning would time the early return.
 rescale_kernel = triton.autotune([REDUCE_CONFIG], key=[])(reduce_backward_kernel.fn)
 
 
@@ -346,7 +347,7 @@ def weight_kernel(
     THREADS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The weight of the valid pixels of all images. Grid (programs,)."""
+    """The summed weight of the valid pixels of all images, a partial sum per program. Grid (programs,)."""
     pixels, ignore_index = join((pixels, ignore_index), HIGH)
     total = tl.zeros([THREADS], tl.float64)
     for tile in range(tl.program_id(0), num_tiles(pixels, THREADS * LANES), tl.num_programs(0)):

@@ -1,6 +1,6 @@
-"""Launches of the Triton kernels: grids, and how sizes and strides become their arguments.
+"""Launches the Triton kernels: their grids, and their arguments from sizes and strides.
 
-Nothing waits for the device, except the tuning of reduce_backward at its first call.
+Nothing synchronises, except the tuning of reduce_backward in its first call.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from . import combine as combine_kernels
 from . import kernels, pixels, upsample
 
 STATS: int = pixels.STATS.value
-#: What a kernel counts in 32 bits: programs, and patches of a cell.
+#: The limit of what a kernel counts in 32 bits: programs, and patches of a cell.
 _MAX_COUNT = 2**31 - 1
-# Programs of reduce for each multiprocessor. Waves are full, whether it holds 1, 2 or 4 at a time.
+# Programs of reduce per multiprocessor. Waves are full if 1, 2 or 4 programs run on it at a time.
 _PROGRAMS = 4
 
 
@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The other tensors, contiguous as the kernels need them."""
+        """The other tensors, contiguous for the kernels."""
         others = (self.target, self.weight, self.pixel_weight)
         return tuple(None if tensor is None else tensor.contiguous() for tensor in others)
 
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
 
 @functools.lru_cache
 def _hierarchy(class_levels: tuple[int, ...]) -> dict[str, Any]:
-    """The classes and levels, as constants of a kernel."""
+    """The classes and levels as constants of a kernel."""
     levels = max(class_levels) + 1
     return {
         "C": len(class_levels),
@@ -66,7 +66,7 @@ def _hierarchy(class_levels: tuple[int, ...]) -> dict[str, Any]:
 
 
 def launch_kernel(kernel: Any, like: Tensor, grid: Any, *arguments: Any, **constants: Any) -> None:
-    """Runs a kernel on the device of ``like``. Interpreted kernels cannot be traced."""
+    """Launches a kernel on the device of ``like``. Kernels in the interpreter cannot be traced."""
     if not triton.knobs.runtime.interpret:
         kernel = wrap_triton(kernel)
     with torch.cuda.device_of(like):
@@ -100,7 +100,7 @@ def _full_size(inputs: Inputs, grad: Tensor | None = None) -> _Pixels:
         "DIMS": dims,
         "LANES": 16 // inputs.logits.element_size() if vector else kernels.STRIDED_LANES,
         "VECTOR": vector,
-        # Classes in registers at a time. With label smoothing a class needs more of them.
+        # Classes in registers at a time. With label smoothing a class needs more registers.
         "CHUNK": 2 if inputs.label_smoothing and inputs.logits.element_size() == 2 else 4,
     }
     if grad is not None:
@@ -110,9 +110,11 @@ def _full_size(inputs: Inputs, grad: Tensor | None = None) -> _Pixels:
 
 
 def _merge(tensors: list[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]], bool]:
-    """The spatial dimensions of tensors (N, C, *spatial), innermost first: sizes, the strides of each tensor,
-    and whether Triton can know that runs of 16 bytes are adjacent. Dimensions that every tensor traverses as
-    one are merged: usually one is left."""
+    """The spatial dimensions of tensors (N, C, *spatial), innermost first.
+
+    Returns the sizes, the strides of each tensor, and whether Triton can load vectors of 16 bytes. Dimensions
+    that are contiguous with each other in every tensor are merged. Usually one is left.
+    """
     merged: list[list[int]] = []  # size, and the stride in each tensor
     for d in reversed(range(2, tensors[0].dim())):
         size, steps = tensors[0].shape[d], [tensor.stride(d) for tensor in tensors]
@@ -132,11 +134,11 @@ def _merge(tensors: list[Tensor]) -> tuple[tuple[int, ...], list[tuple[int, ...]
     steps = [sizes[0], *(step for stride in strides for step in stride[1:])]
     steps += [tensor.stride(d) for tensor in tensors for d in (0, 1)]
     vector = all(stride[0] == 1 for stride in strides) and all(step % 16 == 0 for step in steps)
-    return sizes, strides, vector and len(merged) <= 2  # more dimensions would spill
+    return sizes, strides, vector and len(merged) <= 2  # vectors of more dimensions would spill
 
 
 class _Axis(NamedTuple):
-    """Axis of csrc/bilinear.h: pixel d is at (step d + origin) / unit on a line of coarse logits."""
+    """Axis of csrc/bilinear.h: pixel d is at position (step d + origin) / unit among the coarse logits."""
 
     coarse: int
     fine: int
@@ -146,12 +148,12 @@ class _Axis(NamedTuple):
 
     @property
     def span(self) -> int:
-        """The most pixels of a cell."""
+        """The largest number of pixels in a cell."""
         return int(triton.cdiv(self.unit, self.step))
 
 
 def _axis(coarse: int, fine: int, align_corners: bool) -> _Axis:
-    if align_corners and coarse > 1:  # one logit has no neighbour: any step is right but 0
+    if align_corners and coarse > 1:  # a single logit has no neighbour, but the step must not be 0
         return _Axis(coarse, fine, coarse - 1, 0, max(fine - 1, 1))
     return _Axis(coarse, fine, 2 * coarse, coarse - fine, 2 * fine)
 
@@ -185,7 +187,7 @@ def _upsampled(inputs: Inputs) -> _Pixels:
 
 
 def reduce(inputs: Inputs) -> Tensor:
-    """The sums of each program, then stats, their sum."""
+    """The partial sums of each program, then stats (N, g, STATS), their sum."""
     logits, images, levels = inputs.logits, inputs.logits.shape[0], inputs.levels
     if logits.numel() == 0:
         return logits.new_zeros((images, levels, STATS), dtype=torch.float64)
@@ -235,7 +237,7 @@ def _sum(partial: Tensor) -> Tensor:
 
 
 def _programs(like: Tensor, tiles: int, images: int = 1) -> int:
-    """Programs of an image, which share its tiles."""
+    """The number of programs that share the tiles of an image."""
     multiprocessors = 1
     if like.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(like.device).multi_processor_count
@@ -243,7 +245,7 @@ def _programs(like: Tensor, tiles: int, images: int = 1) -> int:
 
 
 class Incoming(NamedTuple):
-    """The incoming gradient of the loss, the one that a gradient was computed for, and the expected one."""
+    """The incoming gradient, the number that the gradient was computed for, and the expected number."""
 
     grad_loss: Tensor
     computed_for: Tensor
@@ -253,8 +255,10 @@ class Incoming(NamedTuple):
 def reduce_backward(
     inputs: Inputs, grad_stats: Tensor, grad: Tensor, incoming: Incoming | None = None
 ) -> None:
-    """Writes dL/dlogits to ``grad``, which may be the logits where they are not upsampled. With ``incoming``
-    grad_stats is multiplied by it, and ``grad`` stays where it was computed for that."""
+    """Writes dL/dlogits to ``grad``, which may be the logits if they are not upsampled.
+
+    With ``incoming``, grad_stats is multiplied by it. ``grad`` is kept if it was computed for that number.
+    """
     logits, images = inputs.logits, inputs.logits.shape[0]
     if logits.numel() == 0:
         return
@@ -318,8 +322,7 @@ def reduce_backward(
 def one_pass(
     inputs: Inputs, divisor: Tensor | None, reduction: str, expected: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """With one level: stats, the divisor of the loss, grad_stats, dL/dlogits for the expected incoming
-    gradient, and that number."""
+    """For one level: stats, divisor, grad_stats, dL/dlogits, and the incoming gradient that it is for."""
     logits, images = inputs.logits, inputs.logits.shape[0]
     if reduction == "sum":
         divisor = None
@@ -367,7 +370,7 @@ def one_pass(
 
 
 def _partial_weight(inputs: Inputs) -> Tensor:
-    """The weight of the valid pixels, a term for each program."""
+    """The summed weight of the valid pixels, as one term per program."""
     target = inputs.target
     lanes = 16 // target.element_size()
     tiles = triton.cdiv(target.numel(), kernels.REDUCE_CONFIG.kwargs["THREADS"] * lanes)
@@ -408,11 +411,11 @@ class Combine(NamedTuple):
         return self.factor_scope == "batch"
 
     def launch(self, kernel: Any, read: list[Tensor | None], written: list[Tensor]) -> None:
-        """Runs a kernel on the sums and on what else it reads."""
+        """Launches a kernel on the sums and the tensors ``read``."""
         stats, values = self.stats, self.lambdas
         each, one = None, values[0] if values else 0.0
         if len(set(values)) > 1:
-            # Filled on the device: a copy from the host would wait, and no CUDA graph could replay it.
+            # Filled on the device: a copy from the host synchronises, and a CUDA graph cannot replay it.
             each, one = torch.cat([stats.new_full((1,), value) for value in values]), 0.0
         launch_kernel(
             kernel,
@@ -434,12 +437,12 @@ class Combine(NamedTuple):
 
 
 def _bits(value: float) -> tuple[int, int]:
-    """A double as two int32: a kernel takes a float as float32."""
+    """A double as two int32, since a kernel takes a float as float32."""
     return struct.unpack("<ii", struct.pack("<d", value))
 
 
 def combine(problem: Combine, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss, and the factors."""
+    """The loss, (N,) or (), and the factors (N or 1, g-1)."""
     images, levels, _ = problem.stats.shape
     factors = problem.stats.new_empty((1 if problem.pooled else images, levels - 1))
     loss = problem.stats.new_empty((images,) if problem.reduction == "none" else (), dtype=dtype)

@@ -1,6 +1,6 @@
-"""The operators of the Triton kernels: those of csrc/library.cpp, under torch.ops.ial_triton.
+"""The Triton operators: those of csrc/library.cpp, under torch.ops.ial_triton.
 
-`torch.library.triton_op` lets torch.compile see the kernels.
+`torch.library.triton_op` makes the kernels visible to torch.compile.
 """
 
 from __future__ import annotations
@@ -260,11 +260,11 @@ def loss_and_grad(
         problem = Combine(launch.reduce(inputs), divisor, *options)
         _check_combine(problem)
         loss, factors = launch.combine(problem, inputs.arithmetic)
-        # Left to the backward pass, where computing it now would save no pass over the logits.
+        # The backward pass computes the gradient: computing it here would save no pass over the logits.
         grad = logits.new_empty((0,))
         grad_stats, computed_for = (problem.stats.new_empty((0,)) for _ in range(2))
     return loss, factors, problem.stats, grad_stats, grad, computed_for
 
 
-# Traced, a kernel would run: on meta tensors, and in the interpreter.
+# Without fakes, tracing would run the kernels: on meta tensors, or in the interpreter.
 register_fakes("ial_triton")

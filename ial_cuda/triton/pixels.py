@@ -1,11 +1,11 @@
-"""What the Triton kernels share: a pixel's label, weight and softmax, the sums over pixels, and the gradient.
+"""Functions that the Triton kernels share: label, weight, softmax and gradient of a pixel, sums over pixels.
 
-The mathematics is that of csrc/loss.h. The functions see pointers, sizes and strides, never a tensor.
+csrc/loss.h has the mathematics. The functions take pointers, sizes and strides, never a tensor.
 
-The classes pass in chunks, each chunk a tuple of tiles in registers, with an online softmax from chunk to
-chunk. An axis of the tile for the classes would have to be a power of two: 32 rows of exponentials for 19
-classes. A kernel is compiled for its number of classes, so no class needs a mask. The chunks are a loop:
-unrolled, the compiler moves all their loads to the front, and spills.
+The classes are processed in chunks with an online softmax. A chunk is a tuple of tiles in registers. A class
+axis of the tile would have to be a power of two: 32 rows of exponentials for 19 classes. A kernel is compiled
+for its number of classes, so classes need no mask. The chunks are a loop: if it is unrolled, the compiler
+moves all loads to the front, and spills.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-#: Threads of a warp: 64 on AMD's data centre GPUs. Where that is wrong, tiles have another shape, no more.
+#: Threads of a warp: 64 on AMD's data centre GPUs. A wrong number changes only the shape of the tiles.
 WARP = 64 if torch.version.hip else 32
 INTERPRETED = triton.knobs.runtime.interpret
-#: Levels whose sums a program of reduce holds in registers. For more levels the logits are read again.
+#: The levels whose sums a program of reduce keeps in registers. For more levels the logits are read again.
 REGISTER_LEVELS = 8
 
 # The columns of stats and grad_stats: enum Stat of csrc/loss.h.
@@ -27,7 +27,7 @@ _WORD = tl.constexpr(31)
 
 
 def config(threads: int) -> triton.Config:
-    # Three programs of 128 threads on a multiprocessor. Without a limit ptxas aims at more, and spills.
+    # For three programs of 128 threads on a multiprocessor. Without a limit ptxas aims for more, and spills.
     registers = None if torch.version.hip else 168
     return triton.Config({"THREADS": threads}, num_warps=max(1, threads // WARP), maxnreg=registers)
 
@@ -37,7 +37,7 @@ def level_bits(levels: int) -> int:
 
 
 def pack_levels(class_levels: tuple[int, ...]) -> tuple[int, ...]:
-    """The level of each class, packed into words: a constant of the kernels, which needs no copy."""
+    """The level of each class, packed into words. They are constants of the kernels and need no copy."""
     bits = level_bits(max(class_levels) + 1)
     count = _WORD.value // bits
     words = [class_levels[first : first + count] for first in range(0, len(class_levels), count)]
@@ -45,9 +45,9 @@ def pack_levels(class_levels: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def split(*values: int) -> tuple[list[int], tuple[int, ...]]:
-    """Ints as int32 arguments of a kernel, and the rest of each as a constant of the kernel, usually 0.
+    """Splits ints into int32 arguments of a kernel and constants of the kernel, which are usually 0.
 
-    Inductor of torch 2.11 refuses ints above 2^31, and every Inductor passes those below -2^31 as int32.
+    Inductor of torch 2.11 rejects ints above 2^31, and every Inductor passes those below -2^31 as int32.
     """
     half = 2**_WORD.value
     low = [value if -half <= value < half else value % half for value in values]
@@ -56,7 +56,7 @@ def split(*values: int) -> tuple[list[int], tuple[int, ...]]:
 
 @triton.jit
 def to_int64(x):
-    """An argument as int64. Triton makes an argument that is 1 a constant."""
+    """An argument as int64. Triton turns an argument of 1 into a constant, which has no `.to`."""
     return tl.zeros([], tl.int64) + x
 
 
@@ -77,7 +77,7 @@ def join(low, HIGH: tl.constexpr):
 
 @triton.jit
 def classify(target_ptr, at, inside, ignore_index, C: tl.constexpr):
-    """The class of each pixel, or 0; whether it has a class; whether its label is bad."""
+    """The class of each pixel, or 0 if it has none; whether it has a class; whether its label is bad."""
     y = tl.load(target_ptr + at, mask=inside, other=0).to(tl.int64)
     valid = inside & (y >= 0) & (y < C) & (y != ignore_index)
     bad = inside & (y != ignore_index) & ~valid
@@ -86,7 +86,7 @@ def classify(target_ptr, at, inside, ignore_index, C: tl.constexpr):
 
 @triton.jit
 def load_weights(weight_ptr, pixel_weight_ptr, at, label, valid, A: tl.constexpr):
-    """The weight of each pixel, with that of its class and without."""
+    """The weight of each pixel, with and without the weight of its class."""
     w = valid.to(A)
     v = w
     if weight_ptr is not None:
@@ -117,8 +117,10 @@ def level_of(label, LEVELS: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def load_chunk(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
-    """Logits of the classes [first, first + COUNT), a tensor each. `logits`: pointers to class 0, the stride
-    from class to class, and a mask."""
+    """The logits of the classes [first, first + COUNT), a tensor each.
+
+    `logits`: pointers to class 0, the stride between classes, and a mask.
+    """
     ptrs, channel, inside = logits
     x = ()
     for i in tl.static_range(COUNT):
@@ -133,7 +135,7 @@ def _softmax_chunk(x, COUNT: tl.constexpr, label, first, pixel, weight_ptr):
     seen = max
     for i in tl.static_range(COUNT):
         max = tl.maximum(max, x[i])
-    # While all logits are -inf, shift by 0, so that their terms are exp(-inf) = 0: -inf - -inf is NaN.
+    # While all logits are -inf, shift by 0, so that their terms are exp(-inf) = 0. -inf - -inf is NaN.
     shift = tl.where(max == float("-inf"), 0, max)
     sum *= tl.exp(seen - shift)
     for i in tl.static_range(COUNT):
@@ -162,8 +164,10 @@ def softmax(
     SMOOTHING: tl.constexpr,
     A: tl.constexpr,
 ):
-    """max_c x_c, sum_c exp(x_c - max), and x_y of each pixel; with label smoothing also the sums of
-    w_c (x_c - max) and of w_c. LOAD reads a chunk, as `load_chunk` does."""
+    """max_c x_c, sum_c exp(x_c - max) and x_y of each pixel.
+
+    With label smoothing also the sums of w_c (x_c - max) and of w_c. LOAD reads a chunk like `load_chunk`.
+    """
     pixel = (tl.full(label.shape, float("-inf"), A), tl.zeros(label.shape, A), tl.zeros(label.shape, A))
     if SMOOTHING != 0:
         pixel += (tl.zeros(label.shape, A), tl.zeros([], A))
@@ -179,7 +183,7 @@ def softmax(
 
 @triton.jit
 def broadcast(x, y, z):
-    """Brings three tensors to one shape."""
+    """Broadcasts three tensors to one shape."""
     x, y = tl.broadcast(x, y)
     x, z = tl.broadcast(x, z)
     y, z = tl.broadcast(y, z)
@@ -188,13 +192,13 @@ def broadcast(x, y, z):
 
 @triton.jit
 def fma(x, y, z):
-    """tl.fma of tensors whose shapes differ."""
+    """tl.fma of tensors with different shapes."""
     return tl.fma(*broadcast(x, y, z))
 
 
 @triton.jit
 def reciprocal(x):
-    # Triton's own division of float32 is approximate.
+    # The operator / is approximate in float32.
     if x.dtype == tl.float32:
         return tl.div_rn(1.0, x)
     else:
@@ -236,7 +240,10 @@ def add_pixels(
     GROUP: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    """A bad label makes S_0 of its image NaN. No gradient needs S_0. Without FACTORS, P2 and Q2 stay 0."""
+    """Adds the terms of the pixels to the sums. Without FACTORS, P2 and Q2 stay 0.
+
+    A bad label makes S_0 of its image NaN. No gradient needs S_0.
+    """
     max, sum, own = pixel[0], pixel[1], pixel[2]
     w, v = weights
     pi = tl.exp(own - max) * reciprocal(sum)
@@ -268,14 +275,14 @@ def store_sums(sums, partial_ptr, n, block, blocks, first_level, G: tl.constexpr
 
 # ---- the gradient ---------------------------------------------------------------------------------------
 #
-# The gradient of a pixel is a tuple: what multiplies exp(x_c - max), what is added for c = y, and with label
-# smoothing what multiplies -w_c. See PixelGradient of csrc/loss.h. Smoothing adds with `fma`: else a compiler
-# might round a product before the addition in one kernel and not in another.
+# The gradient of a pixel is a tuple: the factor of exp(x_c - max), the term added for c = y, and with label
+# smoothing the factor of -w_c. See PixelGradient of csrc/loss.h. Smoothing adds with `fma`. Otherwise a
+# compiler might round the product before the addition in one kernel and not in another.
 
 
 @triton.jit
 def _cross_entropy(ds, weights, SMOOTHING: tl.constexpr):
-    """`ce`: what the cross-entropy adds to dL/dx_c is ce (p_c - [c = y])."""
+    """`ce`: the cross-entropy adds ce (p_c - [c = y]) to dL/dx_c."""
     if SMOOTHING == 0:
         return weights[0] * ds
     else:
@@ -293,10 +300,10 @@ def _gradient(scale, extra, ds, inverse, pixel, weights, C: tl.constexpr, SMOOTH
 
 @triton.jit
 def _entry(ptr, scale_ptr, A: tl.constexpr):
-    """A number of grad_stats, multiplied before it is rounded."""
+    """An entry of grad_stats, multiplied before it is rounded."""
     value = tl.load(ptr)
     if scale_ptr is not None:
-        # 0 stays 0, should the incoming gradient be infinite.
+        # 0 stays 0 if the incoming gradient is infinite.
         value = tl.where(value == 0, value, value * tl.load(scale_ptr).to(tl.float64))
     return value.to(A)
 
@@ -305,8 +312,11 @@ def _entry(ptr, scale_ptr, A: tl.constexpr):
 def pixel_gradient(
     row_ptr, scale_ptr, pixel, weights, C: tl.constexpr, SMOOTHING: tl.constexpr, EXACT: tl.constexpr
 ):
-    """row_ptr points to the row of grad_stats of the pixel's level, scale_ptr to what multiplies it or
-    None."""
+    """The gradient of each pixel, as the tuple above.
+
+    row_ptr points to the row of grad_stats of the pixel's level. scale_ptr points to a factor of it, or is
+    None.
+    """
     max, sum, own = pixel[0], pixel[1], pixel[2]
     A: tl.constexpr = sum.dtype
     inverse = reciprocal(sum)
@@ -314,7 +324,7 @@ def pixel_gradient(
     factor_term = (
         2 * pi * (pi * _entry(row_ptr + P2, scale_ptr, A) - (1 - pi) * _entry(row_ptr + Q2, scale_ptr, A))
     )
-    # Loaded last: before the exponential it would stay in a register, and Triton 3.6 would spill.
+    # Loaded last: loaded before the exponential it would occupy a register, and Triton 3.6 would spill.
     ds = _entry(row_ptr + S, scale_ptr, A)
     ce = _cross_entropy(ds, weights, SMOOTHING)
     if EXACT:
@@ -326,14 +336,14 @@ def pixel_gradient(
 
 @triton.jit
 def one_level_gradient(ds, pixel, weights, C: tl.constexpr, SMOOTHING: tl.constexpr):
-    """`pixel_gradient` where dL/dP2 and dL/dQ2 are 0, to the same bits."""
+    """`pixel_gradient` for dL/dP2 = dL/dQ2 = 0, bitwise equal."""
     ce = _cross_entropy(ds, weights, SMOOTHING)
     return _gradient(ce, -ce, ds, reciprocal(pixel[1]), pixel, weights, C, SMOOTHING)
 
 
 @triton.jit
 def class_gradient(x, c, label, valid, max, gradient, weight_ptr):
-    """dL/dx_c. A pixel without a class has gradient 0 whatever its logits are."""
+    """dL/dx_c. A pixel without a class has gradient 0 for any logits."""
     value = tl.exp(x - max) * gradient[0] + tl.where(label == c, gradient[1], 0)
     if len(gradient) == 3:
         value = fma(-gradient[2], _class_weight(weight_ptr, c, max.dtype), value)
@@ -342,9 +352,11 @@ def class_gradient(x, c, label, valid, max, gradient, weight_ptr):
 
 @triton.jit
 def is_current(grad_loss_ptr, computed_for_ptr, expected_ptr):
-    """Whether a gradient that was computed for one incoming gradient is that for another. The first program
-    updates `expected`, if given: two passes in a row with the same incoming gradient make it the next
-    one's."""
+    """Whether the gradient was computed for this incoming gradient.
+
+    The first program updates `expected`, if given: an incoming gradient that arrives twice in a row becomes
+    the expected one.
+    """
     g = tl.load(grad_loss_ptr).to(tl.float64)
     if expected_ptr is not None:  # noqa: SIM102 (Triton evaluates both sides of an `and`)
         if tl.program_id(0) == 0:

@@ -1,25 +1,26 @@
-"""The Triton kernels for coarse logits, interpolated inside the kernel: reduce, reduce_backward, and for one
-level the sums and the gradient in one pass.
+"""The Triton kernels for coarse logits, which are interpolated inside the kernel.
 
-csrc/bilinear.h says where a pixel lies between coarse logits. Cells are numbered differently here: cell i of
-a line is what is between logits i - 1 and i. So cell 0 holds the pixels before the first logit, to which
-F.interpolate gives that logit's value, and no cell has more pixels than the ratio, rounded up. An image
-is one line of (h + 1) (w + 1) cells.
+They are reduce, reduce_backward, and for one level the sums and the gradient in one pass.
 
-A thread owns a cell. It holds a patch of ROWS x COLUMNS of the cell's pixels in registers, so that a class
-costs four loads for the whole patch. A cell with more pixels has several patches. A tile is (ROWS, COLUMNS,
-THREADS), a tensor of corners is (THREADS,), and sums over rows and columns stay in the thread. A class is
+csrc/bilinear.h defines the positions of pixels between coarse logits. Cells are numbered differently here:
+cell i of a line is the interval between logits i - 1 and i. Cell 0 has the pixels before the first logit,
+where F.interpolate returns that logit. No cell has more pixels than the ratio, rounded up. An image is one
+line of (h + 1) (w + 1) cells.
+
+A thread owns a cell. It keeps a patch of ROWS x COLUMNS of the cell's pixels in registers, so a class needs
+four loads for the whole patch. A cell with more pixels has several patches. A tile is (ROWS, COLUMNS,
+THREADS), and a tensor of corners is (THREADS,). Sums over rows and columns stay in the thread. A class is
 interpolated along x once for all rows. Its gradient is summed over the rows before it is split between left
 and right.
 
-The fastest interpolation makes a pixel NaN where a logit of weight 0 is infinite. Then the program
-interpolates its pixels again, and leaves out logits of weight 0.
+The fastest interpolation makes a pixel NaN if a logit of weight 0 is infinite. In that case the program
+interpolates its pixels again and leaves out logits of weight 0.
 
-The gradient of a cell's four corners is summed over the cell. What the right corners get is added to the left
-corners of the next cell. What a logit gets from the cells below it and from the cells above it goes to memory
-as two halves, in the precision of the arithmetic, and the operator adds the halves. A tile's first cell is
-the last cell of the tile before, read for its right corners only. The right corners of a row's last cell are
-0, so nothing passes from one row to the next.
+The gradient of the four corners of a cell is summed over the cell. The sum of the right corners is added to
+the left corners of the next cell. The gradient of a logit from the cells below it and from the cells above it
+is stored as two halves, in the precision of the arithmetic. The operator adds the halves. The first cell of a
+tile is the last cell of the previous tile, and only its right corners are used. The right corners of the last
+cell of a row are 0, so nothing is carried to the next row.
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ from .pixels import (
 
 REDUCE_CONFIG = config(128)
 REDUCE_BACKWARD_CONFIGS = [REDUCE_CONFIG] if INTERPRETED else [config(threads) for threads in (64, 128)]
-#: The most rows and columns of a patch: of float32, and of float64. An interpreted patch is large.
+#: The most rows and columns of a patch, for float32 and for float64. Patches in the interpreter are large.
 MAX_PATCH = ((16, 16), (16, 16)) if INTERPRETED else ((4, 2), (2, 1))
-#: Logits of a program of add_halves_kernel.
+#: Logits per program of add_halves_kernel.
 ADD_BLOCK = 1024
-# Classes in registers at a time in the softmax, with their corners and their pixels.
+# Classes of the softmax in registers at a time, with their corners and pixels.
 _REDUCE_CHUNK = _BACKWARD_CHUNK = tl.constexpr(2)
 if not INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
-    # Triton 3.6 gives the pixels of a cell to several threads. Larger patches would spill.
+    # Triton 3.6 distributes the pixels of a cell over several threads. Larger patches would spill.
     MAX_PATCH = ((4, 1), (1, 1))
     _REDUCE_CHUNK = tl.constexpr(1)
 
@@ -70,8 +71,10 @@ if not INTERPRETED and TorchVersion(triton.__version__) < (3, 7):
 
 @triton.jit
 def _cells(first, cells, columns, THREADS: tl.constexpr, WIDE: tl.constexpr):
-    """The row and column of THREADS cells from `first`, and whether they exist. The last cell stands in for
-    those that do not, so that every load is inside the tensor."""
+    """The row and column of THREADS cells from `first`, and whether they exist.
+
+    The last cell replaces those that do not exist, so that every load is inside the tensor.
+    """
     INDEX: tl.constexpr = tl.int64 if WIDE else tl.int32
     q = first.to(INDEX) + tl.arange(0, THREADS)
     at = tl.minimum(q, (to_int64(cells) - 1).to(INDEX))
@@ -81,8 +84,10 @@ def _cells(first, cells, columns, THREADS: tl.constexpr, WIDE: tl.constexpr):
 
 @triton.jit
 def _axis_pixels(axis, cell, k, A: tl.constexpr):
-    """Pixel k of each cell along an axis; whether it is in the cell; the weight of the cell's second logit
-    there. Cells at the ends of the line have one logit only."""
+    """Pixel k of each cell along an axis, and whether it is in the cell.
+
+    Also the weight of the cell's second logit. Cells at the ends of the line have one logit.
+    """
     coarse, fine, step, origin, unit = axis
     unit = to_int64(unit).to(cell.dtype)
     start = (cell - 1) * unit - origin  # in steps from pixel 0
@@ -106,14 +111,16 @@ def _pixels(
     COLUMNS: tl.constexpr,
     A: tl.constexpr,
 ):
-    """The pixels of a patch of each cell, as positions in the image; whether they are in the cell; the
-    weights of the logits below them and of those on their right."""
+    """The pixels of a patch of each cell, as positions in the image, and whether they are in the cell.
+
+    Also the weights of the logits below them and of the logits on their right.
+    """
     ky = tl.arange(0, ROWS)[:, None] + patch // x_patches * ROWS
     kx = tl.arange(0, COLUMNS)[:, None] + patch % x_patches * COLUMNS
     y, inside_y, fy = _axis_pixels(y_axis, row[None, :], ky, A)
     x, inside_x, fx = _axis_pixels(x_axis, column[None, :], kx, A)
     p = (y.to(tl.int64) * x_axis[1])[:, None, :] + x[None, :, :]
-    # Hides that the pixels of a row are adjacent. Otherwise Triton gives them to different threads.
+    # Hides that the pixels of a row are adjacent. Otherwise Triton assigns them to different threads.
     p = tl.max_contiguous(p, (1, 1, 1))
     return p, inside_y[:, None, :] & (inside_x & exists[None, :])[None, :, :], fy, fx
 
@@ -138,21 +145,23 @@ def _load_corners(logits, c, A: tl.constexpr, EVICT: tl.constexpr):
 
 @triton.jit
 def _lerp(a, b, f):
-    """a + f (b - a). The difference is halved, since b - a may overflow."""
+    """a + f (b - a). It uses half the difference, since b - a may overflow."""
     return fma(2 * f, 0.5 * b - 0.5 * a, a)
 
 
 @triton.jit
 def _safe_lerp(a, b, f):
-    """`_lerp` that leaves out a or b where its weight is 0. Every use rounds the same: a pixel's own logit
-    must equal that logit among all classes."""
+    """`_lerp` that leaves out a or b if its weight is 0.
+
+    All uses round alike: a pixel's own logit must equal the same logit in the loop over the classes.
+    """
     f, b, a = broadcast(f, b, a)
     return tl.where(f == 0, a, tl.where(f == 1, b, tl.fma(f, b, (1 - f) * a)))
 
 
 @triton.jit
 def _interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
-    """`load_chunk` for interpolated pixels. Where a corner of weight 0 is not finite, a pixel is NaN."""
+    """`load_chunk` for interpolated pixels. A pixel is NaN if a corner of weight 0 is not finite."""
     _, _, fy, fx = logits
     x = ()
     for i in tl.static_range(COUNT):
@@ -164,7 +173,7 @@ def _interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.
 
 @triton.jit
 def _safe_interpolate(logits, first, COUNT: tl.constexpr, A: tl.constexpr, EVICT: tl.constexpr):
-    """`_interpolate` that leaves out logits of weight 0, in more instructions."""
+    """`_interpolate` that leaves out logits of weight 0. It takes more instructions."""
     _, _, fy, fx = logits
     x = ()
     for i in tl.static_range(COUNT):
@@ -187,7 +196,7 @@ def _upsampled_softmax(
     A: tl.constexpr,
 ):
     """`softmax`, and whether it needed `_safe_interpolate`."""
-    COUNT: tl.constexpr = CHUNK if SMOOTHING == 0 else 1  # which takes registers
+    COUNT: tl.constexpr = CHUNK if SMOOTHING == 0 else 1  # smoothing needs registers
     pixel = softmax(_interpolate, COUNT, logits, label, weight_ptr, C, SMOOTHING, A)
     sum = pixel[1]
     safe = tl.max(tl.ravel((valid & (sum != sum)).to(tl.int32)), axis=0) > 0
@@ -215,8 +224,10 @@ def _read_patch(
     COLUMNS: tl.constexpr,
     A: tl.constexpr,
 ):
-    """The pixels of a patch of each cell: class, whether it is valid or bad, weights, and the weights of the
-    logits below and on the right."""
+    """The pixels of a patch of each cell: class, whether it is valid or bad, weights.
+
+    Also the interpolation weights of the logits below and on the right.
+    """
     p, inside, fy, fx = _pixels(y_axis, x_axis, row, column, exists, patch, x_patches, ROWS, COLUMNS, A)
     p += n * y_axis[1] * x_axis[1]
     label, valid, bad = classify(target_ptr, p, inside, ignore_index, C)
@@ -306,8 +317,10 @@ def upsampled_reduce_kernel(
 
 @triton.jit
 def _to_logits(value, fx):
-    """What columns (COLUMNS, THREADS) add to the logit on the left of each cell: the columns of this cell,
-    and those of the cell before, which have this logit on their right."""
+    """The gradient of the logit on the left of each cell, from columns (COLUMNS, THREADS).
+
+    It sums the columns of this cell and of the previous cell, which has this logit on its right.
+    """
     right = tl.sum(value * fx, axis=0)
     left = tl.sum(value, axis=0) - right
     before = tl.maximum(tl.arange(0, right.shape[0]) - 1, 0)
@@ -321,8 +334,10 @@ def _accumulate(ptrs, value, mask, again):
 
 @triton.jit
 def _halves(halves_ptr, n, N, row, column, exists, h, w, C: tl.constexpr):
-    """Pointers to both halves of the gradient, of class 0; from class to class; and which this program
-    owns."""
+    """Pointers to both halves of the gradient of class 0, the stride between classes, and a mask.
+
+    The mask is true for the logits that this program writes.
+    """
     size = to_int64(h) * w
     logit = (row - 1).to(tl.int64) * w + (column - 1)
     owned = exists & (column > 0) & (tl.arange(0, row.shape[0]) > 0)
@@ -357,8 +372,8 @@ def _add_gradient(
 def upsampled_reduce_backward_kernel(
     logits_ptr,
     grad_stats_ptr,  # [N, G, STATS] of float64
-    scale_ptr,  # what multiplies it, or None
-    computed_for_ptr,  # where the gradient is already that for this factor, nothing is done; or None
+    scale_ptr,  # a factor of grad_stats, or None
+    computed_for_ptr,  # the factor that the gradient is already for, or None
     expected_ptr,
     target_ptr,  # [N, H, W]
     weight_ptr,  # [C] or None
@@ -434,7 +449,7 @@ def upsampled_reduce_backward_kernel(
         _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
 
 
-#: As rescale_kernel of kernels.py.
+#: Like rescale_kernel of kernels.py.
 upsampled_rescale_kernel = triton.autotune([REDUCE_CONFIG], key=[])(upsampled_reduce_backward_kernel.fn)
 
 
@@ -455,7 +470,7 @@ def add_halves_kernel(
     C: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient after upsampled_rescale_kernel. Grid (blocks of logits,)."""
+    """Adds the halves of upsampled_rescale_kernel. Grid (blocks of logits,)."""
     if is_current(scale_ptr, computed_for_ptr, None):
         return
     size, h, w, batch, channel, row_stride, stride = join(
@@ -530,7 +545,7 @@ def upsampled_one_pass_kernel(
         row, column, exists = _cells(to_int64(tile) * (THREADS - 1), cells, w + 1, THREADS, WIDE)
         corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
         halves = _halves(halves_ptr, n, N, row, column, exists, h, w, C)
-        # A tile's first cell is also the last of the tile before.
+        # The first cell of a tile is also the last cell of the previous tile, and is summed there.
         summed = ((tl.arange(0, THREADS) > 0) | (tl.zeros_like(row) + tile == 0))[None, None, :]
         for patch in range(patches):
             label, valid, bad, weights, fy, fx = _read_patch(
