@@ -1,24 +1,23 @@
-"""Times a training step as a whole, eager and under torch.compile: a small network, a loss, the backward
-pass, the optimizer. Before that, loss and parameters after one are compared with those of eager PyTorch."""
+"""Times a training step: a small network, a loss, the backward pass, the optimizer; eager and compiled.
+
+Loss and parameters after a step must be those of eager PyTorch before the step is timed.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
-from .command import add_task, devices, make_parser, run
-from .common import WARM_UP_ROUNDS, Step, peak_bytes, time_interleaved, write_json
-from .compare import first_line
-from .inputs import Inputs
-from .providers import (
+from .harness.benchmark import Settings
+from .harness.cli import devices, make_parser, run
+from .harness.inputs import Case, Inputs
+from .harness.measure import WARM_UP_ROUNDS, Step, peak_bytes, time_interleaved
+from .harness.providers import (
+    COMPILED,
     Loss,
     compile_anew,
     cross_entropy,
@@ -27,15 +26,14 @@ from .providers import (
     our_loss,
     reference_loss,
 )
-from .report import EXTRA, ONE_LEVEL, RATIO, Row, make_table, quotient, show_reasons
+from .harness.report import Report, Row, first_line, mib, quotient
 
 CLASSES = 19
-OURS, COMPILED = "ial_cuda", ", compiled"
 SIZES = {"cpu": (256, 512), "cuda": (1024, 2048)}
 
 
 class Training:
-    """A network of two convolutions in training with a loss; each time the same one."""
+    """A network of two convolutions in training with a loss; always from the same seed."""
 
     def __init__(self, loss: Loss, inputs: Inputs, *, compiled: bool) -> None:
         torch.manual_seed(0)
@@ -64,20 +62,20 @@ class Training:
 
 
 def losses(device: str) -> dict[str, tuple[Loss, Loss]]:
-    """Each, and the one in plain PyTorch whose steps it must take."""
-    best = kernels(device)[0]
+    """Each loss, and the same in plain PyTorch, whose steps it must take."""
+    best = kernels(device)[0].name
     return {
-        OURS: (our_loss(best), reference_loss),
-        OURS + ONE_LEVEL: (our_cross_entropy(best), cross_entropy),
-        "reference": (reference_loss, reference_loss),
+        "ial_cuda cross-entropy": (our_cross_entropy(best), cross_entropy),
         "F.cross_entropy": (cross_entropy, cross_entropy),
+        "ial_cuda IAL": (our_loss(best), reference_loss),
+        "reference IAL": (reference_loss, reference_loss),
     }
 
 
-def why_another(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
-    """Why a step is not the expected one: loss or parameters differ by more than sums in another order do.
+def why_different(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
+    """Why a step is not the expected one, in one line; None if it is.
 
-    Each adds up 10^5 to 10^6 pixels in float32, compiled code one by one: √pixels eps, as a random walk errs.
+    Each sums 10^5 to 10^6 pixels in float32, compiled code one by one: errors of √pixels eps, as a random walk.
     """
     for name, one, other in zip(("loss", "parameters"), got, expected, strict=True):
         error = ((one - other).norm() / other.norm()).item()
@@ -86,36 +84,17 @@ def why_another(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None
     return None
 
 
-@dataclass(frozen=True)
-class Report:
-    """What came out of a device."""
-
-    case: str
-    labels: str
-    device: str
-    providers: list[Row]
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "input": self.case,
-            "labels": self.labels,
-            "gpu_before": {},
-            "gpu_after": {},
-            "goals": [],
-            "providers": [asdict(row) for row in self.providers],
-        }
-
-
-def measure(device: str, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress) -> Report:
-    """A row for each loss, eager and compiled."""
-    size = SIZES[device]
-    case = f"training step, 1x{CLASSES}x{size[0]}x{size[1]} float32 on {device}"
-    inputs = Inputs((1, CLASSES, *size), torch.float32, device)
-    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
-    variants = (False, True) if compile_peers else (False,)
-    advance = add_task(progress, case, len(losses(device)) * len(variants) + WARM_UP_ROUNDS + rounds)
-    rows, steps = {}, dict[str, Step]()
-    for name, (loss, eager) in losses(device).items():
+def measure(case: Case, settings: Settings) -> Report:
+    """A row for each loss, eager and compiled. Ratios are to cross-entropy of ours, eager."""
+    inputs = Inputs(case)
+    _, _, height, width = case.shape
+    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(case.device)
+    variants = (False, True) if settings.compile else (False,)
+    count = len(losses(case.device)) * len(variants)
+    advance = settings.begin(case, count + WARM_UP_ROUNDS + settings.rounds)
+    rows: dict[str, Row] = {}
+    steps: dict[str, Step] = {}
+    for name, (loss, eager) in losses(case.device).items():
         expected = Training(eager, inputs, compiled=False)
         first = expected.step(images), expected.state()
         for compiled in variants:
@@ -124,38 +103,28 @@ def measure(device: str, *, rounds: int, seconds: float, compile_peers: bool, pr
             try:
                 done = training.step(images), training.state()
             except Exception as error:
-                rows[label] = Row(label, skipped=first_line(error))
+                rows[label] = Row(label, failed=f"{type(error).__name__}: {first_line(error)}")
             else:
-                rows[label] = Row(label, refused=why_another(done, first))
-                if not rows[label].refused:
+                rows[label] = Row(label, failed=why_different(done, first))
+                if not rows[label].failed:
                     steps[label] = training.step
             advance()
-    times = time_interleaved(steps, lambda: images, device, rounds, advance, seconds)
+    times = time_interleaved(steps, lambda: images, case.device, settings.rounds, advance, settings.seconds)
+    ours = times.get(next(iter(rows)))
     for label, step in steps.items():
-        ours = times.get(OURS + COMPILED * label.endswith(COMPILED))  # with compiled ones ours, compiled
-        rows[label] = Row(
-            label,
-            **asdict(times[label]),
-            ratio=quotient(times[label].median_ms, ours and ours.median_ms),
-            extra_mib=round(peak_bytes(step, images) / 2**20, 2),
-        )
-    return Report(case, inputs.origin, device, list(rows.values()))
-
-
-def show(report: Report, console: Console) -> None:
-    title = f"{report.case}, {report.labels} labels"
-    console.print(make_table(title, report.providers, report.device, (RATIO, EXTRA)))
-    show_reasons(report.providers, console)
-
-
-def write(reports: Sequence[Report], machine: Mapping[str, Any], rounds: int, output: Path) -> None:
-    cases = [report.as_json() for report in reports]
-    write_json(output / "step.json", {"machine": machine, "rounds": rounds, "cases": cases})
+        ratio = quotient(times[label].median_ms, ours and ours.median_ms)
+        extra = mib(peak_bytes(step, images))
+        rows[label] = replace(rows[label], **asdict(times[label]), ratio=ratio, extra_mib=extra)
+    return Report(case, inputs.origin, list(rows.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser("step", __doc__).parse_args(argv)
-    return run(arguments, devices(arguments.device), measure, show, write)
+    cases = [
+        Case("training step", device, torch.float32, (1, CLASSES, *SIZES[device]))
+        for device in devices(arguments.device)
+    ]
+    return run("step", arguments, cases, measure)
 
 
 if __name__ == "__main__":

@@ -1,225 +1,168 @@
-"""Times the loss, value and gradient, as what it is given changes: pixels, classes, images, types of logits
-and of labels, layout, threads. Every provider is checked in every case before it is timed."""
+"""Times loss and gradient against resolution, classes, batch, dtypes, layout and threads; checks every case."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import Progress
 
-from .command import add_task, devices, make_parser, run
-from .common import WARM_UP_ROUNDS, free_bytes, peak_bytes
-from .compare import Judges, examine_all, judge_all, right, time_all
-from .floor import copy_parts, floor, step_bytes, with_speed
-from .inputs import Inputs, Tiled, label_dtypes
-from .providers import (
-    DTYPES,
-    Provider,
-    cross_entropy,
-    kernels,
-    make_peers,
-    our_cross_entropy,
-    our_loss,
-    reference_loss,
-)
-from .questions import Case, Question
-from .report import FLOOR, ONE_LEVEL, PEERS, Report, Row
-from .sweep_report import conclude, show, write
+from .harness.benchmark import Settings, measure_case
+from .harness.cli import devices, make_parser, run
+from .harness.inputs import CROSS_ENTROPY, IAL, Case, Inputs, Tiled, label_dtypes
+from .harness.measure import free_bytes
+from .harness.plots import draw_inputs, draw_resolution, draw_roofline, draw_speed_up_map
+from .harness.providers import DTYPES, Loss, Provider, make_ours, make_peers
+from .harness.report import Report, mib
+from .harness.validation import Baseline, make_baselines
 
-#: Of square images.
 SIDES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
-GRID_SIDES, GRID_CLASSES = [256, 512, 1024, 2048], [2, 11, 19, 59, 150]
-CLASSES = [*GRID_CLASSES, 1000]
-BATCHES = [1, 2, 4, 8, 16]
-#: Of the images where it is not the side that changes.
+QUICK_SIDES = [128, 256, 512, 1024]
+MAP_SIDES, MAP_CLASSES = [256, 512, 1024, 2048], [2, 11, 19, 59, 150]
+CLASSES, BATCHES = [*MAP_CLASSES, 1000], [1, 2, 4, 8, 16]
+#: The side of the images where another axis changes.
 SIDE, BATCH_SIDE = 512, 256
 ALL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-#: Larger images repeat a tile of this side; of many classes a smaller one, for its truth is in float64.
+#: Larger images repeat a tile of this side, or a smaller one with many classes: its truth is in float64.
 TILE_SIDE, TILE_LOGITS = 512, 64 << 20
-#: Cases with more logits take most of the time.
+#: Cases with more logits come last: they take most of the time.
 LARGE = 100_000_000
-#: After which time no round of a case is begun, if there were a few.
-SECONDS = 4.0
+SECONDS = 3.0
 
 
-def questions(device: str, threads: int) -> list[Question]:
-    """What is asked, the most telling first; many cases belong to more than one."""
+def make_cases(device: str, loss: str, threads: int, *, quick: bool) -> Iterator[Case]:
+    """The cases of every axis, the most important axis first. A case may belong to several axes."""
     dtype = DTYPES[device][0]
 
-    def case(classes: int = 19, side: int | None = None, batch: int = 1, **more: object) -> Case:
-        side = side or SIDE
-        return Case(device, **{"dtype": dtype, "shape": (batch, classes, side, side), **more})
+    def case(classes: int = 19, side: int = SIDE, batch: int = 1, **more: Any) -> Case:
+        return Case(
+            **{"loss": loss, "device": device, "dtype": dtype} | more, shape=(batch, classes, side, side)
+        )
 
-    asked = [
-        Question("pixels", [case(side=side) for side in SIDES]),
-        Question(
-            "pixels and classes", [case(classes, side) for classes in GRID_CLASSES for side in GRID_SIDES]
-        ),
-        Question("classes", [case(classes) for classes in CLASSES]),
-        Question("images", [case(side=BATCH_SIDE, batch=batch) for batch in BATCHES]),
-        Question("type of logits", [case(dtype=each) for each in ALL_DTYPES]),
-        Question("layout", [case(layout=layout) for layout in LAYOUTS]),
-        Question("type of labels", [case(labels=labels) for labels in label_dtypes(19)]),
-    ]
+    yield from (case(side=side) for side in (QUICK_SIDES if quick else SIDES))
+    if quick:
+        return
+    yield from (case(classes, side) for classes in MAP_CLASSES for side in MAP_SIDES)
+    yield from (case(classes) for classes in CLASSES)
+    yield from (case(side=BATCH_SIDE, batch=batch) for batch in BATCHES)
+    yield from (case(dtype=each) for each in ALL_DTYPES)
+    yield case(layout=torch.channels_last)
+    yield from (case(labels=labels) for labels in label_dtypes(19))
     if device == "cpu":
-        powers = [2**power for power in range(threads.bit_length()) if 2**power < threads]
-        counts = [*powers, None]
-        asked.append(Question("threads", [case(threads=count) for count in counts]))
-    return asked
+        yield from (case(threads=2**power) for power in range(threads.bit_length()) if 2**power < threads)
+
+
+def order(cases: Sequence[Case]) -> list[Case]:
+    """Each case once. Those that share their kind follow each other, and large ones come last."""
+    kinds = {Kind.key(case): place for place, case in reversed(list(enumerate(cases)))}
+    return sorted(
+        dict.fromkeys(cases), key=lambda case: (max(math.prod(case.shape), LARGE), kinds[Kind.key(case)])
+    )
 
 
 def make_tile(case: Case) -> Inputs:
-    """Of the case's size or, where that is larger, a tile's. All sides are powers of two."""
+    """Inputs of the case's size or, where that is larger, of a tile's. All sides are powers of two."""
     batch, classes, side, _ = case.shape
     most = TILE_SIDE
     while batch * classes * most**2 > TILE_LOGITS:
         most //= 2
     side = min(side, most)
-    return Inputs((batch, classes, side, side), case.dtype, case.device, layout=case.layout)
+    return Inputs(replace(case, shape=(batch, classes, side, side)))
 
 
 class Kind:
-    """What cases that differ in their pixels only have in common: providers, compiled once, and the truth."""
+    """Cases that differ in their pixels only. They share providers, compiled once, and the truth."""
 
-    def __init__(self, case: Case, *, compile_peers: bool) -> None:
-        torch.compiler.reset()  # one function is compiled for eight kinds of arguments only
-        self.case, self.compile_peers = case, compile_peers
-        self.tiles: dict[tuple[int, ...], tuple[Inputs, Judges]] = {}
+    def __init__(self, case: Case, *, compiled: bool) -> None:
+        torch.compiler.reset()  # torch compiles a function for eight kinds of arguments only
+        self.case, self.compiled = case, compiled
+        self.tiles: dict[tuple[int, ...], tuple[Inputs, Mapping[Loss, Baseline]]] = {}
 
     @staticmethod
     def key(case: Case) -> tuple[object, ...]:
         batch, classes, *_ = case.shape
-        return case.device, case.dtype, case.labels, case.layout, classes, batch > 1
+        return case.device, case.loss, case.dtype, case.labels, case.layout, classes, batch > 1
 
     @cached_property
     def providers(self) -> list[Provider]:
-        """Ours, the best first, then the peers; the labels of F.cross_entropy are always int64."""
-        labels, compiled = self.case.labels, self.compile_peers
-        best, *others = kernels(self.case.device)
-        ours = [
-            Provider(f"ial_cuda {name}", our_loss(name), reference_loss, labels) for name in (best, *others)
-        ]
-        in_place, one_level = our_loss(best, inplace=True), our_cross_entropy(best)
-        ours.append(Provider(f"ial_cuda {best}, in place", in_place, reference_loss, labels))
-        ours.append(Provider(f"ial_cuda {best}{ONE_LEVEL}", one_level, cross_entropy, labels))
-        peers = []
-        for name, eager in zip(PEERS, (reference_loss, cross_entropy), strict=True):
-            takes = labels if eager is reference_loss else torch.int64
-            peers += make_peers(
-                name, eager, compiled=compiled, captured=eager is cross_entropy, dynamic=True, labels=takes
-            )
-        return ours + peers
+        ours = make_ours(self.case, variants=False)
+        return [*ours, *make_peers(self.case, compiled=self.compiled, dynamic=True)]
 
-    def inputs(self, case: Case) -> tuple[Inputs, Judges]:
-        """The case's inputs, and what they are judged by."""
+    def inputs(self, case: Case) -> tuple[Inputs, Mapping[Loss, Baseline]]:
+        """The case's inputs and their baselines."""
         tile = make_tile(case)
         size = tuple(tile.source.shape)
         if size not in self.tiles:
-            self.tiles = {size: (tile, judge_all(self.providers, tile))}
-        tile, judges = self.tiles[size]
+            self.tiles = {size: (tile, make_baselines(self.providers, tile))}
+        tile, baselines = self.tiles[size]
         times = case.shape[-1] // size[-1]
-        return (Tiled(tile, times, case.layout) if times > 1 else tile), judges
+        return (Tiled(tile, times, case.layout) if times > 1 else tile), baselines
 
 
 class Sweep:
-    """Measures case after case, and remembers what the next one can use."""
+    """Measures case after case. Keeps what the next case can use."""
 
     def __init__(self) -> None:
         self.kind: Kind | None = None
-        self.held: dict[tuple[str, int], float] = {}  # by provider and classes, in times of the logits
+        self.held: dict[tuple[str, str, int], float] = {}  # peak over logits, by loss, provider and classes
 
-    def measure(
-        self, case: Case, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress
-    ) -> Report:
-        """Checks all providers, times those that are right, and then measures their memory."""
+    def measure(self, case: Case, settings: Settings) -> Report:
         if self.kind is None or Kind.key(case) != Kind.key(self.kind.case):
-            self.kind = Kind(case, compile_peers=compile_peers)
-        inputs, judges = self.kind.inputs(case)
-        copies = copy_parts(inputs)
-        parts = {FLOOR: floor(inputs)} | copies
-        providers = [self.unless_too_large(provider, inputs) for provider in self.kind.providers]
-        advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
-        with threads(case.threads):
-            rows = examine_all(providers, inputs, judges, advance)
-            timed = right(providers, rows)
-            steps = {name: part.step for name, part in parts.items()}
-            ours = providers[0].name
-            timing = time_all(timed, steps, ours, inputs, case.device, rounds, advance, seconds)
-        for provider in timed:
-            held = peak_bytes(provider.step(inputs), inputs.logits())
-            self.held[provider.name, case.shape[1]] = held / inputs.written.nbytes
-            rows[provider.name] = with_speed(
-                timing,
-                rows[provider.name],
-                step_bytes(inputs, provider.labels),
-                inputs,
-                extra_mib=round((held - inputs.written.nbytes) / 2**20, 2),
-            )
-        rows[FLOOR] = with_speed(timing, Row(FLOOR), parts[FLOOR].moved, inputs)
-        filled = [with_speed(timing, Row(name), part.moved, inputs) for name, part in copies.items()]
-        return Report(case, inputs.origin, list(rows.values()), filled, timing.gpu_before, timing.gpu_after)
+            self.kind = Kind(case, compiled=settings.compile)
+        inputs, baselines = self.kind.inputs(case)
+        providers = [self.unless_too_large(provider, case, inputs) for provider in self.kind.providers]
+        report = measure_case(case, providers, inputs, settings, baselines=baselines)
+        for row in report.providers:
+            if row.extra_mib is not None:
+                self.held[case.loss, row.name, case.shape[1]] = 1 + row.extra_mib / mib(case.logits_bytes)
+        return report
 
-    def unless_too_large(self, provider: Provider, inputs: Inputs) -> Provider:
-        """By what it held of smaller logits: a process that asks for too much memory may be killed."""
-        held = self.held.get((provider.name, inputs.source.shape[1]), 0)
+    def unless_too_large(self, provider: Provider, case: Case, inputs: Inputs) -> Provider:
+        """Skips a provider whose extrapolated peak exceeds free memory: the system might kill the process."""
+        held = self.held.get((case.loss, provider.name, case.shape[1]), 0)
         needs, free = held * inputs.written.nbytes, free_bytes(inputs.written.device)
         if needs < free:
             return provider
         return replace(provider, missing=f"needs {needs / 2**30:.1f} GiB, {free / 2**30:.1f} are free")
 
 
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """As many for torch's operators; all that there are for None."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def draw(reports: Sequence[Report], machine: Mapping[str, Any], folder: Path) -> list[Path]:
+    device = reports[0].case.device
+    ours = [report for report in reports if report.case.device == device]
+    sides = [report for report in ours if is_plain(report.case) and report.case.shape[:2] == (1, 19)]
+    by_classes = [report for report in ours if is_plain(report.case) and report.case.shape[0] == 1]
+    pictures = draw_resolution(
+        sides, machine, "Loss and gradient at full size", folder / "sweep-resolution.png"
+    )
+    pictures += draw_roofline(sides, machine, folder / "roofline.png")
+    if any(report.case.shape[1] != 19 for report in by_classes):
+        pictures += draw_speed_up_map(by_classes, machine, folder / "sweep-classes.png")
+        pictures += draw_inputs(ours, machine, folder / "sweep-inputs.png")
+    return pictures
 
 
-def make_cases(device: str | None, number_of_threads: int) -> list[Case]:
-    """Each case of all questions once, those that share their kind one after another, the large ones last."""
-    cases: dict[Case, None] = {}
-    for name in devices(device):
-        asked = [case for question in questions(name, number_of_threads) for case in question.cases]
-        kinds = {Kind.key(case): place for place, case in reversed(list(enumerate(asked)))}
-        cases |= dict.fromkeys(
-            sorted(asked, key=lambda case: (max(math.prod(case.shape), LARGE), kinds[Kind.key(case)]))
-        )
-    return list(cases)
+def is_plain(case: Case) -> bool:
+    """Whether nothing but the shape differs from the first case."""
+    return str(case) == str(Case(case.loss, case.device, DTYPES[case.device][0], case.shape))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("sweep", __doc__, SECONDS)
     parser.add_argument("--largest", type=int, default=SIDES[-1], metavar="SIDE", help="of the images")
-    parser.add_argument("--only", default="", metavar="REGEX", help="the cases in whose names this is found")
     arguments = parser.parse_args(argv)
     cases = [
         case
-        for case in make_cases(arguments.device, arguments.threads)
-        if max(case.shape[2:]) <= arguments.largest and re.search(arguments.only, str(case))
+        for device in devices(arguments.device)
+        for loss in (CROSS_ENTROPY, IAL)
+        for case in make_cases(device, loss, arguments.threads, quick=arguments.quick)
+        if max(case.shape[2:]) <= arguments.largest
     ]
-    asked = [
-        question for name in devices(arguments.device) for question in questions(name, arguments.threads)
-    ]
-    return run(
-        arguments,
-        cases,
-        Sweep().measure,
-        show,
-        partial(write, questions=asked),
-        partial(conclude, questions=asked),
-    )
+    return run("sweep", arguments, order(cases), Sweep().measure, draw)
 
 
 if __name__ == "__main__":

@@ -1,116 +1,71 @@
-"""Times the loss of coarse logits at the labels' size, value and gradient, which ours upsamples on the way
-and PyTorch beforehand, eager and compiled; and tells how time and memory grow with the size."""
+"""Times loss and gradient of coarse logits, which ours interpolates inside the kernel and others beforehand."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from rich.progress import Progress
 
-from ial_cuda import backends
+from .harness.benchmark import Settings, measure_case
+from .harness.cli import devices, make_parser, run
+from .harness.inputs import CROSS_ENTROPY, IAL, Case, Inputs
+from .harness.libraries import make_libraries
+from .harness.plots import draw_resolution
+from .harness.providers import DTYPES, interpolated, make_ours, make_peers
+from .harness.report import Report
 
-from .command import add_task, devices, make_parser, run
-from .common import WARM_UP_ROUNDS, peak_bytes, peak_process_bytes
-from .compare import examine_all, judge_all, right, time_all
-from .inputs import Inputs
-from .libraries import make_libraries
-from .providers import (
-    DTYPES,
-    Loss,
-    Provider,
-    cross_entropy,
-    interpolated,
-    kernels,
-    make_ours,
-    make_peers,
-    our_cross_entropy,
-    our_loss,
-    reference_loss,
-)
-from .upsample_report import CROSS_ENTROPY, IAL, PEERS, Case, Report, conclude, show, write
-
-CLASSES, RATIO = 19, 4
-#: Of the labels, the most telling first: there both losses are measured, at the others cross-entropy alone.
-SIZES = {"cpu": [(512, 1024), (256, 512), (1024, 2048), (2048, 4096)], "cuda": [(1024, 2048)]}
+CLASSES, SCALE = 19, 4
+#: Of the labels, the most important first: both losses and the libraries are measured there.
+SIZES = {"cpu": [(512, 1024), (256, 512), (1024, 2048), (2048, 4096)], "cuda": [(1024, 2048), (512, 1024)]}
 
 
-@dataclass(frozen=True)
-class Form:
-    """A loss: ours by a backend, and upsampling first in plain PyTorch."""
-
-    ours: Callable[[str], Loss]
-    two_steps: Loss
-    captured: bool = True  # two_steps, as a graph
-
-
-#: The two steps of the IAL copy its levels from the host, which no graph can.
-FORMS = {
-    CROSS_ENTROPY: Form(partial(our_cross_entropy, upsample="bilinear"), interpolated(cross_entropy)),
-    IAL: Form(
-        partial(our_loss, upsample="bilinear"), partial(reference_loss, upsample="bilinear"), captured=False
-    ),
-}
+def make_cases(device: str, sizes: Sequence[tuple[int, int]] | None, *, quick: bool) -> list[Case]:
+    sizes = sizes or SIZES[device][: 3 if quick else None]
+    return [
+        Case(loss, device, dtype, (1, CLASSES, height // SCALE, width // SCALE), SCALE)
+        for place, (height, width) in enumerate(sizes)
+        for dtype in DTYPES[device][: 1 if quick else None]
+        for loss in ([CROSS_ENTROPY, IAL] if place == 0 and not quick else [CROSS_ENTROPY])
+    ]
 
 
-def make_providers(case: Case, *, compile_peers: bool) -> list[Provider]:
-    """Ours, the best first, then the two steps. Ours are judged by the reference, in float32 at least."""
-    form = FORMS[case.loss]
-    names = [name for name in kernels(case.device) if not backends.get(name).one_launch]
-    providers = make_ours(names, case.device, form.ours, form.ours("reference"))
-    providers += make_peers(PEERS[case.loss], form.two_steps, compiled=compile_peers, captured=form.captured)
-    if case.loss == CROSS_ENTROPY and case.size == SIZES[case.device][0]:
+def measure(case: Case, settings: Settings, *, with_libraries: Sequence[tuple[int, ...]]) -> Report:
+    torch.compiler.reset()  # torch compiles a function for eight sizes only
+    providers = [*make_ours(case, variants=True), *make_peers(case, compiled=settings.compile)]
+    if case.loss == CROSS_ENTROPY and case.shape in with_libraries:
         providers += make_libraries(case.device, "F.interpolate + ", interpolated)
-    return providers
+    return measure_case(case, providers, Inputs(case), settings)
 
 
-def measure(case: Case, *, rounds: int, seconds: float, compile_peers: bool, progress: Progress) -> Report:
-    """Checks all providers, times those that are right, and then measures their memory."""
-    torch.compiler.reset()  # one function is compiled for eight sizes only
-    inputs = Inputs(case.shape, case.dtype, case.device, RATIO)
-    providers = make_providers(case, compile_peers=compile_peers)
-    advance = add_task(progress, f"{case}", len(providers) + WARM_UP_ROUNDS + rounds)
-    rows = examine_all(providers, inputs, judge_all(providers, inputs), advance)
-    timed = right(providers, rows)
-    timing = time_all(timed, {}, providers[0].name, inputs, case.device, rounds, advance, seconds)
-    for provider in timed:
-        step = provider.step(inputs)
-        extra, process = (peak(step, inputs.logits()) for peak in (peak_bytes, peak_process_bytes))
-        rows[provider.name] = timing.fill(rows[provider.name], extra_mib=mib(extra), process_mib=mib(process))
-    return Report(case, inputs.origin, list(rows.values()), timing.gpu_before, timing.gpu_after)
-
-
-def mib(size: int | None) -> float | None:
-    return None if size is None else round(size / 2**20, 2)
+def draw(reports: Sequence[Report], machine: Mapping[str, Any], folder: Path) -> list[Path]:
+    title = "Cross-entropy of coarse logits and its gradient"
+    chosen = [report for report in reports if report.case.loss == CROSS_ENTROPY]
+    return draw_resolution(chosen, machine, title, folder / "upsample.png")
 
 
 def size(text: str) -> tuple[int, int]:
     lengths = tuple(map(int, text.split("x")))
-    if len(lengths) != 2 or min(lengths) < 1 or any(length % RATIO for length in lengths):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of {RATIO}")
+    if len(lengths) != 2 or min(lengths) < 1 or any(length % SCALE for length in lengths):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of {SCALE}")
     return lengths
-
-
-def make_cases(device: str | None, sizes: Sequence[tuple[int, int]] | None) -> list[Case]:
-    """The cases of the device, or of each that is there and has kernels."""
-    return [
-        Case(device, dtype, (1, CLASSES, height // RATIO, width // RATIO), loss, (height, width))
-        for device in devices(device)
-        for place, (height, width) in enumerate(sizes or SIZES[device])
-        for dtype in DTYPES[device]
-        for loss in (FORMS if place == 0 else [CROSS_ENTROPY])
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("upsample", __doc__)
     parser.add_argument("--size", type=size, nargs="+", metavar="HxW", help="of the labels")
     arguments = parser.parse_args(argv)
-    return run(arguments, make_cases(arguments.device, arguments.size), measure, show, write, conclude)
+    cases = [
+        case
+        for device in devices(arguments.device)
+        for case in make_cases(device, arguments.size, quick=arguments.quick)
+    ]
+    main_shapes = [case.shape for case in cases[:1]]
+    return run("upsample", arguments, cases, partial(measure, with_libraries=main_shapes), draw)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,8 @@ def describe_hardware(machine: Mapping[str, Any], device: str | None = None) -> 
     """
     if "gpu" in machine and device != "cpu":
         return f"{machine['gpu']}, torch {machine['torch']}"
-    return f"{machine['cpu']}, {machine['instruction_set']}, {machine['threads']} threads, torch {machine['torch']}"
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
+    return f"{machine['cpu']}, {machine['instruction_set']}, {threads}, torch {machine['torch']}"
 
 
 def write_json(file: Path, data: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .inputs import CROSS_ENTROPY, Case, name_of
 from .machine import describe_hardware
 from .providers import COMPILED, IN_PLACE
-from .report import FLOOR, Report, Row
+from .report import COPY, FLOOR, Report, Row
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY, BLACK = (
@@ -40,6 +41,7 @@ COLOURS = {
     "kornia": PURPLE,
     "MONAI": SKY,
     FLOOR: BLACK,
+    "copy_": BLACK,
 }
 LINE_GAP = 0.062  # between two labels, in heights of the axes
 
@@ -104,7 +106,7 @@ def draw_lines(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], un
             markersize=4,
             color=colour(line.name),
             linewidth=3 if ours else 1.8,
-            linestyle=":" if line.name == FLOOR else "--" if line.name.endswith(COMPILED) else "-",
+            linestyle=":" if colour(line.name) == BLACK else "--" if line.name.endswith(COMPILED) else "-",
             zorder=3 if ours else 2,
         )
     axes.set_xticks(list(ticks), list(ticks.values()))
@@ -213,3 +215,153 @@ def fastest(reports: Sequence[Report]) -> list[Row]:
         peers = [row for row in report.providers if row.ratio and not row.ours and row.name != FLOOR]
         found |= {row.name: row for row in peers}
     return sorted(found.values(), key=lambda row: row.ratio or 0)
+
+
+# ---- the pictures ------------------------------------------------------------------------------------------
+
+
+def draw_speed_ups(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
+    """A panel for each report: how many times longer each peer takes than ours."""
+    if not reports:
+        return []
+    figure, axes = make_figure(7 * len(reports), 4.2, 1, len(reports))
+    for panel, report in zip(axes[0], reports, strict=True):
+        ours = report.providers[0]
+        rows = [ours, *(row for row in fastest([report]) if "ocal" not in row.name)]
+        rows = [row for row in rows if row.median_ms is not None]
+        texts = [f"{row.ratio:.1f}×  ({short_number(row.median_ms)} ms)" for row in rows]
+        draw_bars(panel, [row.name for row in rows], [row.ratio for row in rows], texts)
+        panel.set(title=str(report.case), xlabel="time / time of ial_cuda")
+    note = "Loss and gradient, medians of interleaved rounds. Focal losses, other objectives, are left out."
+    title = "Time of the loss and its gradient"
+    return [save(figure, title, machine, reports[0].case.device, note, file)]
+
+
+def draw_resolution(
+    reports: Sequence[Report], machine: Mapping[str, Any], title: str, file: Path
+) -> list[Path]:
+    """Time and memory against resolution: a column for each loss, ours and the three fastest peers."""
+    if not reports:
+        return []
+    device, dtype = reports[0].case.device, reports[0].case.dtype
+    reports = sorted(
+        (r for r in reports if (r.case.device, r.case.dtype) == (device, dtype)), key=lambda r: r.case.pixels
+    )
+    losses = list(dict.fromkeys(report.case.loss for report in reports))
+    figure, axes = make_figure(8.5 * len(losses), 8, 2, len(losses))
+    for column, loss in enumerate(losses):
+        found = [report for report in reports if report.case.loss == loss]
+        x = {str(report.case): float(report.case.pixels) for report in found}
+        ticks = {float(report.case.pixels): size_of(report.case) for report in found}
+        scale = found[0].case.scale
+        extra = "peak memory beside logits and labels" + ", gradient" * (scale == 1)
+        for panel, (figure_name, label, unit) in zip(
+            axes[:, column], [("median_ms", "time", "ms"), ("extra_mib", extra, "MiB")], strict=True
+        ):
+            lines = lines_of(found, x, figure_name, peers=3)
+            draw_lines(panel, [at_least(line, 0.01) for line in lines], ticks, unit)
+            panel.set(title=loss, xlabel="size of the labels, pixels", ylabel=f"{label} ({unit})")
+    first = reports[0].case
+    note = f"{first.shape[0]} image, {first.shape[1]} classes, {name_of(dtype)}; medians; lower is better"
+    note += f"; logits at 1/{first.scale} of the labels' size" * (first.scale > 1)
+    return [save(figure, title, machine, device, note, file)]
+
+
+def at_least(line: Line, least: float) -> Line:
+    """The line on a logarithmic axis, which has no 0."""
+    return Line(line.name, line.x, [max(value, least) for value in line.y])
+
+
+def size_of(case: Case) -> str:
+    return f"{case.scale * case.shape[2]}×{case.scale * case.shape[3]}"
+
+
+def draw_roofline(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
+    """The bytes that the loss must move, over the time, beside the speed of a copy: a panel for each loss."""
+    if not reports:
+        return []
+    reports = sorted(reports, key=lambda report: report.case.pixels)
+    losses = list(dict.fromkeys(report.case.loss for report in reports))
+    figure, axes = make_figure(8.5 * len(losses), 5, 1, len(losses))
+    for panel, loss in zip(axes[0], losses, strict=True):
+        found = [report for report in reports if report.case.loss == loss]
+        x = {str(report.case): float(report.case.pixels) for report in found}
+        ticks = {float(report.case.pixels): size_of(report.case) for report in found}
+        roof = [row.gb_per_s for report in found for row in report.parts if row.name == COPY]
+        lines = [Line("copy_ (the roof)", list(ticks), roof), *lines_of(found, x, "gb_per_s", peers=3)]
+        draw_lines(panel, lines, ticks, "GB/s")
+        panel.set(title=loss, xlabel="size of the image, pixels", ylabel="effective bandwidth (GB/s)")
+    note = "Bytes that the loss must move at least, over the median time. Higher is better."
+    return [
+        save(figure, "Roofline of the loss and its gradient", machine, reports[0].case.device, note, file)
+    ]
+
+
+def draw_speed_up_map(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
+    """Classes against resolution: how many times longer each peer takes than ours; a panel for each peer."""
+    losses = list(dict.fromkeys(report.case.loss for report in reports))
+    peers = {
+        loss: sorted({row.name for r in reports if r.case.loss == loss for row in fastest([r])})
+        for loss in losses
+    }
+    count = max(map(len, peers.values()))
+    figure, axes = make_figure(6.5 * count, 4.2 * len(losses), len(losses), count)
+    sides = [256, 512, 1024, 2048]
+    for panels, loss in zip(axes, losses, strict=True):
+        found = {report.case.shape[1:3]: report for report in reports if report.case.loss == loss}
+        classes = sorted({c for c, side in found if side in sides and (c, sides[0]) in found})
+        for panel, peer in zip(panels, peers[loss], strict=True):
+            values = [[ratio_of(found.get((c, side)), peer) for side in sides] for c in classes]
+            draw_heat_map(panel, values, [f"{side}²" for side in sides], [str(c) for c in classes], 20)
+            panel.set(title=f"{loss}: {peer}", xlabel="size of the image, pixels", ylabel="classes")
+    note = "Time of the peer over the time of ial_cuda, loss and gradient."
+    return [save(figure, "Speed-up of ial_cuda", machine, reports[0].case.device, note, file)]
+
+
+def ratio_of(report: Report | None, name: str) -> float | None:
+    return next((row.ratio for row in report.providers if row.name == name), None) if report else None
+
+
+#: The axes of the sweep beside pixels and classes: title, and what a case is called on it.
+AXES = {
+    "dtype of the logits": lambda case: name_of(case.dtype),
+    "layout": lambda case: name_of(case.layout),
+    "dtype of the labels": lambda case: name_of(case.labels),
+    "images of 256²": lambda case: str(case.shape[0]),
+    "threads": lambda case: str(case.threads or "all"),
+}
+
+
+def draw_inputs(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
+    """Time against what a user may pass: a panel for each axis, for cross-entropy."""
+    reports = [report for report in reports if report.case.loss == CROSS_ENTROPY]
+    default = next((report.case for report in reports if report.case.shape == (1, 19, 512, 512)), None)
+    if default is None:
+        return []
+    panels = {}
+    for axis, name in AXES.items():
+        base = replace(default, shape=(1, 19, 256, 256)) if "images" in axis else default
+        field = {"dtype of the logits": "dtype", "dtype of the labels": "labels"}.get(axis, axis.split()[0])
+        field = "shape" if field == "images" else field
+        own = [r for r in reports if replace(r.case, **{field: getattr(base, field)}) == base]
+        own = [r for r in own if field != "shape" or r.case.shape[1:] == base.shape[1:]]
+        panels[axis] = {name(report.case): report for report in own}
+    panels = {axis: found for axis, found in panels.items() if len(found) > 1}
+    if not panels:
+        return []
+    figure, axes = make_figure(4.6 * len(panels), 4.8, 1, len(panels))
+    for panel, (axis, found) in zip(axes[0], panels.items(), strict=True):
+        names = dict.fromkeys(row.name for r in found.values() for row in r.providers if row.median_ms)
+        chosen = [name for name in names if "," not in name or name.endswith(COMPILED)]
+        width = 0.8 / len(chosen)
+        for place, provider in enumerate(chosen):
+            rows = [next((row for row in r.providers if row.name == provider), None) for r in found.values()]
+            at = [index + (place + 0.5) * width - 0.4 for index in range(len(rows))]
+            times = [row.median_ms or 0 if row else 0 for row in rows]
+            style = {"hatch": "//", "edgecolor": "white"} if provider == FLOOR else {}
+            panel.bar(at, times, width, color=colour(provider), label=provider, **style)
+        panel.set_xticks(range(len(found)), list(found), rotation=20)
+        panel.set(xlabel=axis, ylabel="time (ms)", yscale="log")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    note = "Cross-entropy and gradient, 1×19×512×512 float32 where the axis does not say otherwise; medians"
+    return [save(figure, "Time against the form of the inputs", machine, default.device, note, file)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import takewhile
@@ -130,8 +130,8 @@ def cross_entropy(logits: Tensor, target: Tensor, weight: Tensor, **options: Any
 
 def options_of(num_classes: int, **options: Any) -> Options:
     """The options of every benchmark, and others."""
-    hierarchy = hierarchy_of(num_classes)
-    return Options(hierarchy, lambdas=LAMBDA, alpha=ALPHA, ignore_index=IGNORE_INDEX, **options)
+    given = {"hierarchy": hierarchy_of(num_classes), "lambdas": LAMBDA, "alpha": ALPHA} | options
+    return Options(ignore_index=IGNORE_INDEX, **given)
 
 
 def reference_loss(logits: Tensor, target: Tensor, weight: Tensor, **options: Any) -> Tensor:
@@ -160,8 +160,8 @@ def of_case(case: Case, loss: Loss) -> Loss:
     return of_rows
 
 
-def make_peers(case: Case, *, compiled: bool) -> list[Provider]:
-    """The case's loss in plain PyTorch, as it is and under torch.compile."""
+def make_peers(case: Case, *, compiled: bool, dynamic: bool = False) -> list[Provider]:
+    """The case's loss in plain PyTorch, as it is and, if ``compiled``, under torch.compile."""
     prefix = "F.interpolate + " if case.scale > 1 else ""
     if case.loss == CROSS_ENTROPY:
         smoothing = {"label_smoothing": case.label_smoothing} if case.label_smoothing else {}
@@ -174,21 +174,22 @@ def make_peers(case: Case, *, compiled: bool) -> list[Provider]:
     peers = [Provider(prefix + name, eager, eager, labels, captured=captured)]
     if compiled:
         peers.append(
-            replace(peers[0], name=peers[0].name + COMPILED, loss=compile_anew(eager), compiled=True)
+            replace(
+                peers[0],
+                name=peers[0].name + COMPILED,
+                loss=compile_anew(eager, dynamic=dynamic),
+                compiled=True,
+            )
         )
     return peers
 
 
-def compile_anew(function: Callable[..., Any], *, fullgraph: bool = False) -> Any:
-    """`torch.compile` for static shapes, without the caches on disk.
+def compile_anew(function: Callable[..., Any], *, dynamic: bool = False, fullgraph: bool = False) -> Any:
+    """`torch.compile` without its caches on disk.
 
     Those caches do not tell instruction sets apart (seen in torch 2.14). A process that was limited to an
     older set, as in some tests, leaves code there that is ten times slower.
     """
     torch.compiler.config.force_disable_caches = True
     warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
-    return torch.compile(function, dynamic=False, fullgraph=fullgraph)
-
-
-def usable(providers: Sequence[Provider]) -> list[Provider]:
-    return [provider for provider in providers if provider.missing is None]
+    return torch.compile(function, dynamic=dynamic, fullgraph=fullgraph)

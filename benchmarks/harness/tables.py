@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 #: More columns than any table needs: output that is no terminal is never wrapped.
 FULL_WIDTH = 1000
@@ -33,14 +34,14 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
     first two columns fit, each row is a block of lines.
     """
     console.print()
-    console.print(title, style="bold", soft_wrap=True, highlight=False)
+    console.print(Text(title, "bold"), soft_wrap=True)
     rows = [[*row, *[""] * (len(headings) - len(row))] for row in rows]
     for shown in range(len(headings), 1, -1):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for place, heading in enumerate(headings[:shown]):
             table.add_column(heading, justify="right" if place else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row[:shown])
+            table.add_row(*map(Text, row[:shown]))
         if console.measure(table, options=console.options.update(width=FULL_WIDTH)).maximum <= console.width:
             console.print(table)
             if left_out := headings[shown:]:
@@ -48,7 +49,7 @@ def print_table(console: Console, title: str, headings: Sequence[str], rows: Seq
                 console.print(text, style="dim", soft_wrap=True, highlight=False)
             return
     for row in rows:
-        console.print(row[0], soft_wrap=True, highlight=False)
+        console.print(Text(row[0]), soft_wrap=True)
         for heading, cell in zip(headings[1:], row[1:], strict=True):
             if cell:
-                console.print(f"  {heading} {cell}", soft_wrap=True, highlight=False)
+                console.print(Text(f"  {heading} {cell}"), soft_wrap=True)
