@@ -1,4 +1,4 @@
-"""The scan for cliffs on two tiny cases: what it measures, writes and lists."""
+"""The scan for cliffs on tiny images: what it measures, writes, draws and lists."""
 
 import json
 
@@ -9,26 +9,32 @@ cliffs = pytest.importorskip("benchmarks.cliffs", reason="needs ial_cuda[bench],
 
 
 def test_results_and_picture(tmp_path, monkeypatch, capsys):
-    tiny = [cliffs.Case("classes", n, torch.randn(1, n, 2, 8), torch.zeros(1, 2, 8).long()) for n in (1, 4)]
-    monkeypatch.setattr(cliffs, "cases", lambda: tiny)
+    tiny = torch.zeros(1, 4, 8).long()
+    monkeypatch.setattr(cliffs, "image", lambda classes, **_: (torch.randn(1, classes, 4, 8), tiny))
+    file, before = tmp_path / "cliffs.json", tmp_path / "cliffs-before.json"
+    arguments = ["--rounds", "2", "--output", str(tmp_path)]
     threads = torch.get_num_threads()
     try:
-        assert cliffs.main(["--rounds", "2", "--output", str(tmp_path)]) == 0
-        before = json.loads((tmp_path / "cliffs.json").read_text())
-        monkeypatch.setattr(cliffs.Program, "run", lambda self, tree: before)
-        assert cliffs.main(["--rounds", "2", "--output", str(tmp_path), "--before", "old"]) == 0
+        assert cliffs.main(arguments) == 0
+        result, alone = json.loads(file.read_text()), (tmp_path / "cliffs.png").read_bytes()
+        monkeypatch.setattr(cliffs.Program, "run", lambda self, tree: result)
+        assert cliffs.main([*arguments, "--before", "old"]) == 0
+        assert json.loads(before.read_text()) == result
+        assert (tmp_path / "cliffs.png").read_bytes() != alone
+        cliffs.main(arguments)
+        assert not before.exists()
     finally:
         torch.set_num_threads(threads)
-    assert json.loads((tmp_path / "cliffs-before.json").read_text()) == before
-    assert (tmp_path / "cliffs.png").stat().st_size > 10_000
-    assert list(before["scans"]["classes"]) == ["1", "4"]
-    assert all(value > 0 for steps in before["scans"]["classes"].values() for value in steps.values())
-    assert "classes" in capsys.readouterr().out
+    assert len(result["scans"]) == len(set(cliffs.PANELS) - {";"})
+    assert list(result["scans"]["type of labels"]) == ["int64", "int32", "uint8"]
+    times = [time for scan in result["scans"].values() for steps in scan.values() for time in steps.values()]
+    assert len(times) > 400 and min(times) > 0
+    assert "\n  " in capsys.readouterr().out
 
 
 def test_neighbours_apart_are_listed():
     flat = dict.fromkeys(cliffs.STEPS, 1.0)
-    high = flat | {cliffs.STEPS[1]: 1.31}
+    high = flat | {"1 level, step": 1.31}
     assert list(cliffs.cliffs({"3": flat, "4": high, "5": high})) == [
         "3 to 4: 1 level, step: 1.00 and 1.31 ns, 1.31 times"
     ]
