@@ -46,10 +46,10 @@ bench: $(STAMP) ## time the loss on this machine: everyone who computes it, size
 
 # Installs nothing, because some GPU machines do not allow it. $(PYTHON) is used as it is.
 gpu-check: ## build for this GPU, run the tests and compute-sanitizer, in nine minutes; without a GPU, a dry run
-	$(PYTHON) -m benchmarks.gpu_check check --output $(OUT)
+	$(PYTHON) -m tools.gpu_check check --output $(OUT)
 
 gpu-bench: ## run the benchmarks on this GPU, in nine minutes; without a GPU, a dry run
-	$(PYTHON) -m benchmarks.gpu_check bench --output $(OUT)
+	$(PYTHON) -m tools.gpu_check bench --output $(OUT)
 
 lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff check
@@ -67,7 +67,7 @@ sdist: $(STAMP) ## write the source distribution to dist/
 
 clean: ## remove build outputs; the environment stays
 	rm -rf build dist ial_cuda.egg-info ial_cuda/_C*.so ial_cuda/_build.json .pytest_cache .ruff_cache .hypothesis
-	find ial_cuda tests benchmarks -name __pycache__ -prune -exec rm -r {} +
+	find ial_cuda tests benchmarks examples tools -name __pycache__ -prune -exec rm -r {} +
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "ial_cuda needs Python 3.10 or newer; $(PYTHON) is " + sys.version.split()[0] + ": name another with PYTHON=")'

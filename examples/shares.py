@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from .common import Step, peak_bytes, time_interleaved
-from .report import EXTRA, RATIO, Row, make_table, quotient
+from benchmarks.common import Step, peak_bytes, time_interleaved
+from benchmarks.report import EXTRA, RATIO, Row, make_table, quotient
 
 IN_STEP, ALONE = "step", "alone"
 

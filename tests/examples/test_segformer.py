@@ -10,7 +10,7 @@ import torch
 from ial_cuda import backends
 
 pytest.importorskip("transformers")
-segformer = pytest.importorskip("benchmarks.segformer", reason="needs ial_cuda[bench], and python -m pytest")
+segformer = pytest.importorskip("examples.segformer", reason="needs ial_cuda[bench], and python -m pytest")
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"

@@ -1,5 +1,5 @@
 """The paper's experiment: trains ENet, SegNet and FCN-8s on CamVid or Cityscapes with cross-entropy or IAL,
-reports what came of it, and measures the share of the loss in a training step. See benchmarks/EXPERIMENT.md.
+reports what came of it, and measures the share of the loss in a training step. See examples/paper/README.md.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .command import at_least_2
-from .common import describe_machine, write_json
-from .experiment.data import SOURCES
-from .experiment.networks import NETWORKS
-from .experiment.processes import Processes
-from .experiment.recipe import Recipe
-from .experiment.report import HIERARCHIES, report
-from .experiment.shares import profile
-from .experiment.training import train
+from benchmarks.command import at_least_2
+from benchmarks.common import describe_machine, write_json
+
+from .data import SOURCES
+from .networks import NETWORKS
+from .processes import Processes
+from .profiling import profile
+from .recipe import Recipe
+from .report import HIERARCHIES, report
+from .training import train
 
 TABLE_WIDTH = 150  # rather too wide for the terminal than cut
 FULL_SIZE = {"camvid": (360, 480), "cityscapes": (1024, 2048)}  # of the profiled images
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.paper", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("run", help="one training; goes on from OUTPUT's checkpoint if it has one")

@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.stages import ROOT, TOOL_PATH, Check, Stage
+from tools.stages import ROOT, TOOL_PATH, Check, Stage
 
 #: Seconds for all stages together. Of them, for the first import of torch, which reads gigabytes.
 TOTAL, PROBE_SECONDS = 530, 240
@@ -71,7 +71,8 @@ print(json.dumps([capability, torch.__version__, torch.version.cuda]))
 INFO = """
 import sys
 from pathlib import Path
-from benchmarks import common, gpu_check
+from benchmarks import common
+from tools import gpu_check
 from ial_cuda import backends
 print(backends.describe())
 machine = {{name: value for name, value in common.describe_machine().items() if value is not None}}
@@ -362,9 +363,9 @@ def describe_goal(goal: Mapping[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu_check", description=__doc__)
     parser.add_argument("what", nargs="?", choices=STAGES, default="check", help="default: check")
-    latest = Path(__file__).parent / "results" / "latest"
+    latest = ROOT / "benchmarks" / "results" / "latest"
     parser.add_argument(
         "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
     )

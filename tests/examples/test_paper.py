@@ -20,9 +20,9 @@ from PIL import Image
 from ial_cuda import CAMVID, CITYSCAPES, importance_aware_loss
 
 pytest.importorskip("torchmetrics")
-train = pytest.importorskip("benchmarks.train", reason="needs ial_cuda[bench], and python -m pytest")
+train = pytest.importorskip("examples.paper.__main__", reason="needs ial_cuda[bench], and python -m pytest")
 
-from benchmarks.experiment import data, losses, networks, report, scores  # noqa: E402
+from examples.paper import data, losses, networks, report, scores  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 VOID = 11
@@ -335,7 +335,7 @@ def start(*command: object) -> subprocess.Popen:
 def test_killed_and_resumed_is_as_never_killed(camvid, tmp_path):
     options = ["--epochs", 10, "--batch", 2, "--interval", 1]  # 30 steps of ENet, with dropout and momenta
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = start("benchmarks.train", *arguments(camvid, killed, *options))
+    process = start("examples.paper", *arguments(camvid, killed, *options))
     deadline = time.monotonic() + 60
     while not (killed / "log.json").exists() or len(read_log(killed)["rows"]) < 3:
         assert process.poll() is None and time.monotonic() < deadline
@@ -375,7 +375,7 @@ def test_two_processes_are_as_one(camvid, tmp_path):
     """
     options = ["--epochs", 3, "--batch", 4, "--optimizer", "sgd", "--learning-rate", 0.02]
     one, two = tmp_path / "one", tmp_path / "two"
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "benchmarks.train"]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "examples.paper"]
     process = start(*torchrun, *arguments(camvid, two, *options), "--distributed")
     assert train.main(arguments(camvid, one, *options)) == 0
     assert process.wait() == 0

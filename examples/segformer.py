@@ -19,12 +19,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from benchmarks.command import make_plain_parser
+from benchmarks.common import Step, describe_machine, write_json
+from benchmarks.inputs import IGNORE_INDEX
+from benchmarks.report import Row
 from ial_cuda import cross_entropy
 
-from .command import make_plain_parser
-from .common import Step, describe_machine, write_json
-from .inputs import IGNORE_INDEX
-from .report import Row
 from .shares import measure_shares, report_shares
 
 STEPS = 3

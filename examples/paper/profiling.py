@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.common import Step
 from ial_cuda import Hierarchy
 
-from ..common import Step
 from ..shares import measure_shares, report_shares
 from .losses import Loss, make_loss
 from .processes import Processes

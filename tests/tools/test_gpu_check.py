@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 import simt
 
-gpu_check = pytest.importorskip("benchmarks.gpu_check", reason="needs python -m pytest in the checkout")
-from benchmarks import stages  # noqa: E402  (which needs the same)
+gpu_check = pytest.importorskip("tools.gpu_check", reason="needs python -m pytest in the checkout")
 from ial_cuda import backends  # noqa: E402
+from tools import stages  # noqa: E402  (which needs the same)
 
 Stage = stages.Stage
 
@@ -68,7 +68,7 @@ def built():
     ("what", "chosen"), [("check", None), ("bench", None), ("bench", ["info", "upsample"])], ids=str
 )
 def test_a_dry_run(what, chosen, tmp_path, built):
-    command = [sys.executable, "-m", "benchmarks.gpu_check", what, "--dry-run", "--output", tmp_path]
+    command = [sys.executable, "-m", "tools.gpu_check", what, "--dry-run", "--output", tmp_path]
     command += ["--stages", *chosen] if chosen else []
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -164,7 +164,7 @@ time.sleep(300)
 CUT_OFF = """
 import signal, sys
 from pathlib import Path
-from benchmarks import stages
+from tools import stages
 
 signal.signal(signal.{signal}, lambda *_: sys.exit(1))
 code = "import time\\nprint('so far', flush=True)\\n"
@@ -629,7 +629,7 @@ def test_the_makefile_starts_it_without_an_environment(what, tmp_path):
     assert done.stdout.split() == [
         "some-python",
         "-m",
-        "benchmarks.gpu_check",
+        "tools.gpu_check",
         what,
         "--output",
         str(tmp_path),

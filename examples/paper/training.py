@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from benchmarks.common import describe_machine, write_json
 from ial_cuda import Hierarchy, median_frequency_weights
 
-from ..common import describe_machine, write_json
 from .data import SOURCES, Batches, Source, TrainingSet, as_input
 from .losses import make_loss, total_weight
 from .networks import NETWORKS
