@@ -1,4 +1,4 @@
-"""The share of a loss in a training step: steps, and their losses with the gradient alone, side by side."""
+"""The share of a loss in a training step: the step and the loss alone, measured side by side."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common import Step, peak_bytes, time_interleaved
-from benchmarks.report import EXTRA, RATIO, Row, make_table, quotient
+from benchmarks.harness.measure import Step, peak_bytes, time_interleaved
+from benchmarks.harness.report import Row, mib, quotient
+from benchmarks.harness.tables import number, print_table
 
-IN_STEP, ALONE = "step", "alone"
+STEP, ALONE = "step", "alone"
 
 
 def measure_shares(
     steps: Mapping[str, tuple[Step, Step]], ours: str, images: Tensor, device: str, rounds: int
 ) -> list[Row]:
-    """Time and peak memory of each step, and of its loss alone.
+    """Time and peak memory of each training step, and of each loss with its gradient alone.
 
     Args:
-        steps: by loss, a training step and the loss alone, of ``images``.
-        ours: the loss that the ratios are to.
+        steps: by name of the loss, both as functions of ``images``.
+        ours: the loss that ratios are relative to.
     """
     every = {
         f"{part}, {name}": step
         for name, both in steps.items()
-        for part, step in zip((IN_STEP, ALONE), both, strict=True)
+        for part, step in zip((STEP, ALONE), both, strict=True)
     }
     memory = {name: peak_bytes(step, images) for name, step in every.items()}
     times = time_interleaved(every, lambda: images, device, rounds, lambda: None)
@@ -36,20 +37,23 @@ def measure_shares(
             name,
             **asdict(times[name]),
             ratio=quotient(times[name].median_ms, times[f"{name.split(',')[0]}, {ours}"].median_ms),
-            extra_mib=round(memory[name] / 2**20, 2),
+            extra_mib=mib(memory[name]),
         )
         for name in sorted(every, reverse=True)
     ]
 
 
-def report_shares(title: str, rows: Sequence[Row], device: str, console: Console) -> dict[str, Any]:
-    """Shows the rows and each loss' share of its step; both as JSON."""
-    console.print(make_table(title, rows, device, (RATIO, EXTRA)))
-    medians = {row.name: row.median_ms for row in rows}
-    losses = [name.removeprefix(f"{ALONE}, ") for name in medians if name.startswith(ALONE)]
-    shares = {
-        name: round(100 * medians[f"{ALONE}, {name}"] / medians[f"{IN_STEP}, {name}"], 2) for name in losses
-    }
-    for name, share in shares.items():
-        console.print(f"{name}: {share} % of its step", highlight=False)
+def show_shares(title: str, rows: Sequence[Row], console: Console) -> dict[str, Any]:
+    """Shows each loss's share of its step; shares and rows as JSON."""
+    by_name = {row.name: row for row in rows}
+    losses = [name.removeprefix(f"{ALONE}, ") for name in by_name if name.startswith(ALONE)]
+    shares, cells = {}, []
+    for loss in losses:
+        step, alone = by_name[f"{STEP}, {loss}"], by_name[f"{ALONE}, {loss}"]
+        shares[loss] = round(100 * alone.median_ms / step.median_ms, 2)
+        figures = [(step.median_ms, 1), (alone.median_ms, 2), (shares[loss], 2)]
+        figures += [(step.extra_mib, 1), (alone.extra_mib, 1)]
+        cells.append([loss, *(number(value, digits) for value, digits in figures)])
+    headings = ["", "step ms", "loss alone ms", "share %", "step MiB", "loss alone MiB"]
+    print_table(console, title, headings, cells)
     return {"share_percent": shares, "rows": [asdict(row) for row in rows]}

@@ -1,1 +1,1 @@
-"""The paper's experiment: three networks, two data sets, their losses, training, and what is told of it."""
+"""The experiment of the IAL paper: networks, data sets, losses, training and reports."""

@@ -1,12 +1,12 @@
-"""CamVid and Cityscapes as they lie on disk, their augmentation, and the order in which they are seen.
+"""CamVid and Cityscapes on disk, their augmentation, and the order of the images.
 
-Which images a step sees, and how they are augmented, depends on the seed, the epoch and the image alone,
-never on the state of a generator: so training goes on exactly from any step, with any number of workers.
+The images of a step and their augmentation depend on the seed, the epoch and the image alone, never on the
+state of a random generator. So training resumes exactly, at any step and with any number of workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from ial_cuda import CAMVID, CITYSCAPES, Hierarchy
 from ial_cuda.label_images import CITYSCAPES_IDS
 
-#: Mean and standard deviation of ImageNet's red, green and blue, as is usual.
+#: Mean and standard deviation of red, green and blue in ImageNet.
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -37,15 +37,13 @@ class Source:
 
     Attributes:
         pairs: its files, sorted.
-        hierarchy: of its classes.
-        ignore_index: the label of void.
-        table: (256,) uint8, the label that each value of a label map stands for.
+        hierarchy: the levels of its classes, with the label of void.
+        label_of: (256,) uint8, the label for each value in the files.
     """
 
     pairs: Sequence[Pair]
     hierarchy: Hierarchy
-    ignore_index: int
-    table: np.ndarray
+    label_of: np.ndarray
 
     def image(self, index: int) -> Image.Image:
         with Image.open(self.pairs[index].image) as image:
@@ -53,24 +51,24 @@ class Source:
 
     def labels(self, index: int) -> Image.Image:
         with Image.open(self.pairs[index].labels) as image:
-            return Image.fromarray(self.table[np.asarray(image)])
+            return Image.fromarray(self.label_of[np.asarray(image)])
 
     def label_maps(self) -> Iterator[np.ndarray]:
-        """All label maps (H, W), uint8, at full size, one by one."""
-        for index in range(len(self.pairs)):
-            yield np.asarray(self.labels(index))
+        """All label maps (H, W), uint8, at full size."""
+        return (np.asarray(self.labels(index)) for index in range(len(self.pairs)))
 
 
 def camvid(root: Path, split: str) -> Source:
-    """CamVid as in SegNet's tutorial: ``root``/train and trainannot (or val, test), files of the same name.
+    """CamVid as in SegNet's tutorial: ``root``/train and ``root``/trainannot with the same file names.
 
     Raises:
-        FileNotFoundError: a folder is not there or empty, or an image has no label map.
+        FileNotFoundError: a folder is missing or empty, or an image has no label map.
     """
     folder, annotated = root / split, root / f"{split}annot"
     images = sorted(file for file in folder.glob("*") if file.suffix in (".png", ".jpg"))
     pairs = [Pair(file, annotated / f"{file.stem}.png") for file in images]
-    return Source(checked(pairs, folder), CAMVID, CAMVID.num_classes, np.arange(256, dtype=np.uint8))
+    check(pairs, folder)
+    return Source(pairs, CAMVID, np.arange(256, dtype=np.uint8))
 
 
 def cityscapes(root: Path, split: str) -> Source:
@@ -84,36 +82,45 @@ def cityscapes(root: Path, split: str) -> Source:
         Pair(file, annotated / file.parent.name / file.name.replace("_leftImg8bit", "_gtFine_labelIds"))
         for file in sorted(folder.glob("*/*_leftImg8bit.png"))
     ]
-    void = 255
-    table = np.full(256, void, dtype=np.uint8)
-    table[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
-    return Source(checked(pairs, folder), CITYSCAPES, void, table)
+    check(pairs, folder)
+    label_of = np.full(256, CITYSCAPES.ignore_index, dtype=np.uint8)
+    label_of[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
+    return Source(pairs, CITYSCAPES, label_of)
 
 
-def checked(pairs: Sequence[Pair], folder: Path) -> Sequence[Pair]:
+def check(pairs: Sequence[Pair], folder: Path) -> None:
     if not pairs:
         raise FileNotFoundError(f"{folder} has no images")
     for pair in pairs:
         if not pair.labels.is_file():
             raise FileNotFoundError(f"{pair.image} has no label map {pair.labels}")
-    return pairs
 
 
-SOURCES = {"camvid": camvid, "cityscapes": cityscapes}
+class DataSet(NamedTuple):
+    open: Callable[[Path, str], Source]  # the root folder and the split
+    hierarchy: Hierarchy
+    size: tuple[int, int]  # (H, W) of the images
+
+
+DATA_SETS = {
+    "camvid": DataSet(camvid, CAMVID, (360, 480)),
+    "cityscapes": DataSet(cityscapes, CITYSCAPES, (1024, 2048)),
+}
 
 
 class TrainingSet(Dataset):
     """Augmented images and label maps, by (epoch, index): (h, w, 3) and (h, w), both uint8.
 
-    What is seen of an image is a window at a random place, ``zoom`` times smaller than ``size`` at ``scale``
-    with ``zoom`` uniform in [1, max_zoom], resized to ``size`` (images bilinearly, labels to the nearest) and
-    mirrored every other time. Without a crop and with max_zoom 1 that is the whole image.
+    The augmentation takes a window at a random place, resizes it to the output size (images bilinearly,
+    labels to the nearest) and mirrors it with probability 1/2. The window is ``zoom`` times smaller than the
+    output at ``scale``, with ``zoom`` uniform in [1, max_zoom]. Without a crop and with max_zoom 1 it is the
+    whole image.
 
     Args:
-        source: what is read.
-        seed: of the augmentation.
-        scale: by which images are shrunk.
-        crop: ``size`` (h, w), in pixels of the shrunk image; None for all of it.
+        source: the split to read.
+        seed: the seed of the augmentation.
+        scale: the factor by which images are scaled down.
+        crop: the output size (h, w) in pixels of the scaled image; None for the whole image.
         max_zoom: at least 1.
 
     Raises:
@@ -124,8 +131,8 @@ class TrainingSet(Dataset):
         self, source: Source, seed: int, scale: float, crop: tuple[int, int] | None, max_zoom: float
     ) -> None:
         self.source, self.seed, self.max_zoom = source, seed, max_zoom
-        full = np.array(source.image(0).size)  # (W, H), as Pillow has it
-        self.size = shrunk(full, scale) if crop is None else np.array(crop[::-1])
+        full = np.array(source.image(0).size)  # (W, H), the order of Pillow
+        self.size = scaled(full, scale) if crop is None else np.array(crop[::-1])
         #: (w, h) of the window without zoom, in pixels of the file
         self.window = full if crop is None else self.size / scale
         if (self.window > full).any():
@@ -136,7 +143,7 @@ class TrainingSet(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
-        # 1 more, since a seed's trailing zeros do not count and (seed, epoch) is the order's.
+        # index + 1: NumPy ignores trailing zeros of a seed, and (seed, epoch) is the seed of the order.
         random = np.random.default_rng((self.seed, epoch, index + 1))
         image = self.source.image(index)
         window = self.window / random.uniform(1, self.max_zoom)
@@ -163,23 +170,23 @@ class EvaluationSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self.source.image(index)
-        image = image.resize(tuple(shrunk(image.size, self.scale)), Image.Resampling.BILINEAR)
+        image = image.resize(tuple(scaled(image.size, self.scale)), Image.Resampling.BILINEAR)
         return tuple(torch.from_numpy(np.array(pixels)) for pixels in (image, self.source.labels(index)))
 
 
-def shrunk(size: Sequence[int], scale: float) -> np.ndarray:
+def scaled(size: Sequence[int], scale: float) -> np.ndarray:
     return np.rint(np.asarray(size) * scale).astype(int)
 
 
 class Batches(Sampler[list[tuple[int, int]]]):
-    """The keys of `TrainingSet` in the steps ``start`` to ``stop`` - 1: each epoch in an order of its own.
+    """The keys of `TrainingSet` for the steps ``start`` to ``stop`` - 1. Each epoch has its own order.
 
     Args:
-        images: how many there are. Those that fill no batch are left out of the epoch.
-        batch: images a step, over all processes.
-        seed: of the order.
+        images: the number of images. An epoch leaves out the last ones that do not fill a batch.
+        batch: the number of images per step, over all processes.
+        seed: the seed of the order.
         start, stop: steps, counted over the whole training.
-        rank, world: of the batch, this process sees every world-th image, from the rank-th on.
+        rank, world: this process gets every world-th image of a batch, starting at rank.
     """
 
     def __init__(
@@ -200,7 +207,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
 
 
 def as_input(images: Tensor, device: torch.device) -> Tensor:
-    """Normalised float32 images (N, 3, H, W), channels last, of (N, H, W, 3) uint8."""
+    """Images (N, H, W, 3), uint8, as input of a network: (N, 3, H, W), float32, normalized."""
     images = images.to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
     mean, deviation = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return (images - mean) / deviation

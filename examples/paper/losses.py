@@ -1,4 +1,4 @@
-"""The losses that are compared, with one signature."""
+"""Cross-entropy and IAL with one signature."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from ial_cuda import Hierarchy, ImportanceAwareLoss
 from .networks import NETWORKS
 from .recipe import Recipe
 
-ALPHA, LAMBDA = 1.0, 0.5  # the paper's
+ALPHA, LAMBDA = 1.0, 0.5  # as in the paper
 
-#: Of logits (N, C, h, w) and labels (N, H, W), uint8: the loss, and with IAL the factors f_t (N, g-1).
+#: Takes logits (N, C, h, w) and labels (N, H, W), uint8. Returns the loss and, for IAL, f (N, g-1).
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def make_loss(
     recipe: Recipe,
     hierarchy: Hierarchy,
-    ignore_index: int,
     weight: Tensor | None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> Loss:
-    """The recipe's loss; ``backend`` is IAL's."""
+    """The loss of a recipe. ``backend`` is for IAL."""
     coarse = NETWORKS[recipe.network].coarse
     if recipe.loss == "ial":
         criterion = ImportanceAwareLoss(
@@ -34,7 +33,6 @@ def make_loss(
             weight,
             alpha=ALPHA,
             lambdas=LAMBDA,
-            ignore_index=ignore_index,
             reduction=reduction,
             gradient=recipe.gradient,
             factor_normalization=recipe.factors,
@@ -53,13 +51,13 @@ def make_loss(
         logits = logits.float()
         if coarse:
             logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-        loss = F.cross_entropy(logits, labels.long(), weight, ignore_index=ignore_index, reduction=reduction)
-        return loss, None
+        options = {"ignore_index": hierarchy.ignore_index, "reduction": reduction}
+        return F.cross_entropy(logits, labels.long(), weight, **options), None
 
     return cross_entropy
 
 
 def total_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The summed weight of the valid pixels, (): what the mean of every loss is divided by."""
+    """The summed weight of the valid pixels, (): the divisor of the mean."""
     valid = labels[labels != ignore_index].long()
     return valid.new_tensor(valid.numel()).float() if weight is None else weight[valid].sum()

@@ -1,8 +1,8 @@
 """ENet, SegNet and FCN-8s, as published where that is possible without pretrained weights.
 
-Every network takes images (N, 3, H, W) of any size. ENet and SegNet return logits (N, C, H, W); FCN-8s
-returns coarse ones, (N, C, h, w) with h and w an eighth of the image's, rounded up. ``width`` multiplies the
-number of channels of every hidden layer.
+Every network takes images (N, 3, H, W) of any size. ENet and SegNet return logits (N, C, H, W). FCN-8s
+returns coarse logits (N, C, h, w): an eighth of the image size, rounded up. ``width`` multiplies the number
+of channels of every hidden layer.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-#: Channels of VGG16's convolutions (Simonyan and Zisserman 2015, configuration D), stage by stage; each stage
-#: ends in a max-pooling by two.
+#: Channels of VGG16's convolutions (Simonyan and Zisserman 2015, configuration D), by stage. Each stage
+#: ends with max-pooling by two.
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -25,12 +25,12 @@ def scaled(channels: int, width: float) -> int:
 
 
 def half_pool(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Max-pooling by two, an odd row or column being a window of its own; and the indices of the maxima."""
+    """Max-pooling by two, and the indices of the maxima. An odd last row or column is pooled alone."""
     return F.max_pool2d(x, 2, ceil_mode=True, return_indices=True)
 
 
 class Initial(nn.Module):
-    """ENet's Fig. 2a: a strided convolution beside a max-pooling of the image, 3 of the channels."""
+    """ENet's Fig. 2a: a strided convolution, concatenated with the max-pooled image (3 channels)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ class Bottleneck(nn.Module):
     """ENet's Fig. 2b: projection to a quarter of the channels, a convolution, expansion, and the sum with x.
 
     Args:
-        channels: of x and of what is returned.
-        dilation: of the 3x3 convolution.
+        channels: the number of channels of input and output.
+        dilation: the dilation of the 3x3 convolution.
         asymmetric: 5x1 and 1x5 instead of 3x3.
-        dropout: the probability of a channel of the branch to be dropped.
+        dropout: the probability of dropping a channel of the branch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Bottleneck(nn.Module):
 
 
 class Down(nn.Module):
-    """A bottleneck that halves the size: the sum is with the pooled x, filled up with channels of zeros."""
+    """A bottleneck that halves the size. The skip connection is the pooled x and channels of zeros."""
 
     def __init__(self, before: int, channels: int, dropout: float) -> None:
         super().__init__()
@@ -92,13 +92,13 @@ class Down(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pooled, indices = half_pool(x)
         height, width = x.shape[2:]
-        even = F.pad(x, (0, width % 2, 0, height % 2))  # so that branch and pooling have one size
+        even = F.pad(x, (0, width % 2, 0, height % 2))  # the branch and the pooling get the same size
         pooled = F.pad(pooled, (0, 0, 0, 0, 0, self.more))
         return self.activation(pooled + self.branch(even)), indices
 
 
 class Up(nn.Module):
-    """A bottleneck that doubles the size: the sum is with x unpooled to where the maxima were."""
+    """A bottleneck that doubles the size. The skip connection is x, unpooled to the places of the maxima."""
 
     def __init__(self, before: int, channels: int, dropout: float = 0.1) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Up(nn.Module):
         self.activation = nn.PReLU(channels)
 
     def forward(self, x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
-        """``size``: (H, W) of what was pooled with ``indices``."""
+        """``size``: (H, W) before the pooling that gave ``indices``."""
         main = F.max_unpool2d(self.main(x), indices, 2, output_size=size)
         return self.activation(main + self.expand(self.upsample(self.project(x), output_size=size)))
 
@@ -122,20 +122,20 @@ def normalized(convolution: nn.Module, channels: int) -> Iterator[nn.Module]:
 
 
 def expansion(inner: int, channels: int, dropout: float) -> Iterator[nn.Module]:
-    """The end of each branch; the PReLU is after the sum."""
+    """The end of each branch. The PReLU follows the sum."""
     yield from (nn.Conv2d(inner, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.Dropout2d(dropout))
 
 
 class ENet(nn.Module):
     """Paszke, Chaurasia, Kim and Culurciello, "ENet" (arXiv 1606.02147, Table 1); 0.37 M parameters.
 
-    Trained at once, where the authors train the encoder first.
+    All of it is trained at once. The authors train the encoder first.
     """
 
     def __init__(self, classes: int, width: float = 1.0) -> None:
         super().__init__()
         first, half, full = scaled(16, width), scaled(64, width), scaled(128, width)
-        first = max(first, 4)  # 3 of them are the image's
+        first = max(first, 4)  # three channels are the pooled image
         self.initial = Initial(first)
         self.down1 = Down(first, half, dropout=0.01)
         self.stage1 = nn.Sequential(*(Bottleneck(half, dropout=0.01) for _ in range(4)))
@@ -181,7 +181,7 @@ def convolutions(channels: list[int]) -> nn.Sequential:
 class SegNet(nn.Module):
     """Badrinarayanan, Kendall and Cipolla, "SegNet" (PAMI 2017); 29.46 M parameters (ENet's Table 3).
 
-    The encoder is VGG16's, the decoder its mirror, which unpools to where the encoder's maxima were.
+    The encoder is VGG16's. The decoder mirrors it and unpools to the positions of the encoder's maxima.
     """
 
     def __init__(self, classes: int, width: float = 1.0) -> None:
@@ -191,10 +191,10 @@ class SegNet(nn.Module):
         for stage in VGG16:
             channels = [scaled(c, width) for c in stage]
             encoder.append(convolutions([before, *channels]))
-            # The mirror of a stage: its channels backwards, and at its end those of the stage before.
+            # A stage in reverse: its channels backwards, then the channels of the previous stage.
             decoder.insert(0, [*channels[::-1], before])
             before = channels[-1]
-        decoder[-1].pop()  # the image's; the classifier is there instead
+        decoder[-1].pop()  # the channels of the image: the classifier takes their place
         self.encoder = nn.ModuleList(encoder)
         self.decoder = nn.ModuleList(map(convolutions, decoder))
         self.classifier = nn.Conv2d(decoder[-1][-1], classes, 3, padding=1)
@@ -215,10 +215,10 @@ class SegNet(nn.Module):
 class FCN8s(nn.Module):
     """Long, Shelhamer and Darrell, "Fully Convolutional Networks" (CVPR 2015), on VGG16; 134 M parameters.
 
-    Differences: the authors pad the image by 100 pixels so that the 7x7 window of conv6 fits, and crop; here
-    conv6 is padded by 3. Scores are upsampled by bilinear interpolation, to which the authors initialise
-    their transposed convolutions (the last one stays it) and the last one, by eight, is left to the loss.
-    Since there are no pretrained weights, layers start as He et al. (2015) have it, classifiers at zero.
+    Differences: the authors pad the image by 100 pixels for the 7x7 window of conv6, and crop; here conv6 is
+    padded by 3. Scores are upsampled by bilinear interpolation, the authors' initial value of their
+    transposed convolutions. The last upsampling, by eight, is left to the loss. Without
+    pretrained weights, layers are initialized after He et al. (2015) and classifiers with zero.
     """
 
     def __init__(self, classes: int, width: float = 1.0) -> None:
@@ -263,10 +263,10 @@ class FCN8s(nn.Module):
 
 
 class Network(NamedTuple):
-    """A network and how its authors train it, as far as that can be without pretrained weights."""
+    """A network and how its authors train it, where that works without pretrained weights."""
 
     make: Callable[[int, float], nn.Module]
-    coarse: bool  # its logits are smaller than the labels
+    coarse: bool  # whether the logits are smaller than the labels
     optimizer: str
     learning_rate: float
     weight_decay: float
@@ -276,8 +276,8 @@ class Network(NamedTuple):
 NETWORKS = {
     # Section 4: Adam, 5e-4, L2 of 2e-4, batches of 10
     "enet": Network(ENet, False, "adam", 5e-4, 2e-4, 10),
-    # Section 3.1: SGD, 0.1, momentum 0.9, batches of 12; the weight decay is that of their solver
+    # Section 3.1: SGD, 0.1, momentum 0.9, batches of 12; the weight decay is from their solver file
     "segnet": Network(SegNet, False, "sgd", 0.1, 5e-4, 12),
-    # Section 4.3: batches of 20, weight decay 5e-4; but SGD at 1e-4, which fine-tunes a pretrained network
+    # Section 4.3: batches of 20, weight decay 5e-4. Their SGD at 1e-4 is for fine-tuning.
     "fcn8s": Network(FCN8s, True, "adam", 1e-4, 5e-4, 20),
 }

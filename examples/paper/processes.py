@@ -1,6 +1,7 @@
-"""Training in several processes, as if they were one: loss, statistics and dropout are of the whole batch.
+"""Training in several processes with the same result as in one process.
 
-DistributedDataParallel averages gradients over the processes. What else depends on the whole batch is here.
+DistributedDataParallel averages the gradients. This module adds the rest that depends on the whole batch:
+sums, batch normalization and dropout.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 
 
 class Processes:
-    """This process among those that train together.
+    """This process and the others of the same training.
 
     Attributes:
-        rank: of this one; that of rank 0 writes and shows.
-        world: how many there are.
-        device: of this one.
+        rank: the index of this process. Rank 0 writes files and prints.
+        world: the number of processes.
+        device: the device of this process.
     """
 
     def __init__(self, distributed: bool, device: str) -> None:
-        """``distributed``: join the others that torchrun has started; else there is this one alone."""
+        """``distributed``: join the processes that torchrun started. Otherwise there is only this one."""
         self.rank, self.world, self.device = 0, 1, torch.device(device)
         if distributed:
             if "LOCAL_RANK" not in os.environ:
-                raise RuntimeError("distributed training is started by torchrun, which sets LOCAL_RANK")
+                raise ValueError("LOCAL_RANK is not set: start distributed training with torchrun")
             if device == "cuda":
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
                 torch.cuda.set_device(self.device)
@@ -41,36 +42,36 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def add(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """``tensor``, replaced by its sum over the processes."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """The network for this process: with one batch's statistics, dropout and gradients over all."""
+        """The network for this process, with synchronized batch normalization, dropout and gradients."""
         if self.world == 1:
             return network
-        self._replace(network)
+        self._replace_layers(network)
         devices = [self.device] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
-    def _replace(self, module: nn.Module) -> None:
-        """Replaces batch normalisation and dropout; the parameters' names stay."""
+    def _replace_layers(self, module: nn.Module) -> None:
+        """Replaces batch normalization and dropout. The names of the parameters stay."""
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 if self.device.type == "cuda":
                     setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
                 else:
-                    child.__class__ = BatchNormOfAll
+                    child.__class__ = CpuSyncBatchNorm
             elif isinstance(child, nn.Dropout | nn.Dropout2d):
-                setattr(module, name, DropoutOfAll(child, self.rank, self.world))
+                setattr(module, name, SyncDropout(child, self.rank, self.world))
             else:
-                self._replace(child)
+                self._replace_layers(child)
 
 
-class Sum(torch.autograd.Function):
-    """The sum over the processes; the gradient of the sum of their losses."""
+class AllReduceSum(torch.autograd.Function):
+    """The sum over the processes, with the gradient of the sum of their losses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -80,15 +81,13 @@ class Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        dist.all_reduce(gradient)
-        return gradient
+        return AllReduceSum.apply(gradient)
 
 
-class BatchNormOfAll(nn.BatchNorm2d):
-    """Batch normalisation by the statistics of all processes, for the CPU: nn.SyncBatchNorm knows GPUs only.
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalization over all processes on the CPU, where nn.SyncBatchNorm is not available.
 
-    All processes have batches of one size.
+    All processes must have batches of the same size.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,9 +95,9 @@ class BatchNormOfAll(nn.BatchNorm2d):
             return super().forward(x)
         shape = (1, -1, 1, 1)
         pixels = dist.get_world_size() * x.numel() // x.shape[1]
-        mean = Sum.apply(x.sum((0, 2, 3))) / pixels
+        mean = AllReduceSum.apply(x.sum((0, 2, 3))) / pixels
         x = x - mean.view(shape)
-        variance = Sum.apply(x.square().sum((0, 2, 3))) / pixels
+        variance = AllReduceSum.apply(x.square().sum((0, 2, 3))) / pixels
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -107,10 +106,10 @@ class BatchNormOfAll(nn.BatchNorm2d):
         return x * scale.view(shape) + self.bias.view(shape)
 
 
-class DropoutOfAll(nn.Module):
-    """This process' share of the dropout that one process would draw for the whole batch.
+class SyncDropout(nn.Module):
+    """This process's part of the dropout that one process would draw for the whole batch.
 
-    Each process draws all of it, from the same state of the generator. All have batches of one size.
+    Every process draws the whole mask from the same generator state. All batches must have the same size.
     """
 
     def __init__(self, dropout: nn.Dropout | nn.Dropout2d, rank: int, world: int) -> None:
@@ -122,5 +121,5 @@ class DropoutOfAll(nn.Module):
         if not self.training:
             return x
         pixels = (1, 1) if self.channels_only else x.shape[2:]
-        of_all = x.new_empty((self.world * x.shape[0], x.shape[1], *pixels)).bernoulli_(1 - self.p)
-        return x * of_all[self.rank :: self.world] / (1 - self.p)
+        mask = x.new_empty((self.world * x.shape[0], x.shape[1], *pixels)).bernoulli_(1 - self.p)
+        return x * mask[self.rank :: self.world] / (1 - self.p)

@@ -1,8 +1,8 @@
-"""The share of the loss in a training step, and the step's peak memory: before, and with our kernels."""
+"""Time and memory of a training step with each loss, and the share of the loss in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,74 +10,60 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.common import Step
+from benchmarks.harness.measure import Step
 from ial_cuda import Hierarchy
 
-from ..shares import measure_shares, report_shares
+from ..shares import measure_shares, show_shares
 from .losses import Loss, make_loss
 from .processes import Processes
 from .recipe import Recipe
 from .training import Training
 
 OURS = "IAL, ial_cuda"
-#: The loss, and by which backend.
-CONTENDERS = {
+#: By name: the loss and the backend.
+LOSSES = {
     OURS: ("ial", "auto"),
     "IAL, reference": ("ial", "reference"),
     "F.cross_entropy": ("cross-entropy", "auto"),
 }
+REGION = 16  # side of the squares of one label
 
 
-def make_batch(
-    batch: int, size: Sequence[int], hierarchy: Hierarchy, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """Noise for images (N, h, w, 3), and label maps (N, h, w) of square regions, void among them; uint8."""
+def make_batch(batch: int, size: Sequence[int], hierarchy: Hierarchy) -> tuple[Tensor, Tensor]:
+    """Images (N, h, w, 3) of noise, and label maps (N, h, w) of square regions, some of them void; uint8."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (batch, *size, 3), generator=generator, dtype=torch.uint8)
-    regions = (batch, -(-size[0] // 16), -(-size[1] // 16))
+    regions = (batch, *(-(-side // REGION) for side in size))
     labels = torch.randint(hierarchy.num_classes + 1, regions, generator=generator)
-    labels[labels == hierarchy.num_classes] = ignore_index
-    labels = labels.repeat_interleave(16, 1).repeat_interleave(16, 2)[:, : size[0], : size[1]]
+    labels[labels == hierarchy.num_classes] = hierarchy.ignore_index
+    labels = labels.repeat_interleave(REGION, 1).repeat_interleave(REGION, 2)[:, : size[0], : size[1]]
     return images, labels.to(torch.uint8).contiguous()
 
 
 def profile(
-    recipe: Recipe,
-    size: Sequence[int],
-    hierarchy: Hierarchy,
-    ignore_index: int,
-    processes: Processes,
-    rounds: int,
-    console: Console,
-) -> Mapping[str, Any]:
-    """A training step with each loss, and each loss with its gradient alone: shown, and as JSON."""
-    device = processes.device
-    images, labels = make_batch(recipe.batch, size, hierarchy, ignore_index)
-    images, labels = images.to(device), labels.to(device)
+    recipe: Recipe, size: Sequence[int], hierarchy: Hierarchy, device: str, rounds: int, console: Console
+) -> dict[str, Any]:
+    """Measures a training step with each loss, and each loss with its gradient alone. Shows them; as JSON."""
+    images, labels = (tensor.to(device) for tensor in make_batch(recipe.batch, size, hierarchy))
     weight = torch.linspace(0.5, 2, hierarchy.num_classes, device=device)
-    training = Training(recipe, hierarchy, ignore_index, weight, 10**6, processes)
-    training.take_step(images, labels)  # the optimizer's state is there from now on
+    training = Training(recipe, hierarchy, weight, 10**6, Processes(False, device))
+    training.take_step(images, labels)  # allocates the state of the optimizer
     logits = training.logits(images).detach().requires_grad_()
-    training.optimizer.zero_grad()  # what the next step frees does not count
+    training.optimizer.zero_grad()  # gradients that the next step frees would lower its peak
     steps: dict[str, tuple[Step, Step]] = {}
-    for name, (loss, backend) in CONTENDERS.items():
-        recipe_of_it = replace(recipe, loss=loss)
-        criterion = make_loss(recipe_of_it, hierarchy, ignore_index, weight, backend=backend)
+    for name, (loss, backend) in LOSSES.items():
+        criterion = make_loss(replace(recipe, loss=loss), hierarchy, weight, backend=backend)
 
         def step(images: Tensor, criterion: Loss = criterion) -> None:
             training.loss = criterion
             training.take_step(images, labels)
-            training.optimizer.zero_grad()  # as before: each step makes its gradients
+            training.optimizer.zero_grad()
 
         def alone(_: Tensor, criterion: Loss = criterion) -> object:
             return torch.autograd.grad(criterion(logits, labels)[0], logits)
 
         steps[name] = step, alone
     title = f"{recipe.network}, width {recipe.width}, {recipe.batch} images {size[0]}x{size[1]} on {device}"
-    rows = measure_shares(steps, OURS, images, device.type, rounds)
-    return {
-        "recipe": recipe.as_json(),
-        "size": list(size),
-        "device": device.type,
-        **report_shares(title, rows, device.type, console),
-    }
+    rows = measure_shares(steps, OURS, images, device, rounds)
+    result = {"recipe": recipe.as_json(), "size": list(size), "device": device}
+    return result | show_shares(title, rows, console)

@@ -1,4 +1,4 @@
-"""What a training's result depends on."""
+"""The settings that determine the result of a training."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that the result of a training depends on, beside machine and libraries.
+    """Everything that the result of a training depends on, except the machine and the libraries.
 
     Attributes:
-        data, network, loss: names in `data.SOURCES`, `networks.NETWORKS` and `losses.LOSSES`.
-        width: multiplies the network's channels.
-        weights: of the classes, "median" (Eq. 2) or "none".
-        gradient, factors: IAL's ``gradient`` and ``factor_normalization``; None for cross-entropy.
-        epochs: the budget; the learning rate falls to 0 over it.
-        batch: images a step, over all processes.
+        data: a name in `data.DATA_SETS`.
+        network: a name in `networks.NETWORKS`.
+        loss: "cross-entropy" or "ial".
+        width: factor on the number of channels.
+        weights: class weights, "median" (Eq. 2) or "none".
+        gradient, factors: ``gradient`` and ``factor_normalization`` of IAL; None for cross-entropy.
+        epochs: the budget. The learning rate falls to 0 over it.
+        batch: the number of images per step, over all processes.
         optimizer, learning_rate, weight_decay: "adam" or "sgd" (with momentum 0.9).
         scale, crop, zoom: as in `data.TrainingSet`.
-        seed: of the network's start, the order, the augmentation and the dropout.
+        seed: of the initial parameters, the order, the augmentation and the dropout.
         bf16: autocast to bfloat16.
-        channels_last: the memory format of the network and all that it computes.
+        channels_last: memory format of the network.
     """
 
     data: str
@@ -44,5 +46,4 @@ class Recipe:
     channels_last: bool
 
     def as_json(self) -> dict[str, Any]:
-        crop = None if self.crop is None else list(self.crop)
-        return asdict(self) | {"crop": crop}
+        return asdict(self) | {"crop": self.crop and list(self.crop)}
