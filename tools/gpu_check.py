@@ -1,10 +1,10 @@
 """Tests and benchmarks on a GPU, in two calls of under nine minutes each.
 
-`check` builds the extension for this GPU, tests it and runs compute-sanitizer. `bench` runs the benchmarks.
-Stages run in order of value, each within a bound. A stage that fails stops no other.
+`check` builds the extension for this GPU, runs the tests and compute-sanitizer. `bench` runs the benchmarks.
+Stages run in order of value, each with a time limit. After a failure the other stages still run.
 
-It uses the Python that runs it and installs nothing. A stage that lacks a program is skipped. Without a GPU
-it is a dry run: the same stages on the CPU, where tests/simt runs the CUDA kernels.
+It uses the Python that runs it and installs nothing. A stage whose program is missing is skipped. Without a
+GPU it is a dry run: the same stages on the CPU, where tests/simt emulates the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -25,31 +25,23 @@ from typing import Any, NamedTuple
 
 from tools.stages import ROOT, TOOL_PATH, Check, Stage
 
-#: Seconds for all stages together. Of them, for the first import of torch, which reads gigabytes.
+#: Seconds for all stages together. Of these, for the first import of torch, which reads gigabytes.
 TOTAL, PROBE_SECONDS = 530, 240
-#: Processors of this process, where the system can tell.
+#: The CPUs of this process, where the system knows them.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-#: For the tests of CUDA and for those of Triton, which run beside the four sanitizers. Each has a context on
-#: the GPU, of half a gigabyte.
+#: Workers for the tests of CUDA, and as many for Triton, which run beside the four sanitizers. Each has a CUDA
+#: context of half a gigabyte.
 WORKERS = max(2, min(8, (CORES - 4) // 2))
-#: More lost contexts than one fault leads to. The bound of the stage ends the rest.
+#: More lost contexts than one fault causes. The time limit of the stage ends the rest.
 MOST_RESTARTS = 200
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BENCHMARKS = ("loss", "upsample", "step", "sweep")
-#: The stages of each call. `bench` has the smoke tests too: they name what is broken before it is timed.
+#: The stages of each call. `bench` begins with the smoke tests too, before anything is timed.
 STAGES = {
     "check": ("build", "info", "smoke", "cuda", "triton", *SANITIZERS),
     "bench": ("build", "info", "smoke", *BENCHMARKS),
 }
-PRODUCTS = {
-    "check": ("machine.json",),
-    "bench": (
-        "machine.json",
-        *(f"{name}.{kind}" for name in BENCHMARKS for kind in ("json", "csv", "png") if name != "step"),
-        "step.json",
-    ),
-}
-#: What both calls need, and the oldest version of it.
+#: The packages that both calls need, and their oldest versions.
 REQUIRED = {
     "torch": "2.11",
     "numpy": "1",
@@ -59,7 +51,7 @@ REQUIRED = {
     "setuptools": "77",
     "ninja": "1",
 }
-#: Seconds after which a test counts as hung: its stack is printed, and a worker of pytest-xdist is replaced.
+#: Seconds after which a test hangs: its stack is printed, and pytest-xdist replaces the worker.
 HANGS = 150
 
 PROBE = """
@@ -71,18 +63,18 @@ print(json.dumps([capability, torch.__version__, torch.version.cuda]))
 INFO = """
 import sys
 from pathlib import Path
-from benchmarks import common
-from tools import gpu_check
+from benchmarks.harness.machine import describe_machine, write_json
 from ial_cuda import backends
+from tools.gpu_check import versions
 print(backends.describe())
-machine = {{name: value for name, value in common.describe_machine().items() if value is not None}}
-common.write_json(Path({file!r}), gpu_check.versions() | machine)
+machine = {{name: value for name, value in describe_machine().items() if value is not None}}
+write_json(Path({file!r}), versions() | machine)
 sys.exit(backends.get({device!r}).missing)
 """
 
 
 class Found(NamedTuple):
-    """What torch says of itself and of the GPU."""
+    """The versions of torch, and the GPU that it sees."""
 
     capability: str | None  # of the GPU
     torch: str
@@ -94,7 +86,7 @@ class Found(NamedTuple):
 
 
 def probe() -> Found:
-    """Asks torch in another process, so that this one holds nothing of the GPU."""
+    """Asks torch in another process, so that this one uses no GPU memory."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=PROBE_SECONDS
@@ -112,15 +104,15 @@ def probe() -> Found:
 
 
 def missing() -> list[str]:
-    """What this Python lacks, each with the remedy."""
-    lacks = []
+    """The packages that are missing or too old, each with the remedy."""
+    lines = []
     for package, oldest in REQUIRED.items():
         version = installed(package)
         if version is None or numbers(version) < numbers(oldest):
             has = f"has {package} {version}" if version else f"has no {package}"
             remedy = f"{sys.executable} -m pip install '{package}>={oldest}'"
-            lacks.append(f"{sys.executable} {has}, expected {oldest} or newer: {remedy}")
-    return lacks
+            lines.append(f"{sys.executable} {has}, expected {oldest} or newer: {remedy}")
+    return lines
 
 
 def numbers(version: str) -> list[int]:
@@ -135,7 +127,7 @@ def installed(package: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Of the software that the extension and the tests depend on."""
+    """The versions of the software that the extension and the tests depend on."""
     packages = ("triton", "numpy", "setuptools", "ninja", "pytest", "pytest-xdist")
     found = {package: installed(package) for package in packages}
     found["gcc"] = first_match(r".+", "c++", "--version")
@@ -144,7 +136,7 @@ def versions() -> dict[str, str]:
 
 
 def first_match(pattern: str, *command: str) -> str | None:
-    """Of what a program prints, where there is such a program."""
+    """The first match in the output of a program; None if there is no such program."""
     try:
         done = subprocess.run(
             command, env=os.environ | {"PATH": TOOL_PATH}, capture_output=True, text=True, timeout=60
@@ -155,11 +147,11 @@ def first_match(pattern: str, *command: str) -> str | None:
     return found and found[0]
 
 
-# ---- the stages of both calls ---------------------------------------------------------------------------
+# ---- stages of both calls --------------------------------------------------------------------------------
 
 
 def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
-    """Whether the extension there is for this Python, torch and GPU, newer than its sources, and whole."""
+    """Whether the extension fits this Python, torch and GPU, is newer than its sources, and complete."""
     extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     build = read_json(package / "_build.json")
     if not extension.exists() or (build.get("torch"), build.get("torch_cuda")) != found[1:]:
@@ -174,13 +166,13 @@ def is_built(found: Found, package: Path = ROOT / "ial_cuda") -> bool:
 
 
 def loads(found: Found) -> bool:
-    """Whether the extension imports and has the kernels. A build that was cut off leaves half a file."""
+    """Whether the extension loads and has the kernels. An interrupted build leaves an incomplete file."""
     code = f"import sys; from ial_cuda import backends; sys.exit(backends.get({found.device!r}).missing)"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a file holds, {} if it is not there or not whole."""
+    """The content of a file; {} if it is missing or incomplete."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
@@ -188,7 +180,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def build(found: Found) -> Stage:
-    """For this GPU alone."""
+    """Builds the extension for this GPU alone."""
     return Stage(
         "build",
         [sys.executable, "setup.py", "build_ext", "--inplace"],
@@ -209,7 +201,7 @@ def info(found: Found, output: Path) -> Stage:
 
 
 def tests(name: str, arguments: Sequence[str], seconds: float, *, workers: int = 0, **more: Any) -> Stage:
-    """With -v the log names the test that hangs. Many tests run side by side: each has one thread."""
+    """With -v the log names a test that hangs. Many tests run side by side, so each has one thread."""
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--durations=10"]
     command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
     if workers:
@@ -220,14 +212,15 @@ def tests(name: str, arguments: Sequence[str], seconds: float, *, workers: int =
     return Stage(name, [*command, *arguments], seconds, env=env, **more)
 
 
-# ---- is it right? ---------------------------------------------------------------------------------------
+# ---- check: correctness ---------------------------------------------------------------------------------
 
 
 def sanitized(tool: str, selection: Sequence[str], *, dry: bool = False) -> Stage:
-    """The tests of tiles and grids, under a tool of compute-sanitizer.
+    """The tests of tiles and grids under a tool of compute-sanitizer.
 
-    torch makes calls to CUDA that fail, which is no error of ours. Its allocator would hide from the tool
-    where a tensor ends, and the tests' NaN in fresh memory what is read before it is written.
+    Calls of torch to the CUDA API may fail without harm and are not reported. torch's caching allocator is
+    off: it would hide reads past the end of a tensor. The tests do not fill new memory with NaN: that would
+    hide reads of uninitialized memory.
     """
     plain = tests(
         tool,
@@ -236,14 +229,14 @@ def sanitized(tool: str, selection: Sequence[str], *, dry: bool = False) -> Stag
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "IAL_UNPOISONED": "1"},
     )
     if dry:
-        return plain if tool == SANITIZERS[0] else replace(plain, skip="without a tool it is memcheck's")
+        return plain if tool == SANITIZERS[0] else replace(plain, skip="the same as memcheck without a tool")
     prefix = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no"]
     if tool == "memcheck" and first_match("--destroy-on-device-error", "compute-sanitizer", "--help"):
-        prefix += ["--destroy-on-device-error", "kernel"]  # the context lives, and the tests after it run
+        prefix += ["--destroy-on-device-error", "kernel"]  # the context survives, and later tests run
     return replace(plain, command=[*prefix, *plain.command], programs=["compute-sanitizer"])
 
 
-#: The CUDA kernels in both ways to launch them.
+#: The CUDA kernels with each way to launch them.
 GPU = "--backends=cuda_two_launches,cuda_one_launch"
 
 
@@ -253,11 +246,13 @@ def smoke(found: Found) -> Stage:
     if found.capability:
         which = [file, f"{GPU},triton", "-k", few]
         return tests("smoke", which, 120, workers=WORKERS)
-    return tests("smoke", [file, "--backends=simt", "-k", f"{few} and float32"], 240)  # compiles them first
+    return tests(
+        "smoke", [file, "--backends=simt", "-k", f"{few} and float32"], 240
+    )  # includes the compilation
 
 
 def check_plan(found: Found) -> list[list[Stage]]:
-    """What takes minutes runs side by side, so that a slow stage takes no time from the others."""
+    """Stages that take minutes run side by side, so that a slow one takes no time from the others."""
     if not found.capability:
         few = ["--backends=simt", "-k", "19 and float32 and every_tile"]
         interpreted = ["tests/test_triton.py", "--backends=triton", "-k", "registers_for"]
@@ -275,7 +270,7 @@ def check_plan(found: Found) -> list[list[Stage]]:
     ]
 
 
-# ---- how fast is it? ------------------------------------------------------------------------------------
+# ---- bench: speed ------------------------------------------------------------------------------
 
 
 def benchmark(name: str, arguments: Sequence[str], seconds: float, output: Path) -> Stage:
@@ -288,13 +283,13 @@ def benchmark(name: str, arguments: Sequence[str], seconds: float, output: Path)
 
 
 def bench_plan(found: Found, output: Path) -> list[list[Stage]]:
-    """One after another: each wants the machine for itself."""
+    """One after another: each needs the machine for itself."""
     if found.capability:
         arguments = {
-            "loss": ["--rounds", "100"],
-            "upsample": ["--rounds", "100"],
+            # After these minutes no case begins, so that the programs draw their pictures in time.
+            "loss": ["--rounds", "100", "--seconds", "5", "--minutes", "2"],
+            "upsample": ["--rounds", "100", "--seconds", "5", "--minutes", "1.5"],
             "step": ["--rounds", "50"],
-            # what it has not begun after a minute and a half it leaves, and says so
             "sweep": ["--rounds", "30", "--seconds", "1", "--minutes", "1.5"],
         }
         common = ["--device", "cuda"]
@@ -316,26 +311,25 @@ def plan(what: str, found: Found, output: Path) -> list[list[Stage]]:
     return [[build(found)], [info(found, output)], [smoke(found)], *rest]
 
 
-# ---- what comes out -------------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------------------
 
 
 class Report(Check):
-    """With the machine, and the cases of the benchmarks with their goals."""
+    """The summary of `Check` with the machine, and the figures of each case of the benchmarks."""
 
     dry_run = True
 
     def summary(self) -> dict[str, Any]:
-        files = [f"{name}.json" for name in BENCHMARKS if f"{name}.json" in self.products]
-        kept = ("input", "labels", "gpu_before", "gpu_after", "goals")
+        products = self.products()
+        machine, *results = (
+            read_json(self.output / f"{name}.json") if f"{name}.json" in products else {}
+            for name in ("machine", *BENCHMARKS)
+        )
         return {
             "dry_run": self.dry_run,
             **super().summary(),
-            "machine": read_json(self.output / "machine.json"),
-            "cases": [
-                {name: case[name] for name in kept}
-                for file in files
-                for case in read_json(self.output / file).get("cases", [])
-            ],
+            "machine": machine,
+            "cases": [summarize(case) for result in results for case in result.get("cases", [])],
         }
 
     def show(self) -> None:
@@ -344,22 +338,50 @@ class Report(Check):
         for case in summary["cases"]:
             print(f"\n{case['input']}, {case['labels']} labels")
             for name in ("gpu_before", "gpu_after"):
-                state = ", ".join(f"{field} {value}" for field, value in case[name].items())
-                print(f"  {name}: {state}" if state else f"  {name}: not a GPU")
-            for goal in case["goals"]:
-                print(f"  {describe_goal(goal)}")
+                if case[name]:
+                    print(f"  {name}: {', '.join(f'{field} {value}' for field, value in case[name].items())}")
+            print(*(f"  {line}" for line in describe(case)), sep="\n")
         print()
         if summary["dry_run"]:
-            print("DRY RUN on the CPU: no CUDA device was used, and no figure is a GPU's.")
+            print("DRY RUN on the CPU: no GPU was used, and no figure is of a GPU.")
         print(*(f"{name} {value}" for name, value in summary["machine"].items() if value), sep=", ")
-        print(f"in {summary['seconds']:.0f} s; all of it: {self.output / self.name}.tar.gz")
+        print(f"in {summary['seconds']:.0f} s; all results: {self.output / self.name}.tar.gz")
 
 
-def describe_goal(goal: Mapping[str, Any]) -> str:
-    reached = {None: "not measured", True: "yes", False: "NO"}[goal["reached"]]
-    figures = [f"{goal[name]:.2f}" if goal[name] is not None else "-" for name in ("measured", "as_graph")]
-    bound = f"{'>=' if goal['at_least'] else '<='} {goal['bound']:g}"
-    return f"{reached:<12} {goal['what']:<58} {bound:<8} {figures[0]:>8}  (as a graph {figures[1]})"
+#: The figures of our rows: field, and its text.
+FIGURES = {
+    "median_ms": "{:.3f} ms",
+    "graph_ms": "graph {:.3f} ms",
+    "copy_percent": "{:.0f} % of the copy's speed",
+    "extra_mib": "extra {:.1f} MiB",
+}
+FLOOR = "memory floor"  # a row for the memory traffic alone, which is no peer
+
+
+def summarize(case: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of our backends, the fastest peer, and the failures of a case."""
+    rows = case.get("providers", [])
+    ours = [row for row in rows if row["name"].startswith("ial_cuda")]
+    peers = [row for row in rows if row.get("median_ms") and row not in ours and row["name"] != FLOOR]
+    fastest = min(peers, key=lambda row: row["median_ms"], default=None)
+    return {
+        **{name: case.get(name) for name in ("input", "labels", "gpu_before", "gpu_after")},
+        "ours": [{name: row.get(name) for name in ("name", *FIGURES)} for row in ours],
+        "fastest_peer": fastest and {name: fastest.get(name) for name in ("name", "median_ms", "ratio")},
+        "failed": {row["name"]: row["failed"] for row in rows if row.get("failed")},
+    }
+
+
+def describe(case: Mapping[str, Any]) -> Iterator[str]:
+    """Lines with the figures of a case. All ratios are to the first of ours."""
+    for row in case["ours"]:
+        figures = [text.format(row[name]) for name, text in FIGURES.items() if row[name] is not None]
+        yield f"{row['name']}: {', '.join(figures) or 'not timed'}"
+    if peer := case["fastest_peer"]:
+        ratio = "" if peer["ratio"] is None else f", {peer['ratio']:.2f} times {case['ours'][0]['name']}"
+        yield f"fastest peer: {peer['name']}: {peer['median_ms']:.3f} ms{ratio}"
+    for name, reason in case["failed"].items():
+        yield f"FAILED: {name}: {reason}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -370,21 +392,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=latest, metavar="DIR", help="default: benchmarks/results/latest"
     )
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these; default: all")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, though there is a GPU")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, even if there is a GPU")
     arguments = parser.parse_args(argv)
     known = STAGES[arguments.what]
     chosen = arguments.stages or known
     for name in chosen:
         if name not in known:
             parser.error(f"--stages has {name!r}, expected some of {', '.join(known)}")
-    if lacks := missing():
-        raise SystemExit("\n".join(lacks))
-    # A shell starts what runs in its background with SIGINT ignored, and stages would inherit that.
+    if lines := missing():
+        raise SystemExit("\n".join(lines))
+    # Background jobs of a shell ignore SIGINT, and the stages would inherit that.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))
 
     output = arguments.output.resolve()
-    report = Report(output, f"gpu-{arguments.what}", PRODUCTS[arguments.what], total=TOTAL)
+    report = Report(output, f"gpu-{arguments.what}", total=TOTAL)
     if arguments.dry_run:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     found = probe()

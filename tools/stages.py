@@ -1,4 +1,4 @@
-"""Runs commands as stages, each within a bound. Results are written again after each stage."""
+"""Runs commands as stages, each with a time limit. The results so far are written after each stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Seconds that an interrupted stage has to print its failures. Then it is killed.
+#: Seconds for an interrupted stage to print its failures. Then it is killed.
 GRACE = 10
 #: Seconds between two writes of the results while a stage runs.
 WRITE_EVERY = 20
@@ -31,19 +31,21 @@ TOOL_PATH = os.pathsep.join(
         "/usr/local/cuda/bin",
     ]
 )
-#: Compiled kernels are kept from one call to the next, and need no home folder.
+#: Compiled kernels stay from one call to the next, also without a home folder.
 CACHES = {
     "TRITON_CACHE_DIR": str(ROOT / "build" / "triton"),
     "TORCHINDUCTOR_CACHE_DIR": str(ROOT / "build" / "inductor"),
 }
-#: How much of a stage's log goes to log.txt, to the summary and to the screen.
+#: How much of the log of a stage goes to log.txt, to the summary and to the screen.
 LOG_CHARACTERS, TAIL_CHARACTERS, SHOWN_LINES = 1 << 20, 48 << 10, 30
-#: pytest's line for a test that passed, with pytest-xdist and without.
+#: The files that stages write to the output folder.
+PRODUCTS = ("*.json", "*.png")
+#: The line of pytest for a test that passed, with and without pytest-xdist.
 PASSED = re.compile(r"(\[gw\d+\] \[ *\d+%\]|\S+::.*) (PASSED|SKIPPED)\b")
-#: With pytest-xdist this line ends with the line that was printed when the test began.
+#: The line of pytest-xdist for a test that ended. It ends with the line printed when the test began.
 REPORTED = re.compile(r"\[gw\d+\] \[ *\d+%\] [A-Z]+ (.*)")
-#: The sums of pytest and of compute-sanitizer. Warnings of a worker that ends may come after them.
-SUMS = (r"^=+ (.* in [\d.]+s\b.*?) =+$", r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$")
+#: The last lines of pytest and of compute-sanitizer. Warnings of a worker may follow them.
+TOTALS = (r"^=+ (.* in [\d.]+s\b.*?) =+$", r"^=+ ((?:ERROR|RACECHECK) SUMMARY: .*)$")
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,11 @@ class Stage:
     command: Sequence[str]
     seconds: float
     env: Mapping[str, str] = field(default_factory=dict)
-    modules: Sequence[str] = ()  # what it needs
+    modules: Sequence[str] = ()  # that it needs, or it is skipped
     programs: Sequence[str] = ()
-    skip: str | None = None  # why it has nothing to do
+    skip: str | None = None  # the reason to skip it
 
-    def why_not(self) -> str | None:
+    def why_skipped(self) -> str | None:
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
         missing += [name for name in self.programs if shutil.which(name, path=TOOL_PATH) is None]
         return f"no {', '.join(missing)} here" if missing else self.skip
@@ -74,7 +76,7 @@ class Outcome:
 
 
 class Running:
-    """A stage's process, in a group of its own: a signal to the group reaches its children too."""
+    """The process of a stage, in its own process group: a signal to the group also reaches its children."""
 
     def __init__(self, stage: Stage, log: Path, seconds: float) -> None:
         self.stage, self.log, self.seconds = stage, log, seconds
@@ -99,7 +101,7 @@ class Running:
             )
 
     def signal(self, number: int) -> bool:
-        """Sends a signal to the group. False if no process of it is left."""
+        """Sends a signal to the group. Returns False if the group has no process left."""
         try:
             os.killpg(self.process.pid, number)
         except ProcessLookupError:
@@ -115,10 +117,10 @@ class Running:
         self.signal(signal.SIGINT)
 
     def outcome(self, result: str = "timed out") -> Outcome | None:
-        """None while the stage runs. After an interrupt it runs until the whole group has ended.
+        """None while the stage runs. An interrupted stage runs until its whole group has ended.
 
         Args:
-            result: of a stage that was interrupted.
+            result: the result of a stage that was interrupted.
         """
         code = self.process.poll()
         now = time.monotonic()
@@ -132,34 +134,34 @@ class Running:
         taken = round(now - self.start, 1)
         self.kill()
         log = self.log.read_text(errors="replace")
-        said = sum_up(log)
+        total = sum_up(log)
         if self.interrupted is not None:
             after = self.interrupted - self.start
-            why = f"after {after:.0f} s{', killed' if left else ''}: {said}"
+            why = f"after {after:.0f} s{', killed' if left else ''}: {total}"
             return Outcome(self.stage.name, result, why, taken, tail(log))
         if code:
             why = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-            return Outcome(self.stage.name, "failed", f"{why}: {said}", taken, tail(log))
-        # Tests that were all skipped have shown nothing.
-        result = "skipped" if "skipped" in said and "passed" not in said else "ok"
-        return Outcome(self.stage.name, result, said, taken)
+            return Outcome(self.stage.name, "failed", f"{why}: {total}", taken, tail(log))
+        # A stage whose tests were all skipped is not ok.
+        result = "skipped" if "skipped" in total and "passed" not in total else "ok"
+        return Outcome(self.stage.name, result, total, taken)
 
 
-def say(text: str) -> None:
-    """Nobody may be listening any more, and the stages go on."""
+def print_line(text: str) -> None:
+    """Prints; the stages continue if the terminal is gone."""
     with contextlib.suppress(OSError):
         print(text, flush=True)
 
 
 def sum_up(log: str) -> str:
-    """How many tests passed and failed, else the log's last line."""
-    sums = [found[-1] for pattern in SUMS if (found := re.findall(pattern, log, re.M))]
+    """The numbers of tests that passed and failed, else the last line of the log."""
+    totals = [found[-1] for pattern in TOTALS if (found := re.findall(pattern, log, re.M))]
     lines = (line.strip() for line in reversed(log.splitlines()))
-    return "; ".join(sums) or next((line[:80] for line in lines if line), "")
+    return "; ".join(totals) or next((line[:80] for line in lines if line), "")
 
 
 def tail(log: str) -> str:
-    """The log without the tests that passed. It has all failures, and the tests that did not end."""
+    """The log without the tests that passed: the failures, and the tests that did not end."""
     lines = log.splitlines()
     reported = {found[1] for line in lines if (found := REPORTED.match(line))}
     return shortened(
@@ -169,23 +171,22 @@ def tail(log: str) -> str:
 
 
 def shortened(text: str, most: int) -> str:
-    """The beginning and the end of a long text."""
+    """The text; of a long one, the beginning and the end."""
     return text if len(text) <= most else f"{text[: most // 2]}\n[...]\n{text[-most // 2 :]}"
 
 
 class Check:
-    """Runs stages and writes the results so far whenever one ends.
+    """Runs stages. Writes the results so far whenever a stage ends.
 
     Args:
-        output: the folder for `summary.json`, `log.txt`, `logs/` (the whole log of each stage), the products
-            and an archive of all of them.
-        name: of the archive.
-        products: files that the stages write to `output`. Old ones are removed.
+        output: the folder for `summary.json`, `log.txt`, `logs/` (the whole log of each stage) and an archive
+            of all of them and of the files that the stages write there (`PRODUCTS`).
+        name: the name of the archive.
         total: seconds for all stages together, from now on.
     """
 
-    def __init__(self, output: Path, name: str, products: Sequence[str] = (), *, total: float) -> None:
-        self.output, self.name, self.products = output, name, products
+    def __init__(self, output: Path, name: str, *, total: float) -> None:
+        self.output, self.name = output, name
         self.start = time.monotonic()
         self.deadline = self.start + total
         self.outcomes: dict[str, Outcome] = {}
@@ -193,27 +194,37 @@ class Check:
         self.logs = output / "logs"
         shutil.rmtree(self.logs, ignore_errors=True)
         self.logs.mkdir(parents=True)
-        for file in ("summary.json", "log.txt", f"{name}.tar.gz", *products):
+        for file in ("summary.json", "log.txt", f"{name}.tar.gz"):
             (output / file).unlink(missing_ok=True)
+        self.old = self.times()
+
+    def times(self) -> dict[str, int]:
+        """When each file that matches `PRODUCTS` was written."""
+        files = {file for pattern in PRODUCTS for file in self.output.glob(pattern)}
+        return {file.name: file.stat().st_mtime_ns for file in files if file.name != "summary.json"}
+
+    def products(self) -> list[str]:
+        """The files that the stages have written so far. Older files stay, but do not count."""
+        return sorted(name for name, time_ns in self.times().items() if self.old.get(name) != time_ns)
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Side by side, each for as long as its bound and the deadline allow."""
+        """Runs stages side by side, within their limits and the deadline."""
         running: list[Running] = []
         self.outcomes |= {stage.name: Outcome(stage.name, "running") for stage in stages}
         try:
             for stage in stages:
                 left = self.deadline - GRACE - time.monotonic()
-                why = stage.why_not() or (None if left >= 1 else "no time left")
+                why = stage.why_skipped() or (None if left >= 1 else "no time left")
                 if why:
                     self.record(Outcome(stage.name, "skipped", why))
                     continue
-                say(f"{stage.name} ...")
+                print_line(f"{stage.name} ...")
                 try:
                     running.append(Running(stage, self.log_of(stage.name), min(stage.seconds, left)))
                 except OSError as error:
                     self.record(Outcome(stage.name, "failed", str(error)))
             self.wait(running, "timed out")
-        except BaseException:  # a signal ends this program
+        except BaseException:  # such as SystemExit by a signal
             for one in running:
                 one.interrupt()
             self.wait(running, "cut off")
@@ -223,7 +234,7 @@ class Check:
                 one.kill()
 
     def wait(self, running: list[Running], interrupted: str) -> None:
-        """Until all have ended. `interrupted` is the result of those that do not end by themselves."""
+        """Waits until all have ended. `interrupted`: the result of a stage that was interrupted."""
         while running:
             time.sleep(0.05)
             for one in list(running):
@@ -231,7 +242,7 @@ class Check:
                 if outcome:
                     running.remove(one)
                     self.record(outcome)
-                    say(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s")
+                    print_line(f"{outcome.name}: {outcome.result}, {outcome.seconds:.0f} s")
             if time.monotonic() - self.written > WRITE_EVERY:
                 self.write()
 
@@ -248,7 +259,7 @@ class Check:
         self.write()
 
     def write(self) -> None:
-        """Replaces summary and archive in one step each, so that they are complete at any time."""
+        """Replaces the summary and the archive in one step each: they are complete at any time."""
         self.written = time.monotonic()
         new = self.output / "summary.new"
         new.write_text(json.dumps(self.summary(), indent=2) + "\n")
@@ -256,9 +267,11 @@ class Check:
         new = self.output / "archive.new"
         with tarfile.open(new, "w:gz") as archive:
             logs = sorted(f"logs/{log.name}" for log in self.logs.iterdir())
-            for name in ("summary.json", "log.txt", *logs, *self.products):
+            for name in ("summary.json", "log.txt", *logs, *self.products()):
                 with contextlib.suppress(FileNotFoundError):
-                    content = (self.output / name).read_bytes()  # at once: a stage may be writing it
+                    content = (
+                        self.output / name
+                    ).read_bytes()  # all at once: a stage may be writing the file
                     member = tarfile.TarInfo(f"{self.name}/{name}")
                     member.size, member.mtime = len(content), time.time()
                     archive.addfile(member, io.BytesIO(content))
