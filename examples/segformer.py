@@ -1,8 +1,8 @@
-"""A real client: a SegFormer of the transformers library, trained with its built-in loss, which upsamples the
-logits first, and with ours. First whether losses and gradients are the same, then a step's time and memory.
+"""A real client: trains a SegFormer of the transformers library with its built-in loss and with ours.
 
-The network is MiT-B0, the library's default, randomly initialised; nothing is downloaded. Classes and sizes
-are those of two data sets that it is trained on.
+The built-in loss upsamples the logits first. The program checks that losses and gradients are the same, then
+measures time and memory of a training step. The network is MiT-B0, the library's default, with random
+parameters; nothing is downloaded. Numbers of classes and image sizes are those of two common data sets.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from rich.console import Console
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from benchmarks.command import make_plain_parser
-from benchmarks.common import Step, describe_machine, write_json
-from benchmarks.inputs import IGNORE_INDEX
-from benchmarks.report import Row
+from benchmarks.harness.cli import make_plain_parser
+from benchmarks.harness.inputs import IGNORE_INDEX
+from benchmarks.harness.machine import describe_machine, write_json
+from benchmarks.harness.measure import Step
+from benchmarks.harness.report import Row
+from benchmarks.harness.tables import make_console
 from ial_cuda import cross_entropy
 
-from .shares import measure_shares, report_shares
+from .shares import measure_shares, show_shares
 
-STEPS = 3
+STEPS = 3  # that are compared
 
 
 class Setting(NamedTuple):
-    """What a network is trained on."""
+    """The classes and the image size of a data set."""
 
     classes: int
     size: tuple[int, int]
@@ -51,33 +53,33 @@ def ours(network: SegformerForSemanticSegmentation, images: Tensor, labels: Tens
     return ours_alone(network(images).logits, labels)
 
 
-def ours_alone(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, upsample="bilinear")
-
-
 def built_in_alone(logits: Tensor, labels: Tensor) -> Tensor:
-    """What the library does to its logits where it is given labels."""
+    """The computation of the library on its logits."""
     fine = F.interpolate(logits, labels.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(fine, labels, ignore_index=IGNORE_INDEX)
 
 
+def ours_alone(logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, upsample="bilinear")
+
+
 BUILT_IN, OURS = "built-in loss", "ial_cuda"
-#: Each within or after the network's call, and alone, of its logits.
+#: Each loss of a network, and alone of its logits.
 LOSSES = {BUILT_IN: (built_in, built_in_alone), OURS: (ours, ours_alone)}
 
 
 class Training:
-    """A network in training with a loss; from the same seed the same one."""
+    """A network in training with a loss. The initial parameters are always the same."""
 
-    def __init__(self, loss: NetworkLoss, setting: Setting, **config: Any) -> None:
+    def __init__(self, loss: NetworkLoss, setting: Setting) -> None:
         torch.manual_seed(0)
-        config = SegformerConfig(num_labels=setting.classes, **config)
+        config = SegformerConfig(num_labels=setting.classes)
         self.network = SegformerForSemanticSegmentation(config).to(setting.dtype).train()
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)
         self.loss = loss
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss; its gradient is left in the parameters until the next step."""
+        """Returns the loss. The gradient stays in the parameters until the next step."""
         self.optimizer.zero_grad()
         loss = self.loss(self.network, images, labels)
         loss.backward()
@@ -89,15 +91,15 @@ class Training:
 
 
 class Difference(NamedTuple):
-    """Of a step with our loss to one with the built-in loss, relative to that, and what it may be.
+    """The relative difference of a step with our loss from a step with the built-in loss, and its tolerance.
 
-    Each loss rounds in an order of its own, to an eps or a few, and every layer on the way back adds some: a
-    hundred eps. After the first step the parameters differ as well, if only in their last bits. Then a share
-    of some eps of the ReLUs has its input at the other side of 0; and since what each adds to the gradient
-    is like noise, that differs by the root of it.
+    Each loss rounds in another order, by a few eps, and every layer of the backward pass adds some: a hundred
+    eps. After the first step the parameters differ in their last bits too. Then a share of some eps of the
+    ReLUs has its input on the other side of 0. Their gradients are like noise, so the gradient differs by the
+    root of eps.
     """
 
-    built_in: float  # the loss itself
+    built_in: float  # the built-in loss itself
     loss: float
     gradient: float
     loss_tolerance: float
@@ -109,7 +111,7 @@ class Difference(NamedTuple):
 
 
 def make_batch(seed: int, setting: Setting) -> tuple[Tensor, Tensor]:
-    """Noise for an image and for its labels, void among them."""
+    """An image and labels of noise, some of them void."""
     classes, size, dtype = setting
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(1, 3, *size, generator=generator, dtype=dtype)
@@ -118,7 +120,7 @@ def make_batch(seed: int, setting: Setting) -> tuple[Tensor, Tensor]:
 
 
 def train_together(trainings: Sequence[Training], setting: Setting) -> list[Difference]:
-    """Trains both, the one with the built-in loss first, on the same images, with the same dropout."""
+    """Trains both on the same images with the same dropout; first the one with the built-in loss."""
     eps = torch.finfo(setting.dtype).eps
     differences = []
     for step in range(STEPS):
@@ -145,13 +147,13 @@ def relative(expected: Tensor, got: Tensor) -> float:
 
 
 def measure(trainings: Mapping[str, Training], setting: Setting, rounds: int) -> list[Row]:
-    """A training step with each loss, and each loss with its gradient alone: time and peak memory."""
+    """Time and peak memory of a training step with each loss, and of each loss with its gradient alone."""
     images, labels = make_batch(0, setting)
     logits = trainings[OURS].network(images).logits.detach().requires_grad_()
     steps: dict[str, tuple[Step, Step]] = {}
     for name, (_, alone) in LOSSES.items():
         training = trainings[name]
-        training.optimizer.zero_grad()  # what the first step frees does not count
+        training.optimizer.zero_grad()  # gradients that the next step frees would lower its peak
         steps[name] = (
             lambda images, training=training: training.step(images, labels),
             lambda _, loss=alone: torch.autograd.grad(loss(logits, labels), logits),
@@ -160,7 +162,7 @@ def measure(trainings: Mapping[str, Training], setting: Setting, rounds: int) ->
 
 
 def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[str, Any] | None:
-    """What is measured in a setting; None where training is not the same."""
+    """The results of a setting as JSON; None if the trainings differ."""
     trainings = {loss: Training(of_network, setting) for loss, (of_network, _) in LOSSES.items()}
     differences = train_together(list(trainings.values()), setting)
     for step, difference in enumerate(differences):
@@ -172,7 +174,7 @@ def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[s
             soft_wrap=True,
         )
     if not all(difference.is_rounding for difference in differences):
-        console.print("not the same, and not timed", style="red")
+        console.print("The trainings differ by more than rounding: not timed", style="red")
         return None
     rows = measure(trainings, setting, rounds)
     height, width = setting.size
@@ -182,14 +184,16 @@ def report(name: str, setting: Setting, rounds: int, console: Console) -> dict[s
         "classes": setting.classes,
         "size": setting.size,
         "differences": [difference._asdict() for difference in differences],
-        **report_shares(title, rows, "cpu", console),
+        **show_shares(title, rows, console),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = make_plain_parser("segformer", __doc__, rounds=10).parse_args(argv)
+    parser = make_plain_parser("segformer", __doc__, rounds=10)
+    parser.prog = "python -m examples.segformer"
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    console = Console()
+    console = make_console()
     reports = [report(*setting, arguments.rounds, console) for setting in SETTINGS.items()]
     if None in reports:
         return 1
