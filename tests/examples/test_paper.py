@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -449,6 +450,38 @@ def test_the_papers_means_are_of_its_figures():
     for rows in report.PAPER.values():
         for figures in rows.values():
             assert np.mean(figures[:-1]) == pytest.approx(figures[-1], abs=0.06)
+
+
+README = (ROOT / "examples" / "paper" / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_readme_has_the_figures_of_the_logs(tmp_path):
+    shutil.copytree(RESULTS / "camvid-enet-half-size", tmp_path / "runs")
+    assert train.main(["report", str(tmp_path / "runs")]) == 0
+    tables = (tmp_path / "runs" / "tables.md").read_text()
+    assert tables == (RESULTS / "camvid-enet-half-size" / "tables.md").read_text()
+    full = [row.split(" | ")[:6] for row in tables.split("class accuracy")[0].splitlines()]
+    quoted = [
+        row.removesuffix(" |").split(" | ") for row in README.splitlines() if row.startswith("| ENet, ")
+    ]
+    quoted = [row for row in quoted if "±" in row[1]]
+    assert len(quoted) == 6 and all(row in full for row in quoted)
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS)
+def test_the_readme_has_the_profiles(network):
+    measured = json.loads((RESULTS / f"cpu-amd-epyc-avx512/profile-{network}.json").read_text())
+    rows = {row["name"]: row for row in measured["rows"]}
+    losses = ("F.cross_entropy", "IAL, reference", "IAL, ial_cuda")
+    alone = [rows[f"alone, {loss}"] for loss in losses]
+    cells = [
+        f"{rows['step, F.cross_entropy']['median_ms']:.1f}",
+        ", ".join(f"{row['median_ms']:.1f}" for row in alone),
+        ", ".join(f"{measured['share_percent'][loss]:.2f}" for loss in losses),
+        ", ".join(f"{row['extra_mib']:.1f}" for row in alone),
+    ]
+    assert f" images | {' | '.join(cells)} |" in README
 
 
 def test_nothing_to_report(tmp_path, capsys):
