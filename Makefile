@@ -27,7 +27,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test bench gpu-check gpu-bench lint format sdist clean
+.PHONY: help test bench gpu-check gpu-bench lint docs format sdist clean
 
 help: ## print this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +38,7 @@ help: ## print this help
 	@echo "IAL_CAMVID  is the folder of the CamVid data set, for the tests and benchmarks that use it."
 
 # Two workers: emulated kernels run on one thread. The threads of other tests must not spin while they wait.
-test: lint ## check style, then run the tests
+test: lint docs ## check style, build the documentation, then run the tests
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
 bench: $(STAMP) ## time the loss on this machine: everyone who computes it, sizes, classes, types; ten minutes
@@ -56,6 +56,10 @@ lint: $(STAMP) ## check style and formatting
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_ALL)
+
+# mkdocs-material prints a notice on its own future without this variable.
+docs: $(STAMP) ## build the documentation in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 format: $(STAMP) ## format the sources
 	$(PY) -m ruff check --fix
