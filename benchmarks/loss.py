@@ -1,4 +1,4 @@
-"""Times loss and gradient of logits at full size: cross-entropy and IAL, by every provider of this machine."""
+"""Times loss and gradient at full size: cross-entropy and IAL, by every provider of this machine."""
 
 from __future__ import annotations
 

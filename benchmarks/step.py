@@ -75,7 +75,7 @@ def losses(device: str) -> dict[str, tuple[Loss, Loss]]:
 def why_different(got: Sequence[Tensor], expected: Sequence[Tensor]) -> str | None:
     """Why a step is not the expected one, in one line; None if it is.
 
-    Each sums 10^5 to 10^6 pixels in float32, compiled code one by one: errors of √pixels eps, as a random walk.
+    Each sums 10^5 to 10^6 pixels in float32, compiled code one by one: errors grow as √pixels eps.
     """
     for name, one, other in zip(("loss", "parameters"), got, expected, strict=True):
         error = ((one - other).norm() / other.norm()).item()

@@ -1,4 +1,4 @@
-"""Times loss and gradient against resolution, classes, batch, dtypes, layout and threads; checks every case."""
+"""Times loss and gradient against resolution, classes, batch, dtypes, layout and threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times loss and gradient of coarse logits, which ours interpolates inside the kernel and others beforehand."""
+"""Times loss and gradient of coarse logits: ours interpolates inside the kernel, others beforehand."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def memory(case: Case, provider: Provider, inputs: Inputs) -> dict[str, float | 
 
 
 def copy_parts(case: Case, inputs: Inputs) -> dict[str, Part]:
-    """A copy of the logits to memory that is there already, and a read. None of coarse logits: they are small."""
+    """A copy of the logits to existing memory, and a read. None for coarse logits, which are small."""
     if case.scale > 1:
         return {}
     warm = torch.empty_like(inputs.written)

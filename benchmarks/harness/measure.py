@@ -202,8 +202,8 @@ CAPTURE: dict[str, Callable[[Step, Tensor], Step]] = {"cuda": _capture_cuda}
 def peak_bytes(step: Step, logits: Tensor) -> int:
     """The peak of the memory that the step allocates, results included.
 
-    On the CPU the profiler reports each allocation of a tensor. That is exact, unlike the size of the process,
-    which depends on what the C library keeps.
+    On the CPU the profiler reports each allocation of a tensor. That is exact, unlike the size of the
+    process, which depends on what the C library keeps.
     """
     if logits.is_cuda:
         torch.cuda.reset_peak_memory_stats()

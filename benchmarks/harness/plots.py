@@ -83,7 +83,7 @@ class Line:
 
     @property
     def exponent(self) -> float | None:
-        """p in y ~ x^p by least squares of the logarithms; None of a single point, or where y is not positive."""
+        """p in y ~ x^p by least squares of the logarithms; None for one point, or y of 0."""
         if len(self.x) < 2 or min(self.y) <= 0:
             return None
         slope, _ = np.polyfit(np.log(self.x), np.log(self.y), 1)
@@ -117,7 +117,7 @@ def draw_lines(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], un
 
 
 def label_ends(axes: Axes, lines: Sequence[Line], unit: str) -> None:
-    """Labels beside the right edge, at the height of the lines' ends, but moved apart where they would overlap."""
+    """Labels at the right edge, at the height of the lines' ends, moved apart where they would overlap."""
     low, high = np.log(axes.get_ylim())
     left, right = np.log(axes.get_xlim())
     ends = sorted(((np.log(line.y[-1]) - low) / (high - low), line) for line in lines) if lines else []
@@ -139,7 +139,7 @@ def label_ends(axes: Axes, lines: Sequence[Line], unit: str) -> None:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights, moved as little as needed so that neighbours are ``gap`` apart (pool adjacent violators)."""
+    """Ascending heights, moved as little as needed to be ``gap`` apart (pool adjacent violators)."""
     groups: list[list[float]] = []  # sum of the positions of a group's first label, members
     for place, height in enumerate(heights):
         groups.append([height - place * gap, 1])

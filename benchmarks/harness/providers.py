@@ -102,7 +102,9 @@ def make_ours(case: Case, *, variants: bool) -> list[Provider]:
         variants: whether to add the gradient in place and, for cross-entropy, in two passes.
     """
     make = {CROSS_ENTROPY: our_cross_entropy, IAL: our_loss}[case.loss]
-    options = {"label_smoothing": case.label_smoothing} | {"upsample": "bilinear"} * (case.scale > 1)
+    options: dict[str, Any] = {"label_smoothing": case.label_smoothing}
+    if case.scale > 1:
+        options["upsample"] = "bilinear"
     several_ways = case.loss == IAL and case.scale == 1
     names = [n for b in kernels(case.device) for n in (both_launches(b) if several_ways else [b.name])]
 
@@ -173,14 +175,8 @@ def make_peers(case: Case, *, compiled: bool, dynamic: bool = False) -> list[Pro
         eager = partial(reference_loss, **({"upsample": "bilinear"} if case.scale > 1 else {}))
     peers = [Provider(prefix + name, eager, eager, labels, captured=captured)]
     if compiled:
-        peers.append(
-            replace(
-                peers[0],
-                name=peers[0].name + COMPILED,
-                loss=compile_anew(eager, dynamic=dynamic),
-                compiled=True,
-            )
-        )
+        loss = compile_anew(eager, dynamic=dynamic)
+        peers.append(replace(peers[0], name=peers[0].name + COMPILED, loss=loss, compiled=True))
     return peers
 
 
