@@ -1,4 +1,7 @@
-"""Hooks of MkDocs: pages link to files of the repository, as they are seen without MkDocs, and the site has those files."""
+"""Hooks of MkDocs: pictures of results are added to the site.
+
+Pages link to them relative to the repository, which also works without MkDocs.
+"""
 
 from __future__ import annotations
 
