@@ -1,6 +1,6 @@
-"""Hooks of MkDocs: pictures of results are added to the site.
+"""Hooks of MkDocs: the site gets files of the repository that are not in docs/.
 
-Pages link to them relative to the repository, which also works without MkDocs.
+Links are relative to the repository, so that they also work without MkDocs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = "benchmarks/results"
+INCLUDE = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 
 
 def on_files(files, config):
@@ -24,7 +25,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Points links to those pictures, and drops the recipes of tables."""
+    """Includes files, points links to the site, and drops the recipes of tables."""
+    markdown = INCLUDE.sub(lambda name: (ROOT / name[1]).read_text().replace("](docs/", "]("), markdown)
     up = "../" * page.file.src_uri.count("/")
     markdown = re.sub(rf"\]\((?:\.\./)+{PICTURES}/", f"]({up}{PICTURES}/", markdown)
     return re.sub(r"<!-- table\n.*?-->\n|<!-- /table -->", "", markdown, flags=re.DOTALL)
