@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ VOID = 11
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
-    """The same number as in the processes that a test starts, so that results are the same bits."""
+    """As in the processes that tests start, so that results are bitwise equal."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -40,7 +41,7 @@ def one_thread(monkeypatch):
 
 
 def write_pair(image_file: Path, label_file: Path, labels: np.ndarray) -> None:
-    """A label map, and an image whose red tells the labels."""
+    """A label map, and an image whose blue is the label."""
     for file in (image_file, label_file):
         file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(labels).save(label_file)
@@ -52,11 +53,22 @@ def camvid(tmp_path_factory):
     """Six images to train and three to test, 48 x 72, in regions of twelve pixels."""
     root = tmp_path_factory.mktemp("camvid")
     random = np.random.default_rng(0)
-    for split, count in (("train", 6), ("test", 3)):
-        for i in range(count):
-            labels = random.integers(0, VOID + 1, (4, 6), dtype=np.uint8).repeat(12, 0).repeat(12, 1)
-            write_pair(root / split / f"{i}.png", root / f"{split}annot" / f"{i}.png", labels)
+    write_camvid(
+        root, 6, 3, lambda: random.integers(0, VOID + 1, (4, 6), np.uint8).repeat(12, 0).repeat(12, 1)
+    )
     return root
+
+
+def write_camvid(root: Path, train: int, test: int, make_labels: Callable[[], np.ndarray]) -> None:
+    for split, count in (("train", train), ("test", test)):
+        for i in range(count):
+            write_pair(root / split / f"{i}.png", root / f"{split}annot" / f"{i}.png", make_labels())
+
+
+def write_city(root: Path, split: str, city: str, number: int, ids: np.ndarray) -> None:
+    stem = f"{split}/{city}/{city}_{number:06}_000019_"
+    image_file = root / "leftImg8bit" / f"{stem}leftImg8bit.png"
+    write_pair(image_file, root / "gtFine" / f"{stem}gtFine_labelIds.png", ids)
 
 
 def arguments(root: Path, output: Path, *options: object) -> list[str]:
@@ -119,14 +131,10 @@ def test_enet_has_the_layers_of_its_table():
 
 
 def test_cityscapes(tmp_path):
-    ids = (
-        np.array([[7, 8, 11, 12], [33, 32, 0, 10], [26, 24, 34, 1]], dtype=np.uint8).repeat(4, 0).repeat(4, 1)
-    )
+    ids = np.array([[7, 8, 11, 12], [33, 32, 0, 10], [26, 24, 34, 1]], np.uint8).repeat(4, 0).repeat(4, 1)
     expected = [[0, 1, 2, 3], [18, 17, 255, 255], [13, 11, 255, 255]]
     for split, city in (("train", "ulm"), ("train", "bonn"), ("val", "jena")):
-        stem = f"{split}/{city}/{city}_000000_000019_"
-        label_file = tmp_path / "gtFine" / f"{stem}gtFine_labelIds.png"
-        write_pair(tmp_path / "leftImg8bit" / f"{stem}leftImg8bit.png", label_file, ids)
+        write_city(tmp_path, split, city, 0, ids)
     source = data.cityscapes(tmp_path, "train")
     assert [pair.image.parent.name for pair in source.pairs] == ["bonn", "ulm"]
     assert source.hierarchy == CITYSCAPES
@@ -144,12 +152,9 @@ def test_cityscapes(tmp_path):
 
 def test_cityscapes_trains(tmp_path):
     random = np.random.default_rng(0)
-    for split, count in (("train", 2), ("val", 1)):
-        for i in range(count):
-            stem = f"{split}/ulm/ulm_{i:06}_000019_"
-            label_file = tmp_path / "gtFine" / f"{stem}gtFine_labelIds.png"
-            ids = random.integers(0, 34, (4, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-            write_pair(tmp_path / "leftImg8bit" / f"{stem}leftImg8bit.png", label_file, ids // 2 * 2 + 1)
+    for number, split in enumerate(("train", "train", "val")):
+        ids = random.integers(0, 34, (4, 8), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+        write_city(tmp_path, split, "ulm", number, ids // 2 * 2 + 1)
     options = ["--data", "cityscapes", "--split", "val", "--epochs", 1, "--batch", 2, "--weights", "none"]
     assert train.main(arguments(tmp_path, tmp_path / "out", *options)) == 0
     assert len(read_log(tmp_path / "out")["evaluations"][-1]["iou"]) == 19
@@ -215,7 +220,7 @@ def test_real_camvid():
 
 
 def test_scores_by_hand():
-    """Void counts nowhere, and a class that is neither there nor found has no score."""
+    """Void does not count, and a class that is neither in the labels nor predicted has no score."""
     labels = torch.tensor([[0, 0, 0, 0], [8, 8, 9, VOID]])
     found = torch.tensor([[0, 0, 0, 8], [8, 8, 8, 10]])
     counted = scores.Scores(CAMVID)
@@ -246,7 +251,7 @@ LOSSES = {
 def test_five_steps(network, options, camvid, tmp_path):
     options = ["--network", network, "--epochs", 5, "--batch", 6, "--interval", 1, *options]
     if "sum" in options:
-        options += ["--optimizer", "adam"]  # whose steps do not grow with the loss
+        options += ["--optimizer", "adam"]  # its steps do not grow with the loss
     assert train.main(arguments(camvid, tmp_path, *options)) == 0
     log = read_log(tmp_path)
     assert [row["step"] for row in log["rows"]] == [1, 2, 3, 4, 5]
@@ -255,7 +260,7 @@ def test_five_steps(network, options, camvid, tmp_path):
         assert (row["f"] is None) == ("cross-entropy" in options)
     first = log["rows"][0]
     if network == "fcn8s" and "none" in options:
-        assert first["loss"] == pytest.approx(math.log(11)), "its scores start at zero"
+        assert first["loss"] == pytest.approx(math.log(11)), "its initial logits are zero"
     if "--gradient" in options or not options[6:]:
         assert all(0 < f < 0.75 for f in first["f"]), "at most (1 + lambda) / 2"
     if "sum" in options:
@@ -272,7 +277,7 @@ def make_recipe(*options: str):
 @pytest.mark.parametrize("network", ["enet", "fcn8s"])
 @pytest.mark.parametrize("loss", ["ial", "cross-entropy"])
 def test_loss_of_all_is_the_sum_over_the_total_weight(network, loss):
-    """What processes compute with; and the losses are those that their names say."""
+    """The formula for several processes; and each loss is the one of its name."""
     torch.manual_seed(0)
     recipe = make_recipe("--network", network, "--loss", loss)
     coarse = networks.NETWORKS[network].coarse
@@ -295,14 +300,16 @@ def test_loss_of_all_is_the_sum_over_the_total_weight(network, loss):
 
 
 def test_training_learns(tmp_path):
-    """Sky above, road and car below, each in its colour: ENet finds that out, with images channels last."""
+    """Sky above, road and car below, each in its colour, with channels-last images."""
     random = np.random.default_rng(0)
-    for split, count in (("train", 6), ("test", 2)):
-        for i in range(count):
-            labels = np.full((48, 72), 3, dtype=np.uint8)
-            labels[: random.integers(16, 32)] = 0
-            labels[32:, random.integers(20, 52) :] = 8
-            write_pair(tmp_path / split / f"{i}.png", tmp_path / f"{split}annot" / f"{i}.png", labels)
+
+    def make_labels() -> np.ndarray:
+        labels = np.full((48, 72), 3, dtype=np.uint8)
+        labels[: random.integers(16, 32)] = 0
+        labels[32:, random.integers(20, 52) :] = 8
+        return labels
+
+    write_camvid(tmp_path, 6, 2, make_labels)
     options = ["--width", 0.25, "--batch", 3, "--epochs", 16, "--learning-rate", 0.005, "--channels-last"]
     options += ["--weights", "none", "--evaluate-every", 8]
     assert train.main(arguments(tmp_path, tmp_path / "out", *options)) == 0
@@ -313,13 +320,16 @@ def test_training_learns(tmp_path):
     assert log["evaluations"][-1]["accuracy"][0] > 25, "of eleven classes"
 
 
-def test_what_is_no_longer_finite_ends(camvid, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_run(camvid, tmp_path, capsys):
     options = ["--network", "fcn8s", "--optimizer", "sgd", "--learning-rate", "1e30", "--epochs", 4]
     assert train.main(arguments(camvid, tmp_path, *options, "--batch", 6)) == 1
     assert "the loss is nan in steps" in capsys.readouterr().err
 
 
-def test_what_cannot_be(camvid, tmp_path, capsys):
+def test_bad_arguments(camvid, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert train.main(arguments(camvid, tmp_path, "--distributed")) == 1
+    assert "LOCAL_RANK is not set" in capsys.readouterr().err
     assert train.main(arguments(camvid, tmp_path, "--batch", 7)) == 1
     assert "batch is 7, more than the 6 images" in capsys.readouterr().err
     assert train.main(arguments(camvid, tmp_path, "--split", "val")) == 1
@@ -333,8 +343,8 @@ def start(*command: object) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def test_killed_and_resumed_is_as_never_killed(camvid, tmp_path):
-    options = ["--epochs", 10, "--batch", 2, "--interval", 1]  # 30 steps of ENet, with dropout and momenta
+def test_killed_and_resumed_equals_never_killed(camvid, tmp_path):
+    options = ["--epochs", 10, "--batch", 2, "--interval", 1]  # 30 steps of ENet, with dropout and momentum
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start("examples.paper", *arguments(camvid, killed, *options))
     deadline = time.monotonic() + 60
@@ -344,7 +354,9 @@ def test_killed_and_resumed_is_as_never_killed(camvid, tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert 3 <= read_state(killed)["step"] < 30
-    assert train.main(arguments(camvid, killed, *options, "--workers", 1)) == 0  # which read the same
+    assert (
+        train.main(arguments(camvid, killed, *options, "--workers", 1)) == 0
+    )  # the result does not depend on workers
     assert train.main(arguments(camvid, whole, *options)) == 0
 
     resumed, expected = read_state(killed), read_state(whole)
@@ -358,7 +370,7 @@ def test_killed_and_resumed_is_as_never_killed(camvid, tmp_path):
     assert read_log(killed)["evaluations"] == read_log(whole)["evaluations"]
 
 
-def test_ended_training_stays_and_others_are_refused(camvid, tmp_path, capsys):
+def test_a_finished_training_stays_and_other_recipes_are_refused(camvid, tmp_path, capsys):
     options = ["--epochs", 1, "--batch", 6]
     assert train.main(arguments(camvid, tmp_path, *options)) == 0
     before = read_log(tmp_path)
@@ -371,10 +383,10 @@ def test_ended_training_stays_and_others_are_refused(camvid, tmp_path, capsys):
     )
 
 
-def test_two_processes_are_as_one(camvid, tmp_path):
+def test_two_processes_equal_one(camvid, tmp_path):
     """Weighted mean, batch statistics and dropout of the whole batch, and scores over all images.
 
-    By SGD: Adam's first steps are the gradient's signs, which rounding decides where the gradient is zero.
+    With SGD: Adam's first steps are signs of the gradient, which rounding decides where it is zero.
     """
     options = ["--epochs", 3, "--batch", 4, "--optimizer", "sgd", "--learning-rate", 0.02]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -398,7 +410,7 @@ def test_two_processes_are_as_one(camvid, tmp_path):
 
 @pytest.fixture
 def logged(tmp_path):
-    """Logs of two losses, two seeds each, and of a training that has not ended."""
+    """Logs of two losses with two seeds each, and of an unfinished training."""
 
     def write(name: str, loss: str, seed: int, iou: float, steps: int = 2, **others: object) -> None:
         recipe = make_recipe("--loss", loss, "--seed", str(seed)).as_json() | others
@@ -446,7 +458,7 @@ def test_report(logged, camvid, capsys):
 
 
 def test_the_papers_means_are_of_its_figures():
-    """Their last column is the mean of the eleven classes, up to rounding: none is mistyped here."""
+    """The last column is the mean of the eleven classes up to rounding, so no figure is mistyped."""
     for rows in report.PAPER.values():
         for figures in rows.values():
             assert np.mean(figures[:-1]) == pytest.approx(figures[-1], abs=0.06)
@@ -491,11 +503,10 @@ def test_nothing_to_report(tmp_path, capsys):
 
 @pytest.mark.parametrize("network", ["enet", "fcn8s"])
 def test_profile(network, tmp_path):
-    options = ["--network", network, "--crop", 48, 64, "--batch", 2, "--width", 0.05, "--rounds", 2]
     file = tmp_path / "profile.json"
-    assert (
-        train.main([str(option) for option in ["profile", *options, "--threads", 1, "--output", file]]) == 0
-    )
+    options = ["--network", network, "--crop", 48, 64, "--batch", 2, "--width", 0.05, "--rounds", 2]
+    command = ["profile", *options, "--threads", 1, "--output", file]
+    assert train.main([str(part) for part in command]) == 0
     measured = json.loads(file.read_text())
     extra = {row["name"]: row["extra_mib"] for row in measured["rows"]}
     assert set(measured["share_percent"]) == {"IAL, ial_cuda", "IAL, reference", "F.cross_entropy"}

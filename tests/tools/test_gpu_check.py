@@ -564,6 +564,14 @@ def test_memcheck_goes_on_after_an_error(has_option, monkeypatch):
         assert stage.env["IAL_UNPOISONED"] == "1"
 
 
+def test_info_needs_no_package_of_the_benchmarks(tmp_path):
+    for name in ("rich", "matplotlib", "torchmetrics", "PIL"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not there')")
+    stage = replace(gpu_check.info(NO_GPU, tmp_path), env={"PYTHONPATH": str(tmp_path)})
+    _, summary = run(tmp_path / "out", [stage])
+    assert (tmp_path / "machine.json").exists(), summary["stages"]
+
+
 def test_the_build_is_for_the_gpu_that_is_there():
     stage = gpu_check.build(H100)
     assert stage.env["TORCH_CUDA_ARCH_LIST"] == "9.0"
