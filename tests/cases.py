@@ -30,26 +30,26 @@ def _backend(name: str):
 
 simt.register()
 interpreted.register()
-# How "cuda" launches is its own affair. Tests run it in both ways.
+# "cuda" chooses between one launch and two by itself. Tests run both.
 CUDA = backends.get("cuda")
 backends.register(replace(CUDA, name="cuda_two_launches", one_launch=False))
 backends.register(replace(CUDA, name="cuda_one_launch", one_launch=True))
 NAMES = [name for name in backends.names() if name != "cuda"]
 
-#: Every backend, those that this machine cannot run skipped with the reason.
+#: Every backend. Those that this machine cannot run are skipped with the reason.
 BACKENDS = [_backend(name) for name in NAMES]
-#: Those with kernels of our own.
+#: The backends with kernels.
 KERNELS = [_backend(name) for name in NAMES if name != "reference"]
-#: Of those, the ones for CUDA tensors.
+#: The backends with kernels for CUDA tensors.
 GPU_KERNELS = [backend for backend in KERNELS if device_of(backend.values[0]) == "cuda"]
-#: Those that run the CUDA sources, on the GPU or on the CPU.
+#: The backends that run the CUDA sources, on the GPU or on the CPU.
 LAUNCHED = [backend for backend in KERNELS if backend.values[0] not in ("cpu", "triton")]
-#: What the CPU emulates, slowly.
+#: The backends that the CPU emulates, slowly.
 EMULATED = ["simt", "simt_one_launch", *["triton"] * interpreted.INTERPRETED]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 HIERARCHY = Hierarchy([[3], [0, 4], [1], [2]])
-#: With one level the kernels make one pass, and the backward pass hands its gradient out.
+#: With one level the kernels make one pass, and the backward pass returns its gradient.
 ONE_AND_FOUR = pytest.mark.parametrize("hierarchy", [Hierarchy.flat(5), HIERARCHY], ids=["one", "four"])
 OPTIONS = {
     "alpha": [1.0, 0.3],
@@ -74,7 +74,7 @@ def make_logits(shape, dtype=torch.float64, *, spread=3.0, seed=0):
 
 
 def trained_like(target, num_classes, dtype, *, margin=6.0, seed=0):
-    """Logits of a network that mostly knows: a margin for a class, right in nine pixels of ten."""
+    """Logits like those of a trained network: a margin for one class, correct in nine pixels of ten."""
     generator = torch.Generator().manual_seed(seed)
     wrong = torch.rand(target.shape, generator=generator) < 0.1
     guess = torch.where(
@@ -100,7 +100,7 @@ def camvid_labels(count: int) -> torch.Tensor:
 
 @contextlib.contextmanager
 def poisoned():
-    """Uninitialised memory holds NaN. IAL_UNPOISONED leaves it as it is, for tools that detect such reads."""
+    """Fills uninitialised memory with NaN. IAL_UNPOISONED disables this, for tools that detect such reads."""
     torch.use_deterministic_algorithms("IAL_UNPOISONED" not in os.environ, warn_only=True)
     try:
         yield
@@ -109,21 +109,21 @@ def poisoned():
 
 
 def move(tensor, device):
-    """The tensor on a device, with its strides and its offset: `Tensor.to` makes a dense one of it."""
+    """The tensor on a device with its strides and offset, which `Tensor.to` does not keep."""
     size = tensor.untyped_storage().nbytes() // tensor.element_size()
     storage = tensor.detach().as_strided((size,), (1,), 0).to(device)
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
-    """Loss, gradient and components of one backend, on the CPU, each in the dtype it came in."""
+    """Loss, gradient and components of one backend, moved to the CPU in their dtypes."""
     device = device_of(backend)
     leaf = move(logits, device).requires_grad_()
     weight, pixel_weight, divisor = (
         move(value, device) if isinstance(value, torch.Tensor) else value
         for value in (options.pop(name, None) for name in ("weight", "pixel_weight", "divisor"))
     )
-    # The module: without its expectation, float16 logits take two passes.
+    # The module, since the function makes two passes for float16 logits: it expects no incoming gradient.
     criterion = ImportanceAwareLoss(hierarchy, weight, backend=backend, return_components=True, **options)
     with poisoned():
         loss, components = criterion(leaf, move(target, device), pixel_weight, divisor=divisor)
@@ -133,7 +133,7 @@ def run(backend, logits, target, hierarchy=HIERARCHY, *, grad_output=None, **opt
 
 
 def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
-    """The float64 oracle on what the tensors hold."""
+    """The result of the float64 oracle for the values of the tensors."""
     arrays = {
         name: options.pop(name).double().numpy()
         for name in ("weight", "pixel_weight")
@@ -152,12 +152,12 @@ def truth(logits, target, hierarchy=HIERARCHY, *, grad_output=None, **options):
 
 
 def scales(logits, target, expected, plain=None, *, weight=None, pixel_weight=None, **options):
-    """What the rounding of each result is relative to: its size, and what pixels that are nearly right add.
+    """The scale of each result's rounding: its size, and a term for pixels that are nearly correct.
 
-    In such a pixel a tiny 1 - pi, and a tiny -log pi, is left of numbers near 1 and bears their rounding. For
-    f_t that is sqrt(2 f_t (1 + lambda_t)) by Cauchy's inequality, for S_k the weight of the pixels, for the
-    loss that weight times the factors, for the gradient the factor of (p - 1), read off the gradient itself,
-    which is that of `plain`, the result without label smoothing.
+    In such a pixel 1 - pi and -log pi are small differences of numbers near 1 and have their rounding. The
+    term is sqrt(2 f_t (1 + lambda_t)) for f_t, by Cauchy's inequality; the weight of the pixels for S_k; that
+    weight times the factors for the loss; and the factor of (p - 1) for the gradient. The factor is computed
+    from the gradient of `plain`, the result without label smoothing.
     """
     plain = expected if plain is None else plain
     pixels = target.numel()
@@ -171,7 +171,7 @@ def scales(logits, target, expected, plain=None, *, weight=None, pixel_weight=No
     f_scale = np.sqrt(2 * f * (1 + np.max(options.get("lambdas", 0.5), initial=0)) * compared)
     lead = np.fmax(np.abs(expected.F), 1).max(axis=0, initial=1).prod()
 
-    target = target.long()  # 300 classes are no number of a uint8
+    target = target.long()  # a uint8 cannot represent 300 classes
     is_class = (target >= 0) & (target < logits.shape[1])
     y = target.where(is_class, 0).unsqueeze(1)
     missing = (1 - torch.softmax(logits.double(), 1).gather(1, y).squeeze(1)).numpy()
@@ -188,21 +188,20 @@ def scales(logits, target, expected, plain=None, *, weight=None, pixel_weight=No
 
 
 def largest(values):
-    """The largest magnitude of those that are finite."""
+    """The largest finite magnitude."""
     return np.abs(values[np.isfinite(values)]).max(initial=0)
 
 
 def check(backend, logits, target, hierarchy=HIERARCHY, **options):
-    """Asserts the error rule against the oracle: no further from the truth than eager PyTorch in the same
-    arithmetic, plus a few ulp.
+    """Asserts the error rule: the error against the oracle is at most that of eager PyTorch plus a few ulp.
 
-    |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1/2 ulp of the output. The first is a
-    maximum over the tensor, since an element of the eager result may be right by luck. The second is at the
-    tensor's scale (`scales`); in float64 it is 64 ulp, since there the oracle errs as much as the result.
-    The third, the rounding of a half-precision gradient, is at the element's own value; beyond the range of
-    float16 that is infinity.
+    |ours - truth| <= max |eager - truth| + 4 ulp of the arithmetic + 1/2 ulp of the output. Eager PyTorch
+    uses the same arithmetic. The first term is a maximum over the tensor, since single elements of the eager
+    result may be exact by chance. The second term is at the tensor's scale (`scales`). In float64 it is 64
+    ulp, since there the oracle has the same rounding errors as the result. The third term, the rounding of a
+    half-precision gradient, is at the element's own value. Beyond the range of float16 it is infinity.
 
-    What is not finite must be so in the same way in the truth or in the eager result.
+    An element that is not finite must have the same value in the truth or in the eager result.
     """
     expected = truth(logits, target, hierarchy, **options)
     plain = truth(logits, target, hierarchy, **options | {"label_smoothing": 0.0})
@@ -211,8 +210,11 @@ def check(backend, logits, target, hierarchy=HIERARCHY, **options):
 
 
 def check_upsampled(backend, logits, target, hierarchy=HIERARCHY, *, align_corners=False, **options):
-    """`check` of coarse logits. Their interpolation rounds the logits themselves, which the rounding of all
-    results grows by; a gradient is relative to what all pixels around a coarse logit may add to it."""
+    """`check` for coarse logits.
+
+    The interpolation rounds the logits, and this adds to the rounding of all results. The scale of a gradient
+    is the largest sum that the pixels around a coarse logit can add to it.
+    """
     size = target.shape[1:]
     y, x = (oracle.interpolation(*sizes, align_corners) for sizes in zip(logits.shape[2:], size, strict=True))
     fine = torch.from_numpy(oracle.upsample(logits.detach().double().numpy(), y, x))
@@ -231,7 +233,7 @@ def same(a, b):
 
 
 def judge(backend, logits, target, hierarchy, expected, scale, /, **options):
-    """The rule of `check`, for results whose rounding is relative to `scale`."""
+    """The rule of `check` for one result whose rounding is relative to `scale`."""
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
     arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
     eager_loss, eager_grad, (eager_f, eager_F, eager_S, _) = run(
@@ -256,7 +258,7 @@ def judge(backend, logits, target, hierarchy, expected, scale, /, **options):
         both = np.isfinite(eager) & np.isfinite(true)
         allowed = np.abs(eager[both] - true[both]).max(initial=0)
         rounding = ulps * torch.finfo(arithmetic).eps * scale[name]
-        # Else a fault of the reference would excuse every backend.
+        # Otherwise an error of the reference would allow the same error in every backend.
         assert arithmetic == torch.float32 or allowed <= rounding, f"{name} of the reference: {allowed:.3g}"
         allowed = allowed + rounding
         if ours.dtype != arithmetic:

@@ -1,7 +1,7 @@
-"""Compiles the Triton kernels that the operators launch, for GPUs that need not be present.
+"""Compiles the Triton kernels that the operators launch. No GPU is needed.
 
 python -m tests.compile_triton prints registers, spills and wide accesses as JSON, by "target: kernel: case".
-It is a process of its own because interpreted kernels cannot be compiled.
+It runs as a separate process because kernels in the interpreter cannot be compiled.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 def launches(
     logits: torch.Tensor, ratio: int | None = None, *, levels: int = 4, smoothing: float = 0.0
 ) -> list[Launch]:
-    """The launches of a step of the loss, with class weights and pixel weights. With a ratio the logits are
-    coarse."""
+    """The launches of a step of the loss, with class and pixel weights. With a ratio, logits are coarse."""
     classes = logits.shape[1]
     spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
     align_corners = None if ratio is None else False
@@ -63,7 +62,7 @@ def launches(
 
 
 def sources(launched: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSource, dict[str, int]]]:
-    """The kernel of a launch with each of its configurations, specialised for the arguments as by Triton."""
+    """The kernel of a launch in each of its configurations, specialised for the arguments like in Triton."""
     kernel, arguments, constants = launched
     configs = [triton.Config({})]
     if isinstance(kernel, Autotuner):
@@ -156,7 +155,7 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
 
 def main() -> None:
     todo = dict(jobs())
-    with ThreadPoolExecutor(2) as pool:  # ptxas runs beside Python
+    with ThreadPoolExecutor(2) as pool:  # ptxas runs outside of Python's lock
         results = dict(zip(todo, pool.map(lambda job: examine(*job), todo.values()), strict=True))
     print(json.dumps(results, indent=1))
 

@@ -52,7 +52,7 @@ def backends_of(item: pytest.Item) -> set[str]:
 
 @pytest.fixture
 def need_gpu_memory() -> Iterator[Callable[[int], None]]:
-    """Skips the test where the GPU has not so many bytes free. Other processes can have them afterwards."""
+    """Skips the test if the GPU has fewer free bytes. Releases the memory to other processes afterwards."""
 
     def need(size: int) -> None:
         free, _ = torch.cuda.mem_get_info()
@@ -66,7 +66,7 @@ def need_gpu_memory() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture(autouse=True)
 def _load_simt(request: pytest.FixtureRequest) -> None:
-    """Compiles the CUDA kernels for the CPU when the first test needs them."""
+    """Compiles the CUDA kernels for the CPU before the first test that needs them."""
     callspec = getattr(request.node, "callspec", None)
     if callspec and callspec.params.get("backend") in ("simt", "simt_one_launch"):
         simt.load()

@@ -1,6 +1,6 @@
-"""Ends a test process whose CUDA context is lost, and a worker that is interrupted.
+"""Ends a test process after its CUDA context is lost, and a worker after an interrupt.
 
-After an error such as an illegal address every call to CUDA fails, and so would every test that follows.
+After an error such as an illegal address, every call to CUDA fails, and all later tests would fail.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import sys
 
 import pytest
 
-#: Set on the test that lost the context: the error.
+#: The error, stored on the test that lost the context.
 LOST = pytest.StashKey[str]()
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Whether this is a worker of pytest-xdist, which replaces a worker that exits."""
+    """Whether this process is a worker of pytest-xdist, which replaces a worker that exits."""
     return hasattr(config, "workerinput")
 
 
 def why_lost() -> str | None:
-    """The error of CUDA, if the tests have used it. Neither torch nor CUDA is loaded for the question."""
+    """The CUDA error, if the tests have used CUDA. This loads neither torch nor CUDA."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -34,8 +34,8 @@ def why_lost() -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_worker(config):
-        # Python's handler would wait for a kernel that hangs, and the session for this process. The reports
-        # of the tests before are sent already.
+        # Python's handler would wait for a hanging kernel, and the session for this process. The reports
+        # of earlier tests have already been sent.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -52,7 +52,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> object:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> object:
-    """Around all of a test, its reports included."""
+    """Wraps a whole test with its reports."""
     result = yield
     if LOST in item.stash:
         if is_worker(item.config):

@@ -1,4 +1,4 @@
-"""Kernels that call helpers of the Triton kernels. Triton looks up a kernel's names in its module."""
+"""Kernels that call helpers of the Triton kernels. Triton looks up names in the module of a kernel."""
 
 from __future__ import annotations
 

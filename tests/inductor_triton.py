@@ -1,8 +1,7 @@
-"""The code that Inductor generates for the operators of the Triton kernels, for a GPU that need not be
-present.
+"""Generates Inductor's code for the Triton operators. No GPU is needed.
 
 python -m tests.inductor_triton prints the types and values of each kernel's arguments as JSON, by case.
-Tensors are fake, the properties of the GPU are written below, and the code is not run.
+Tensors are fake, the GPU's properties are constants below, and the code is not run.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: GPUT
 
 
 class Written(Exception):
-    """Inductor has written its code, the argument."""
+    """Raised when Inductor has generated its code. The argument is the code."""
 
 
 def stop(graph: GraphLowering) -> None:
@@ -69,7 +68,7 @@ GraphLowering.compile_to_module = stop
 def write(
     size: tuple[int, int], *, ratio: int | None, ignore_index: int, smoothing: float, dynamic: bool
 ) -> str:
-    """Inductor's code for the operators of a step. With a ratio the logits are coarse."""
+    """Inductor's code for the operators of one step. With a ratio the logits are coarse."""
     operators = backends.get("triton").operators()
     align_corners = None if ratio is None else False
     options = (None, (0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
@@ -100,7 +99,7 @@ def write(
 
 
 def kernels(code: str) -> dict[str, str]:
-    """The source of each of our kernels in the code."""
+    """The source of each of this package's kernels in the code."""
     return dict(
         re.findall(r"^(\w+_kernel_\d+) = async_compile.triton\('\w+', '''(.*?)^'''", code, re.M | re.S)
     )
@@ -121,7 +120,7 @@ def arguments(code: str) -> dict[str, dict[str, Any]]:
 
 
 def compile_kernels(code: str) -> None:
-    """Compiles to machine code: Inductor copies our sources, and must not omit what they use."""
+    """Compiles to machine code. Inductor copies the kernels' sources and must not omit what they use."""
     for name, source in kernels(code).items():
         getattr(PyCodeCache.load(source), plain(name)).precompile(warm_cache_only=True)
 

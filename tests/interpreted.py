@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and backends.get("triton").missing is None
 
-#: Why the interpreter cannot run here. That of Triton 3.6 converts an array of one element to an int.
+#: Why the interpreter cannot run here. Triton 3.6 converts an array of one element to an int.
 problem = None
 if INTERPRETED:
     import triton
@@ -29,7 +29,7 @@ if INTERPRETED:
 
 
 def register() -> None:
-    """Makes "triton" a backend for CPU tensors, where it is interpreted."""
+    """Registers "triton" as a backend for CPU tensors, run by the interpreter."""
     if INTERPRETED:
         backends.register(replace(backends.get("triton"), devices=("cpu",)))
         _patch_once()
@@ -37,9 +37,11 @@ def register() -> None:
 
 
 def _patch_once() -> None:
-    """Makes the interpreter faster. Each call of a helper searches triton.language for functions to replace,
-    which takes half of the time, though the launch of the kernel has replaced them all. Looking at one of
-    them is enough."""
+    """Makes the interpreter faster.
+
+    Each call of a helper searches triton.language for functions to replace, which takes half of the time. The
+    launch of the kernel has already replaced them all, so checking one of them is enough.
+    """
     from triton import language
     from triton.runtime import interpreter
 
@@ -57,8 +59,7 @@ def _patch_once() -> None:
 
 
 def _round_fma_once() -> None:
-    """A fused multiply-add rounds once, and its product does not overflow. The interpreter's has two
-    steps."""
+    """Replaces the interpreter's fma, which has two steps. A fused multiply-add rounds once at the end."""
     from triton.runtime import interpreter
 
     def create_fma(self, x, y, z):

@@ -1,12 +1,12 @@
-"""An independent oracle: the Importance-Aware Loss in float64 NumPy, as the paper writes it.
+"""An independent oracle: the Importance-Aware Loss in float64 NumPy, in the paper's notation.
 
 Chen, Gong, Yang, "Importance-Aware Semantic Segmentation for Autonomous Driving System", IJCAI 2017,
 Eqs. 1-19: the matrices M_t with their "x" entries, the one-hot q, the matrix X-bar, the recursion of the Q_t
-and its derivative. The package never computes the loss this way (it goes through sums per level and a small
-table), so nothing may be shared with it: no torch, no import from ial_cuda, no shortcut the paper lacks.
+and its derivative. The package computes the loss in another way, from sums per level, and the oracle shares
+nothing with it: no torch, no import from ial_cuda, no step that is not in the paper.
 
-Notation. An H x W matrix of the paper is here a vector over the P pixels that are not ignored, so an ignored
-pixel takes no part, whatever its logits are. X, q, p, h are (C, P); Y, M_t, X-bar, A, l, w are (P,).
+Notation. An H x W matrix of the paper is a vector here, over the P pixels that are not ignored. So ignored
+pixels have no effect, whatever their logits are. X, q, p, h are (C, P); Y, M_t, X-bar, A, l, w are (P,).
 Indices start at 0: `t` is the paper's t + 1, level k its Group k + 1, level 0 the least important; t runs
 over the g - 1 importance factors. Indicators select (`where=`, np.where) instead of multiplying: 0 * NaN is
 not 0.
@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Result:
-    """One evaluation. With factor_scope="batch" the factors are pooled: f and F are (1, g-1)."""
+    """The results. With factor_scope="batch" the factors are pooled: f and F are (1, g-1)."""
 
     loss: Array  # () for "mean" and "sum", (N,) for "none"
     grad: Array  # (N, C, *spatial): d sum(loss * grad_output) / d logits
@@ -37,17 +37,17 @@ class Result:
 
 
 def _pixels(X: Array, q: NDArray[np.bool_], W: Array) -> tuple[Array, Array, Array, Array]:
-    """What a pixel knows without the others: w l (Eq. 1), w h (Eq. 18), X-bar and its exact derivative by X.
+    """The values of each pixel: w l (Eq. 1), w h (Eq. 18), X-bar, and its exact derivative with respect to X.
 
-    W (C, P) weighs the -log p of each class: w at the pixel's own, and label smoothing gives others a share.
+    W (C, P) is the weight of -log p of each class: w for the pixel's own. Smoothing gives others a share.
 
     X-bar_ij is entry c = Y_ij of the pixel's vector "normalized to [0, 1]" (footnote 1): of its softmax.
     """
-    X = X - X.max(axis=0)  # the softmax does not see it, and exp cannot overflow
+    X = X - X.max(axis=0)  # the softmax does not change, and exp cannot overflow
     log_p = X - np.log(np.exp(X).sum(axis=0))
     p = np.exp(log_p)
     wl = -(W * log_p).sum(axis=0, where=W != 0)  # Eqs. 1, 2
-    wh = W.sum(axis=0) * p - W  # Eq. 18, which has w (p - q)
+    wh = W.sum(axis=0) * p - W  # Eq. 18: w (p - q)
     X_bar = p.sum(axis=0, where=q)
     dX_bar = X_bar * (q - p)  # (C, P): row Y of the softmax's Jacobian
     return wl, wh, X_bar, dX_bar
@@ -68,8 +68,8 @@ def _chain(
 
     S (n, g) holds w^T l of each image and group, r (n,) the incoming gradient of each image's IAL, dl (C, P)
     Eq. 19 times the r of the pixel's image. Returns f (g-1,), IAL (n,) and d sum(r * IAL) / d X (C, P).
-    A Q_t is n numbers, one an image. f_t is shared and hears from all of them: r @ rest below, where the
-    paper has a plain product.
+    A Q_t is n numbers, one per image. f_t is shared, so its derivative sums over the images: r @ rest below,
+    where the paper has a plain product.
     """
     f = np.zeros(len(lambdas))
     Q, dQ = np.zeros(len(S)), np.zeros_like(dl)  # nothing beyond the most important group (Eqs. 7, 13)
@@ -77,7 +77,7 @@ def _chain(
         M = np.where(level == t, 0.0, np.where(level > t, 1.0, np.nan))  # Fig. 2(b)-(d), NaN for "x"
         compared = ~np.isnan(M)  # I{M_t != "x"}
         Z = max(1, np.count_nonzero(compared)) if mean else 1  # our option; with none compared f_t = 0 / 1
-        # Eq. 3. The Frobenius norm squares its square root away.
+        # Eq. 3. The square cancels the root of the Frobenius norm.
         f[t] = np.sum((M + lambdas[t]) * (X_bar - M) ** 2, where=compared) / (2 * Z)
         A = (M + lambdas[t]) * (X_bar - M)  # Eq. 16, "x" still in it
         df = np.where(compared, A * dX_bar, 0.0) / Z  # Eqs. 14, 17
@@ -85,7 +85,7 @@ def _chain(
         F = f[t] + alpha
         rest, d_rest = S[:, t + 1] + Q, np.where(level == t + 1, dl, 0.0) + dQ
         Q = F * rest  # Eqs. 5-7
-        # Eqs. 10-13. d_rest is a matter of the groups above t only, which is where M_t = 1.
+        # Eqs. 10-13. d_rest is nonzero only for the groups above t, where M_t = 1.
         dQ = np.where(compared, df * (r @ rest), 0.0) + np.where(M == 1, F * d_rest, 0.0)
     return f, S[:, 0] + Q, np.where(level == 0, dl, 0.0) + dQ  # Eqs. 8, 9
 
@@ -114,8 +114,8 @@ def importance_aware_loss(
     reduction="mean" divides the sum of the images' IAL by the sum of w = weight[Y] * pixel_weight, or by
     divisor.
     label_smoothing mixes the one-hot q with the uniform distribution, as F.cross_entropy does, in l alone.
-    gradient="exact" is the true derivative, "paper" Eqs. 9-19 to the letter: Eq. 15 lets X-bar depend on its
-    own channel only. Where the paper is silent on the rest, design.md's table decides.
+    gradient="exact" is the derivative. "paper" is Eqs. 9-19 as printed, where Eq. 15 lets X-bar depend on its
+    own channel only.
     """
     assert factor_normalization in ("mean", "sum"), factor_normalization
     assert factor_scope in ("image", "batch"), factor_scope
@@ -179,7 +179,7 @@ def importance_aware_loss(
 
 
 def interpolation(coarse: int, fine: int, align_corners: bool) -> Array:
-    """The (fine, coarse) matrix by which F.interpolate(mode="bilinear") upsamples a line, from rationals."""
+    """The (fine, coarse) matrix of F.interpolate(mode="bilinear") on a line, computed with rationals."""
     A = np.zeros((fine, coarse))
     for d in range(fine):
         if align_corners:
@@ -193,12 +193,12 @@ def interpolation(coarse: int, fine: int, align_corners: bool) -> Array:
 
 
 def leave_out(A: Array, X: Array) -> Array:
-    """A @ X without the terms whose coefficient is 0: 0 times infinity would be NaN."""
+    """A @ X without the terms of coefficient 0, since 0 times infinity would be NaN."""
     coefficients = A[..., :, :, None]
     with np.errstate(invalid="ignore"):
         return np.where(coefficients == 0, 0.0, coefficients * X[..., None, :, :]).sum(axis=-2)
 
 
 def upsample(X: Array, y: Array, x: Array) -> Array:
-    """Images X (..., h, w) by the matrices of both axes; with their transposes, what flows back to X."""
+    """Images X (..., h, w) times the matrices of both axes. With the transposes: the gradient of X."""
     return np.swapaxes(leave_out(x, np.swapaxes(leave_out(y, X), -1, -2)), -1, -2)

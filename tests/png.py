@@ -1,4 +1,4 @@
-"""A small PNG writer, which shares nothing with the reader: every bit depth, filter, and interlacing."""
+"""A small PNG writer that shares no code with the reader: every bit depth and filter, and interlacing."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def png(
     Args:
         labels: (H, W), or (H, W, samples) of a colour with several.
         depth: bits of a sample.
-        colour: PNG's number of it.
-        filters: of the rows, in turns.
+        colour: PNG's number of the colour type.
+        filters: the filters of the rows, repeated.
         before: chunks between the header and the data.
         part: the bytes of one IDAT chunk.
     """
@@ -61,7 +61,7 @@ def save(file: Path, *arguments, **options) -> Path:
 
 
 def packed(image: np.ndarray, depth: int) -> list[bytes]:
-    """The rows as strings of bits, each filled up to whole bytes."""
+    """The rows as bits, each padded to whole bytes."""
     rows = []
     for row in image.reshape(len(image), -1):
         bits = "".join(f"{value:0{depth}b}" for value in row.tolist())
@@ -71,7 +71,7 @@ def packed(image: np.ndarray, depth: int) -> list[bytes]:
 
 
 def filtered(rows: list[bytes], filters: tuple[int, ...], depth: int) -> bytes:
-    """Section 9 of the PNG specification: a byte less what its neighbours left and above predict."""
+    """Section 9 of the PNG specification: a byte minus the prediction from its left and upper neighbours."""
     step = max(depth // 8, 1)
     out = bytearray()
     above = bytes(len(rows[0]))
@@ -81,7 +81,7 @@ def filtered(rows: list[bytes], filters: tuple[int, ...], depth: int) -> bytes:
         for x, byte in enumerate(row):
             a, c = (row[x - step], above[x - step]) if x >= step else (0, 0)
             b = above[x]
-            nearest = min((a, b, c), key=lambda value, p=a + b - c: abs(p - value))  # the first of equal ones
+            nearest = min((a, b, c), key=lambda value, p=a + b - c: abs(p - value))  # the first on a tie
             out.append((byte - (0, a, b, (a + b) // 2, nearest)[kind]) % 256)
         above = row
     return bytes(out)

@@ -1,8 +1,7 @@
-"""Random inputs of every kind together, against the float64 oracle: values, dtypes, classes, layouts, coarse
-logits, weights and labels, with what must not count made infinite or NaN.
+"""Random inputs against the float64 oracle: values, dtypes, classes, layouts, coarse logits, weights, labels.
 
-A case is what its number makes of it, and a failure names the number. IAL_ATTACK=n tries n cases on each
-backend.
+Values that must not affect the result are infinite or NaN. The number of a case is its seed, and a failure
+prints the number. IAL_ATTACK=n tries n cases on each backend.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from cases import BACKENDS, DTYPES, OPTIONS, check, check_upsampled, make_logits
 
 from ial_cuda import Hierarchy
 
-#: A second or two each, of those that the CPU emulates too.
+#: One case takes a second or two on the emulated backends.
 CASES = {"reference": 30, "cpu": 80, "triton": 8, "simt": 16, "simt_one_launch": 8}
 
-# (N, C, *spatial) logits that the function makes, or a part of what it makes.
+# (N, C, *spatial) logits that the function returns, or a part of them.
 LAYOUTS = {
     "contiguous": lambda make, n, c, *s: make(n, c, *s),
     "channels_last": lambda make, n, c, *s: make(n, *s, c).movedim(-1, 1),
@@ -30,7 +29,7 @@ LAYOUTS = {
     "pixels first": lambda make, n, c, *s: make(*s, n, c).permute(len(s), len(s) + 1, *range(len(s))),
     "odd offset": lambda make, *shape: make(math.prod(shape) + 3)[3:].view(shape),
 }
-#: What the logits are, those in capitals such that the loss may be infinite or NaN.
+#: The kinds of logits. With those in capitals the loss may be infinite or NaN.
 VALUES = ("normal", "huge", "tiny", "ties", "masked", "LIMIT", "INFINITE", "MINUS INFINITE", "NAN")
 RATIOS = (None, None, None, 1, 2, 3, 4, 7.3, 75, 0.5, 0.03)
 ANYTHING = (0.0, math.inf, -math.inf, math.nan)
@@ -49,7 +48,7 @@ def make_case(number):
         fine = [max(1, round(coarse[0] * min(ratio, 4))), max(1, round(coarse[1] * ratio))]
         arguments["align_corners"] = random.random() < 0.5
 
-    # labels of some classes; -100 and 2**32 + 1 do not fit every type, and 7 is a class if there are so many
+    # labels of some classes; -100 and 2**32 + 1 do not fit every dtype, and 7 may be a class
     label = random.choice((torch.int64, torch.int32, torch.uint8))
     ignored = random.choice((255, -100, 7, 2**32 + 1))
     present = random.sample(range(classes), random.randint(1, classes))
@@ -94,7 +93,7 @@ def make_case(number):
     if ratio is None and (layout != "expanded" or images == 1):
         own.masked_fill_(void.unsqueeze(1), random.choice(ANYTHING))
 
-    # With several levels an infinite S_k meets factors of 0, in an order of each implementation's own.
+    # With several levels an infinite S_k is multiplied by factors of 0, in an order that is not defined.
     levels = 1 if values.isupper() else random.randint(1, min(4, classes))
     order = random.sample(range(classes), classes)
     for name, choices in OPTIONS.items():
@@ -110,8 +109,8 @@ def make_case(number):
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "odd offset"])
 @pytest.mark.parametrize("scope", OPTIONS["factor_scope"])
-def test_void_pixels_and_absent_classes_count_for_nothing(backend, dtype, value, layout, scope):
-    """Neither their logits nor their weights: all results have the same bits without them."""
+def test_void_pixels_and_absent_classes_have_no_effect(backend, dtype, value, layout, scope):
+    """Results are bitwise equal for any logits and weights of theirs."""
     target = make_target((3, 6, 40), 5, ignored=0.3)
     target[target == 4] = 255
     target[1] = 255  # an image without a pixel
@@ -132,7 +131,7 @@ def test_void_pixels_and_absent_classes_count_for_nothing(backend, dtype, value,
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_anything_at_all(backend):
+def test_random_cases(backend):
     for number in range(int(os.environ.get("IAL_ATTACK", CASES.get(backend, 80)))):
         logits, target, arguments, description = make_case(number)
         try:
@@ -141,8 +140,8 @@ def test_anything_at_all(backend):
             raise AssertionError(f"case {number}: {description}: {error}") from error
 
 
-def test_the_cases_are_of_every_kind():
-    """Else a change to `make_case` could empty the test."""
+def test_random_cases_cover_every_kind():
+    """Otherwise a change of `make_case` could leave kinds out."""
     descriptions = [make_case(number)[-1] for number in range(CASES["cpu"])]
     arguments = ["uint8", "align_corners': True", "'weight'", "'pixel_weight'"]
     for some in (LAYOUTS, VALUES, map(str, DTYPES), arguments):

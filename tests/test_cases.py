@@ -1,4 +1,4 @@
-"""What the tests of the loss hand to a backend on another device: tensors as they were made."""
+"""Tests of cases.py: tensors keep their values, strides and offsets when they move to a device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ial_cuda import functional
 
 
 class Handed(Exception):
-    """Ends the call: there are no kernels for tensors without memory."""
+    """Raised to end the call, since there are no kernels for meta tensors."""
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_and_offsets_survive_the_way_to_a_device(layout, monkeypatch):
-    """To "meta", which stands for a GPU. `Tensor.to` makes most of the layouts dense."""
+    """On "meta", which represents a GPU. `Tensor.to` makes most layouts dense."""
     logits = LAYOUTS[layout](lambda *shape: cases.make_logits(shape, torch.float32))
     target = LAYOUTS[layout](lambda *shape: cases.make_target(shape, 5))[:, 1]
     pixel_weight = LAYOUTS[layout](lambda *shape: torch.rand(shape))[:, 2]

@@ -27,7 +27,7 @@ TWO_IMAGES_WEIGHTS = [2 / 3, 1.0, 1.0]
 
 
 def brute_force(images, num_classes, ignore_index, count_void):
-    """Eq. 2 word by word, one class and one image at a time, in Python floats."""
+    """Eq. 2 in Python floats, one class and one image at a time."""
     frequency = {}
     for c in range(num_classes):
         containing = [image for image in images if c != ignore_index and (image == c).any()]
@@ -105,7 +105,7 @@ def test_every_integer_dtype(container, dtype):
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
 @pytest.mark.parametrize("container", ["numpy", "torch"])
 def test_numbers_beyond_the_dtype_are_no_label(container, dtype):
-    """Neither ``ignore_index`` nor the number of classes may wrap around to a label of few bits."""
+    """Neither ``ignore_index`` nor the number of classes may wrap to a label in a small dtype."""
     top = int(np.iinfo(dtype).max)
     values = {0, 1, top, top - 99, int(np.iinfo(dtype).min)}
     labels = np.array([sorted(values)], dtype=dtype)
@@ -253,11 +253,11 @@ def test_memory_does_not_grow_with_the_map(make, bad):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 8 << 20  # blocks of 2**18 labels, widened to 8 bytes, and what is compared
+    assert peak < 8 << 20  # blocks of 2**18 labels in 8 bytes, and the masks
 
 
 def test_many_blocks_count_like_one():
-    """A map of several blocks, of which the last is not full; the bad label is found beyond the first."""
+    """A map of several blocks. The last one is not full, and the bad label is not in the first."""
     labels = np.random.default_rng(0).integers(0, 5, (777, 1111), dtype=np.uint8)
     expected = brute_force([labels], 5, VOID, True)
     np.testing.assert_allclose(median_frequency_weights([labels], 5).numpy(), expected, rtol=1e-7)

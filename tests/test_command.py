@@ -1,4 +1,4 @@
-"""The command line: what it counts, prints and saves, and that every failure is one line and a status."""
+"""The command line: its weights, output and files. Every failure is one line and an exit status."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = median_frequency_weights(list(TWO_IMAGES), 3)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """``TWO_IMAGES``, the first grey, the second with a palette; and a file that is no image."""
+    """``TWO_IMAGES``, the first grey and the second with a palette, and a file that is not an image."""
     folder = tmp_path / "labels"
     folder.mkdir()
     palette = png.chunk(b"PLTE", bytes(range(255, -1, -1)) * 3)
@@ -91,7 +91,7 @@ def test_hierarchy_gives_names_and_warnings_are_one_line(folder, capsys):
         (["--ignore-index", "2"], dict(ignore_index=2)),
     ],
 )
-def test_options_reach_the_count(tmp_path, options, keywords):
+def test_options_change_the_count(tmp_path, options, keywords):
     labels = np.array([[0, 0, 1, 2]], dtype=np.uint8), np.array([[1, 2, 2, 255]], dtype=np.uint8)
     labels[1][labels[1] == 255] = keywords.get("ignore_index", 255)
     for i, image in enumerate(labels):
@@ -207,7 +207,7 @@ def test_command_errors_are_one_line(folder, capsys, arguments, message):
     assert printed.count("\n") == 1
 
 
-def test_pillow_is_asked_for(folder, capsys, monkeypatch):
+def test_missing_pillow_is_named(folder, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(SystemExit) as stopped:
         main(["weights", str(folder), "--num-classes", "3"])
@@ -224,7 +224,7 @@ def test_tqdm_is_not_needed(folder, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Tensor]:
-    """A tree shaped like Cityscapes', with train ids too, what a Mac leaves behind, and its weights."""
+    """A tree like that of Cityscapes, with train ids and macOS' hidden files, and its weights."""
     root = tmp_path_factory.mktemp("cityscapes") / "gtFine" / "train"
     train_id = np.full(34, VOID)
     train_id[[7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]] = range(19)
@@ -255,7 +255,7 @@ def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.Te
     ],
     ids=["ids", "train ids", "numbers"],
 )
-def test_cityscapes_as_it_is_shipped(cityscapes, tmp_path, options):
+def test_cityscapes_as_downloaded(cityscapes, tmp_path, options):
     root, weights = cityscapes
     finished = run("weights", root, *options, "--output", tmp_path / "w.json")
     assert finished.returncode == 0, finished.stderr
@@ -276,7 +276,7 @@ def test_cityscapes_without_a_pattern_names_the_wrong_file(cityscapes):
 
 
 def test_png_of_every_depth(tmp_path):
-    """In one folder, with labels up to the highest of each depth."""
+    """In one folder, with labels up to the maximum of each depth."""
     kinds = [(depth, png.GREY) for depth in (1, 2, 4, 8, 16)] + [
         (depth, png.PALETTE) for depth in (1, 2, 4, 8)
     ]
@@ -296,7 +296,7 @@ def test_png_of_every_depth(tmp_path):
 
 
 @pytest.mark.skipif("IAL_CAMVID" not in os.environ, reason="IAL_CAMVID does not name CamVid's folder")
-def test_camvid_as_it_is_shipped(capsys):
+def test_camvid_as_downloaded(capsys):
     main(["weights", str(Path(os.environ["IAL_CAMVID"], "trainannot")), "--hierarchy", "camvid"])
     count, *table, _ = capsys.readouterr().out.splitlines()
     assert count == "367 images"
@@ -307,7 +307,7 @@ def test_camvid_as_it_is_shipped(capsys):
     ("suffix", "old"), [(".json", b"old"), (".npy", b"old"), (".pt", b"old"), (".pt", None)]
 )
 def test_a_full_disk_leaves_the_old_file(folder, tmp_path, suffix, old):
-    """No more than a few bytes may be written to a file: the status is 2, in one line."""
+    """Only a few bytes may be written to a file: one line of error and status 2."""
     resource = pytest.importorskip("resource", reason="no limits here")
     kept = tmp_path / "kept"
     kept.mkdir()
@@ -396,7 +396,7 @@ def test_an_interrupt_is_one_line_and_status_130(folder, capsys, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="no signals here")
 def test_a_real_interrupt_while_images_are_read(folder):
-    """The process says when it reads the first image, and takes its time for it."""
+    """The process prints a line when it reads the first image, and reads slowly."""
     code = f"""
 import time
 from ial_cuda import __main__, label_images
@@ -414,7 +414,7 @@ __main__.main(["weights", {str(folder)!r}, "--num-classes", "3"])
 
 @pytest.mark.skipif(os.name != "posix", reason="no signals here")
 @pytest.mark.parametrize("arguments", [["info"], ["weights", "{folder}", "--num-classes", "3"]])
-def test_a_closed_pipe_ends_it_without_a_word(folder, arguments):
+def test_a_closed_pipe_ends_it_silently(folder, arguments):
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer) as out:
@@ -442,7 +442,7 @@ def test_what_does_not_fit_in_memory_is_one_line(folder, capsys, monkeypatch):
     assert capsys.readouterr().err == "error: out of memory\n"
 
 
-def test_a_pipe_among_the_images_is_not_waited_for(folder):
+def test_a_pipe_among_the_images_is_not_read(folder):
     os.mkfifo(folder / "c.png")
     finished = run("weights", folder, "--num-classes", 3)
     assert finished.returncode == 2

@@ -1,4 +1,4 @@
-"""`cross_entropy` and `CrossEntropyLoss`: PyTorch's own samples, what differs from PyTorch, scaled losses."""
+"""`cross_entropy` and `CrossEntropyLoss`: PyTorch's own samples, differences from PyTorch, scaled losses."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from ial_cuda import CrossEntropyLoss, backends, cross_entropy, importance_aware_loss
 
 CLASSES, SPATIAL = 5, (6, 7)
-#: Sums of them are exact, so that a divisor has the same bits whatever the order of its addends.
+#: Their sums are exact, so a divisor is bitwise equal for any order of summation.
 WEIGHT = (0.5, 1.0, 2.0, 1.5, 0.25)
 FAST = [backend for backend in BACKENDS if backend.values[0] not in EMULATED]
 
 
 def problem(*, shape=(2, CLASSES, *SPATIAL), dtype=torch.float32, ignore_index=-100, seed=0):
-    """Logits and target, some pixels of which are ignored."""
+    """Logits and target. Some pixels are ignored."""
     target = make_target((shape[0], *shape[2:]), shape[1], ignore_index=ignore_index, seed=seed)
     return make_logits(shape, dtype, seed=seed), target
 
@@ -57,7 +57,7 @@ def ours(backend, logits, target, *args, grad_output=None, call=cross_entropy, *
 
 
 def pytorchs(logits, target, weight=None, *, pixel_weight=None, divisor=None, **options):
-    """The loss of F.cross_entropy and its gradient, in float64; 0 where no pixel is valid."""
+    """The loss of F.cross_entropy and its gradient, in float64. 0 if no pixel is valid."""
     leaf = logits.detach().double().requires_grad_()
     weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float64)
     if pixel_weight is None and divisor is None:
@@ -78,10 +78,12 @@ def pytorchs(logits, target, weight=None, *, pixel_weight=None, divisor=None, **
 
 
 def assert_close(got, expected, *, condition=1.0):
-    """Within 64 roundings of the tensor's largest value: of the exponentials, and of sums of some hundred
-    addends, which PyTorch adds in another order. A gradient of half precision is rounded once more.
+    """Asserts a difference of at most 64 roundings of the tensor's largest value.
 
-    condition: by how much cancellation makes the rounding grow.
+    The roundings are those of the exponentials, and of sums of some hundred terms, which PyTorch adds in
+    another order. A gradient in half precision is rounded once more.
+
+    condition: the factor by which cancellation increases the rounding.
     """
     arithmetic = torch.float64 if got.dtype == torch.float64 else torch.float32
     scale = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
@@ -95,7 +97,7 @@ def assert_close(got, expected, *, condition=1.0):
 
 
 def assert_pytorchs(backend, logits, target, *args, **options):
-    """Loss and gradient of a backend are those of F.cross_entropy."""
+    """Asserts that loss and gradient of a backend are those of F.cross_entropy."""
     loss, grad = ours(backend, logits, target, *args, **options)
     expected, expected_grad = pytorchs(logits, target, *args, **options)
     assert loss.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -108,7 +110,7 @@ def assert_pytorchs(backend, logits, target, *args, **options):
 
 
 def samples(dtype):
-    """Of F.cross_entropy's and of CrossEntropyLoss' tests in PyTorch: input, target and options."""
+    """The samples of PyTorch's own tests of cross-entropy: input, target and options."""
     pytest.importorskip("expecttest", reason="torch's own tests need expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_inputs_torch_nn_CrossEntropyLoss
@@ -124,7 +126,7 @@ def samples(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_pytorchs_own_samples(backend, dtype):
-    """Those of class indices have the value and the gradient, those of probabilities an error."""
+    """Samples with class indices have the same value and gradient. Those with probabilities raise."""
     equal, refused, options_seen, ranks = 0, 0, set(), set()
     given = list(samples(dtype))
     for logits, target, options in given:
@@ -135,7 +137,7 @@ def test_pytorchs_own_samples(backend, dtype):
             continue
         loss, grad = ours(backend, logits, target, **options)
         expected, expected_grad = pytorchs(logits, target, **options)
-        # Some weights of theirs are negative: what is left of a divisor that cancels bears its rounding.
+        # Some of their weights are negative, and cancellation in the divisor increases the rounding.
         own = options.get("weight", torch.ones(3)).double()[target]
         condition = (own.abs().sum() / own.sum().abs()).item()
         assert_close(loss, expected, condition=condition)
@@ -154,7 +156,7 @@ def test_pytorchs_own_samples(backend, dtype):
 
 
 def test_signatures_are_pytorchs():
-    """By name, by place and by default, but for what is deprecated."""
+    """Names, order and defaults are equal, except for deprecated arguments."""
     old = {"size_average", "reduce"}
     for theirs, mine in ((F.cross_entropy, cross_entropy), (torch.nn.CrossEntropyLoss, CrossEntropyLoss)):
         parameters = inspect.signature(mine).parameters
@@ -236,7 +238,7 @@ def test_coarse_logits_without_a_batch(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_dimensions_are_a_batch_and_classes(backend):
-    """As in PyTorch: a batch that does not fit its target is no image of P pixels."""
+    """As in PyTorch, a batch that does not fit its target is not taken as an image of P pixels."""
     logits, target = make_logits((8, 5), torch.float32), torch.arange(5)
     device = device_of(backend)
     message = r"target has shape \(5,\), expected \(N, \*spatial\) = \(8,\) for input \(8, 5\)"
@@ -249,8 +251,8 @@ def test_two_dimensions_are_a_batch_and_classes(backend):
 @pytest.mark.parametrize(
     ("shape", "position"), [((7, 5), r"\(3,\)"), ((5, 2, 7), r"\(0, 3\)"), ((5,), r"\(\)")], ids=str
 )
-def test_bad_labels_are_where_the_caller_has_them(backend, reduction, shape, position):
-    """Not where they are in the batch, or the image, that is made of the logits."""
+def test_positions_of_bad_labels_are_the_callers(backend, reduction, shape, position):
+    """The error has the position in the caller's target, not in the reshaped one."""
     if backend in ("simt", "simt_one_launch", "triton"):
         pytest.skip("as on CUDA, a bad label makes the loss NaN")
     logits = make_logits(shape, torch.float32).requires_grad_()
@@ -298,7 +300,7 @@ def test_several_incoming_gradients_at_once(backend, hierarchy):
 )
 @pytest.mark.parametrize("again", [False, True], ids=["first", "second"])
 def test_an_infinite_incoming_gradient(backend, hierarchy, again):
-    """0 times infinity is NaN: no derivative of 0 may be multiplied by it."""
+    """0 times infinity is NaN, so a derivative of 0 must stay 0."""
     results = []
     for name in (backend, "reference"):
         logits, target = (value.to(device_of(name)) for value in problem(ignore_index=255))
@@ -334,7 +336,7 @@ def test_rows_are_the_pixels_of_an_image(backend, size):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_rows_of_a_channels_last_image_have_its_bits(backend):
-    """`logits.permute(0, 2, 3, 1).reshape(-1, C)`, which shares its memory."""
+    """`logits.permute(0, 2, 3, 1).reshape(-1, C)` shares its memory."""
     logits, target = problem(shape=(1, CLASSES, *SPATIAL))
     image = logits.contiguous(memory_format=torch.channels_last)
     rows = image.permute(0, 2, 3, 1).reshape(-1, CLASSES)
@@ -364,7 +366,7 @@ def test_reductions_void_and_weights(backend, ignore_index, reduction, smoothing
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_each_pixel_of_coarse_logits(backend, smoothing, align_corners):
-    """`reduction="none"`, whose sum is the loss of the kernels."""
+    """The sum of `reduction="none"` is the loss of the kernels."""
     logits, target = problem(shape=(2, CLASSES, 3, 4))[0], problem()[1]
     options = dict(upsample="bilinear", align_corners=align_corners, label_smoothing=smoothing)
     losses, grad = ours(backend, logits, target, WEIGHT, reduction="none", **options)
@@ -383,7 +385,7 @@ def test_each_pixel_of_coarse_logits(backend, smoothing, align_corners):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_nothing_valid_is_zero(backend, smoothing, reduction):
-    """Where F.cross_entropy's mean is NaN."""
+    """The mean of F.cross_entropy is NaN there."""
     logits, target = problem()
     options = dict(reduction=reduction, label_smoothing=smoothing)
     loss, grad = ours(backend, logits, torch.full_like(target, -100), WEIGHT, **options)
@@ -394,7 +396,7 @@ def test_nothing_valid_is_zero(backend, smoothing, reduction):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_void_pixels_do_not_count_whatever_they_hold(backend, value, smoothing, reduction):
+def test_void_pixels_have_no_effect(backend, value, smoothing, reduction):
     clean, target = problem()
     void = target == -100
     changed = torch.where(void.unsqueeze(1), value, clean)
@@ -405,7 +407,7 @@ def test_void_pixels_do_not_count_whatever_they_hold(backend, value, smoothing, 
     clean_loss, clean_grad = ours(
         backend, clean, target, WEIGHT, pixel_weight=torch.ones(target.shape), **options
     )
-    assert (expected == 0).all() and (expected_grad == 0).all(), "void pixels have a weight alone here"
+    assert (expected == 0).all() and (expected_grad == 0).all(), "only void pixels have a weight here"
     assert torch.equal(loss, clean_loss) and torch.equal(grad, clean_grad)
     assert (grad.movedim(1, -1)[void] == 0).all()
 
@@ -441,7 +443,7 @@ def test_label_smoothing(backend, smoothing, weight):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_no_smoothing_has_the_bits_of_none(backend, dtype):
+def test_zero_smoothing_is_bitwise_no_smoothing(backend, dtype):
     logits, target = problem(dtype=dtype)
     plain = ours(backend, logits, target, WEIGHT)
     for smoothing in (0, 0.0, np.float32(0), torch.tensor(0.0)):
@@ -489,7 +491,7 @@ def test_a_divisor_of_zero_gives_zero(backend, divisor):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tensor", [False, True])
 def test_accumulated_batches_of_uneven_void_are_the_whole(backend, tensor):
-    """With the pixels of all parts as divisor; the mean of their means is another loss."""
+    """The divisor is the number of pixels of all parts. The mean of their means is another loss."""
     logits, target = problem(shape=(4, CLASSES, *SPATIAL))
     target[0], target[1, :4], target[2] = 1, -100, -100
     count = (target != -100).sum()
@@ -505,7 +507,7 @@ def test_accumulated_batches_of_uneven_void_are_the_whole(backend, tensor):
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_synchronisation(backend, reduction):
-    """Whatever the divisor is, a tensor of the CPU among them, and whatever gradient comes in."""
+    """For every kind of divisor, a CPU tensor included, and for every incoming gradient."""
     logits, target = (tensor.cuda() for tensor in problem())
     criterion = CrossEntropyLoss(WEIGHT, reduction=reduction, label_smoothing=0.1, backend=backend).cuda()
     divisors = [None, 17, 17.0, torch.tensor(17), torch.tensor(17, device="cuda")]
@@ -580,7 +582,7 @@ def test_none_is_no_ignore_index_of_the_module():
 
 # ---- scaled losses --------------------------------------------------------------------------------------
 
-#: Powers of two scale a derivative without rounding, so that it does not matter when it is scaled.
+#: Powers of two scale a derivative without rounding, so the order of scaling does not matter.
 INCOMING = [1.0, 0.25, 65536.0, 0.0, torch.nan]
 
 
@@ -589,7 +591,7 @@ def same_bits(a, b):
 
 
 def losses(backend, **options):
-    """The function, and the module, which learns what comes in."""
+    """The function, and the module, which remembers the incoming gradient."""
     device = device_of(backend)
     weight = torch.tensor(WEIGHT, device=device)
     yield lambda *given: cross_entropy(*given, weight, backend=backend, **options)
@@ -602,7 +604,7 @@ def gradient(loss_of, leaf, target, incoming):
     return loss.detach(), grad
 
 
-#: Few cases where the kernels are emulated.
+#: Fewer cases for emulated kernels.
 SMOOTHED = [
     pytest.param(*backend.values, smoothing, marks=backend.marks)
     for backend in KERNELS
@@ -620,14 +622,14 @@ def test_scaled_losses_have_the_gradient_of_two_passes(backend, dtype, smoothing
         logits = logits[:, :, ::2, ::2].contiguous()
     leaf, target = logits.to(device).requires_grad_(), target.to(device)
     options = dict(label_smoothing=smoothing, upsample=upsample)
-    # The gradients of coarse logits are rounded by torch or by Triton, whose interpreter truncates them.
+    # The gradients of coarse logits are rounded by torch or by Triton. Triton's interpreter truncates them.
     truncated = backend == "triton" and backend in EMULATED and upsample and dtype == torch.bfloat16
     same = partial(torch.allclose, rtol=2**-7, equal_nan=True) if truncated else same_bits
     scales = INCOMING if backend in EMULATED else [*INCOMING, *INCOMING]
     for loss_of, two_passes in zip(
         losses(backend, **options), losses(backend, grad_in_forward=False, **options), strict=True
     ):
-        for scale in scales:  # some are expected, others not
+        for scale in scales:  # some are expected, some are not
             expected, expected_grad = gradient(two_passes, leaf, target, scale)
             for _ in range(3):
                 loss, grad = gradient(loss_of, leaf, target, scale)
@@ -639,12 +641,12 @@ def test_scaled_losses_have_the_gradient_of_two_passes(backend, dtype, smoothing
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("incoming", [0.4, 3.0, 0.25])
 def test_the_operators_give_the_bits_of_reduce_backward(backend, dtype, incoming):
-    """For any incoming gradient: expected, or computed again from the gradient of another."""
+    """For any incoming gradient, whether it is expected or the gradient is computed again."""
     device = device_of(backend)
     logits, target = (tensor.to(device) for tensor in problem(dtype=dtype))
     ops = backends.get(backend).operators()
     given = torch.tensor(incoming, dtype=torch.promote_types(dtype, torch.float32), device=device)
-    incoming = given.item()  # in the precision of the loss, which it is the gradient of
+    incoming = given.item()  # in the precision of the loss
     weight = torch.tensor(WEIGHT, device=device)
     pixels = (target, weight, None, [0] * CLASSES, -100, "exact", 0.1)
     combine = (None, [], 1.0, "mean", "mean", "image")
@@ -667,7 +669,7 @@ def test_the_operators_give_the_bits_of_reduce_backward(backend, dtype, incoming
 
 
 def in_training(backend, criterion, dtype=torch.float32):
-    """Steps with a loss, each with another incoming gradient: what they leave as expected."""
+    """A step with an incoming gradient. It also returns the expected and the last incoming gradient."""
     device = device_of(backend)
     logits, target = problem(dtype=dtype)
     leaf, target = logits.to(device).requires_grad_(), target.to(device)
@@ -684,7 +686,7 @@ def test_the_module_expects_what_came_in_twice(backend):
     criterion = CrossEntropyLoss(backend=backend)
     step = in_training(backend, criterion)
     expected = [step(incoming)[2][0] for incoming in (1.0, 0.4, 0.4, 0.4, 1.0, 0.4, 1.0, 0.4, 2.0, 2.0)]
-    fraction = torch.tensor(0.4).item()  # of float32, as the loss is
+    fraction = torch.tensor(0.4).item()  # float32, like the loss
     assert expected == [1.0, 1.0, *[fraction] * 7, 2.0]
 
 
@@ -731,7 +733,7 @@ def test_copies_of_the_module(backend, again):
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_what_is_expected_is_not_pickled(backend):
-    """It is on a device that another process may not have."""
+    """Its device may not exist in another process."""
     criterion = CrossEntropyLoss(backend=backend)
     in_training(backend, criterion)(1.0)
     assert criterion.expected.states
@@ -755,7 +757,7 @@ def on_device(backend, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_forward_passes_before_a_backward_pass(backend, loss_of):
-    """Two heads in one step, each with an incoming gradient of its own."""
+    """Two heads in one step, each with its own incoming gradient."""
     (main, target), (auxiliary, _) = on_device(backend), on_device(backend, seed=1)
     for _ in range(3):
         expected = [gradient(loss_of, main, target, 1.0)[1], gradient(loss_of, auxiliary, target, 0.5)[1]]
@@ -774,7 +776,7 @@ def test_one_set_of_logits_in_two_losses(backend, loss_of):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_backward_pass(backend, loss_of):
-    """What the first one handed out belongs to its caller, who may change it."""
+    """The caller owns the gradient of the first pass and may change it."""
     leaf, target = on_device(backend)
     loss = loss_of(leaf, target)
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -907,7 +909,7 @@ def test_compiled_equals_eager(backend, case, batched, recwarn):
 
 @pytest.mark.parametrize("backend", FAST)
 def test_compiled_for_any_divisor_and_smoothing(backend):
-    """Dynamo makes a symbol of a number that differs from the first call's."""
+    """Dynamo makes a number symbolic if it differs from the first call's."""
     torch._dynamo.reset()
     leaf, target = on_device(backend)
 

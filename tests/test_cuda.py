@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, no synchronisation, two devices, more than 2**31 elements, graphs."""
+"""Tests that need a GPU: streams, no synchronisation, two devices, more than 2**31 elements, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def values(seed):
 
 
 class Step:
-    """Loss and gradient of tensors on a device, which stay where they are when `fill` writes others."""
+    """Loss and gradient of tensors on a device. `fill` writes new values to the same memory."""
 
     def __init__(self, backend, device="cuda", inplace=False):
         self.backend, self.inplace = backend, inplace
@@ -36,7 +36,7 @@ class Step:
             self.target.copy_(target)
 
     def __call__(self):
-        logits = self.leaf * 1  # no leaf, which would not be overwritten
+        logits = self.leaf * 1  # not a leaf, which could not be overwritten
         loss = importance_aware_loss(
             logits, self.target, CITYSCAPES, weight=self.weight, backend=self.backend, inplace=self.inplace
         )
@@ -64,7 +64,7 @@ def test_no_synchronisation(backend):
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 def test_the_current_stream_is_used(backend):
-    """The logits are NaN until a stream that is busy has written them: another stream would read that."""
+    """The logits are NaN until a busy stream has written them. Another stream would read NaN."""
     expected = results(backend, seed=1)
     step, stream = Step(backend), torch.cuda.Stream()
     logits, target = (tensor.cuda() for tensor in values(1))
@@ -91,10 +91,10 @@ def test_a_device_that_is_not_the_current_one(backend):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("width", [10700, 10701], ids=["vectors", "odd"])
 def test_more_than_2_to_the_31_elements(need_gpu_memory, backend, layout, width):
-    """One image of 100 equal strips: 100 times the loss of a strip, and its gradient over and over."""
+    """One image of 100 equal strips: 100 times the loss of a strip, and its gradient repeated."""
     strips, height = 100, 107
     shape = (1, CLASSES, strips * height, width)
-    # logits, gradient, and what Triton keeps of it while it tunes
+    # logits, gradient, and the copy of it that Triton keeps while it tunes
     need_gpu_memory(3 * 2 * math.prod(shape) + 2**31)
     strip = make_logits((1, CLASSES, height, width), torch.bfloat16).cuda()
     strip_target = make_target((1, height, width), CLASSES, dtype=torch.uint8).cuda()
@@ -113,13 +113,13 @@ def test_more_than_2_to_the_31_elements(need_gpu_memory, backend, layout, width)
     loss, grad = loss_and_gradient(logits, target)
     torch.testing.assert_close(loss, strips * expected_loss, rtol=1e-5, atol=0)
     for i in range(strips):
-        # The factors differ in their last digits, so that a gradient may round to the next bfloat16.
+        # The factors differ in their last digits, so a gradient may round to the next bfloat16.
         part = grad[:, :, i * height : (i + 1) * height]
         torch.testing.assert_close(part, expected, rtol=2**-7, atol=1e-6)
 
 
 class OnePass(Step):
-    """A step with one level, at full size or coarse, and a loss that is scaled by a number on the device."""
+    """A step with one level, at full size or coarse. The loss is scaled by a number on the device."""
 
     def __init__(self, backend, upsample=None):
         super().__init__(backend)
@@ -159,7 +159,7 @@ def test_one_pass_does_not_synchronise(backend, upsample):
             torch.cuda.set_sync_debug_mode("default")
 
 
-# Last: a capture that fails breaks the allocator of its process (torch before 2.12).
+# Last, since a capture that fails breaks the allocator of its process (torch before 2.12).
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_graph_repeats_the_step_on_new_values(backend, inplace):
@@ -184,8 +184,8 @@ def test_a_graph_repeats_the_step_on_new_values(backend, inplace):
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 @UPSAMPLE
 def test_a_graph_of_one_pass_decides_on_the_device(backend, upsample):
-    """Whether the incoming gradient is the expected one, in each replay: its values are not those of the
-    capture. Two in a row make it the expectation."""
+    """Each replay decides whether the incoming gradient is the expected one. Its values differ from those of
+    the capture. A number that arrives twice in a row becomes the expected one."""
     step, fresh = OnePass(backend, upsample), OnePass(backend, upsample)
     step.fill(*values(3))
     stream = torch.cuda.Stream()

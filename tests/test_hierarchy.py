@@ -1,4 +1,4 @@
-"""Hierarchy: what it accepts, what it derives, what it refuses, and the two presets against the paper."""
+"""Hierarchy: accepted inputs, properties, errors, and the two presets against the paper."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class Index:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_of_whatever_a_configuration_file_says(value, expected):
+def test_of_every_form_of_a_configuration_file(value, expected):
     assert Hierarchy.of(value) == expected
 
 
@@ -242,7 +242,7 @@ def test_of_names_its_argument(value, kind, message):
     assert str(caught.value) == message
 
 
-def test_from_dict_wants_a_mapping():
+def test_from_dict_needs_a_mapping():
     with pytest.raises(TypeError) as caught:
         Hierarchy.from_dict([[0], [1]])
     assert str(caught.value) == "data is [[0], [1]] (list), expected a mapping such as to_dict returns"

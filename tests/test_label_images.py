@@ -1,4 +1,4 @@
-"""Label images: a PNG is read as the numbers that it stores or refused by name; which files a folder has."""
+"""Label images: the numbers stored in a PNG, errors that name the file, and the files of a folder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ DEPTHS = [
 
 
 def palette(depth: int) -> bytes:
-    """Colours that say nothing about the index."""
+    """Colours that do not depend on the index."""
     return png.chunk(b"PLTE", random.Random(0).randbytes(3 * 2**depth))
 
 
 def drawn(shape: tuple[int, int], depth: int) -> np.ndarray:
-    """Random labels, 0 and the highest of ``depth`` bits among them."""
+    """Random labels that include 0 and the maximum of ``depth`` bits."""
     labels = np.random.default_rng(0).integers(0, 2**depth, shape, dtype=np.uint16)
     labels.flat[0], labels.flat[-1] = 2**depth - 1, 0
     return labels
@@ -55,7 +55,7 @@ def test_every_depth_is_read_as_stored(tmp_path, depth, colour, interlaced, shap
     read = read_labels(file)
     np.testing.assert_array_equal(read, labels)
     assert read.dtype == (np.uint16 if depth == 16 else np.uint8)
-    if depth >= 8 or colour == png.PALETTE:  # the writer is right, or Pillow scales
+    if depth >= 8 or colour == png.PALETTE:  # checks the writer; Pillow scales other depths
         np.testing.assert_array_equal(np.asarray(Image.open(file)), labels)
 
 
@@ -71,14 +71,14 @@ def test_transparency_and_other_chunks_change_nothing(tmp_path, depth, colour):
     before = b"".join(png.chunk(kind, data) for kind, data in chunks.items())
     before = palette(depth) + before if colour == png.PALETTE else before
     file = png.save(tmp_path / "a.png", labels, depth, colour, before=before)
-    assert "transparency" in Image.open(file).info  # the file says so
+    assert "transparency" in Image.open(file).info  # the file has transparency
     np.testing.assert_array_equal(read_labels(file), labels)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
 @pytest.mark.parametrize("optimize", [False, True])
 def test_what_pillow_writes(tmp_path, mode, optimize):
-    """Wider than a band of rows is high, so that several bands follow one another."""
+    """Large enough for several bands of rows."""
     labels = drawn((1500, 1000), {"1": 1, "I;16": 16}.get(mode, 8))
     labels[:, 300:] = labels[:, 300:301]  # runs, for the filters that Pillow chooses
     image = Image.fromarray(labels if mode == "I;16" else labels.astype(np.uint8))
@@ -174,7 +174,7 @@ def test_any_changed_byte_is_refused(tmp_path):
             read_labels(file)
 
 
-def test_pillow_is_asked_for(tmp_path, monkeypatch):
+def test_missing_pillow_is_named(tmp_path, monkeypatch):
     file = png.save(tmp_path / "a.png", drawn((2, 2), 8))
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"reading label images needs Pillow: pip install Pillow"):
@@ -183,7 +183,7 @@ def test_pillow_is_asked_for(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc and a limit of address space")
 def test_large_images_need_their_size_and_a_few_mib(tmp_path):
-    """13,500 x 13,500 is more than Pillow opens; there is not twice the memory for it."""
+    """13,500 x 13,500 is more than Pillow opens. The memory limit is less than twice the size."""
     side = 13500
     assert side**2 > 2 * Image.MAX_IMAGE_PIXELS
     row = bytes([2]) + bytes(side - 1) + b"\1"  # filter "up": 1 more in each row
@@ -263,7 +263,7 @@ def test_folder_takes_the_files_of_a_pattern(tmp_path):
     assert names(tmp_path, "y/*.png") == ["y/B_LABELIDS.PNG", "y/c_labelTrainIds.png"]
     assert names(tmp_path, "*_Color.*") == ["x/a_color.png"]
     tree(tmp_path, "top.png")
-    assert names(tmp_path, "**/t*.png") == ["top.png"], "as with glob, no folder is folders, too"
+    assert names(tmp_path, "**/t*.png") == ["top.png"], "as with glob, ** also matches no folder"
 
 
 @pytest.mark.skipif(not hasattr(os, "symlink"), reason="no links here")
@@ -308,7 +308,7 @@ def test_broken_link_is_named(tmp_path):
         list(LabelFolder(tmp_path))
 
 
-# The table of the data set's authors: each id, and its train id, 255 for those that are not evaluated.
+# The table of the data set's authors: each id and its train id. 255 is not evaluated.
 CITYSCAPES_TABLE = """
     0 255  1 255  2 255  3 255  4 255  5 255  6 255  7 0    8 1    9 255  10 255  11 2   12 3   13 4   14 255
     15 255  16 255  17 5   18 255  19 6   20 7   21 8   22 9   23 10  24 11  25 12  26 13  27 14  28 15

@@ -1,4 +1,4 @@
-"""Labels: which are bad, on every backend, for every integer, compiled, exported and under vmap."""
+"""Bad labels on every backend, for every integer dtype, compiled, exported and under vmap."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ INTEGERS = [torch.int8, torch.int16, torch.int32, torch.int64, *UNSIGNED]
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 def test_validate_target_of_every_integer(dtype):
-    """Labels and ignore_index at the ends of a dtype, and those that wrap into each other."""
+    """Labels and ignore_index at the limits of a dtype, and pairs that are equal after wrapping."""
     limits = torch.iinfo(dtype)
     numbers = {limits.min, limits.min + 1, limits.max - 1, limits.max, 0, 1, 70, 127, 156, 255, -100, -1}
     labels = [n for n in numbers if limits.min <= n <= limits.max]
@@ -183,7 +183,7 @@ def test_compiled_code_validates_targets():
 
 
 def test_vmap_checks_labels():
-    """As an operator the check may be batched."""
+    """The check is an operator, so vmap can batch it."""
 
     def loss(logits, target):
         validate_target(target, 5)
@@ -220,7 +220,7 @@ def test_bad_labels_on_a_gpu(backend, monkeypatch):
 
 
 def test_reference_leaves_bad_labels_out_and_says_nan():
-    """What a CUDA tensor gets; on the CPU the public function raises before it comes to that."""
+    """The result for a CUDA tensor. On the CPU the public function raises first."""
     logits = LOGITS.clone().requires_grad_()
     loss, *_ = reference.importance_aware_loss(logits, bad_label(5), Options(HIERARCHY))
     assert loss.isnan()

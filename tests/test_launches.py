@@ -22,7 +22,7 @@ from cases import (
 
 from ial_cuda import Hierarchy, backends, importance_aware_loss
 
-#: Some for each tile, and the ends of its range; under the slow sanitizers, one for each.
+#: Some numbers of classes for each tile, and the limits of its range. One for each under the slow sanitizers.
 CLASSES = (
     [1, 12, 20, 25, 33, 59]
     if simt.SANITIZED
@@ -52,7 +52,7 @@ def tiled(dtype, classes, layout):
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_tile(backend, dtype, classes, layout):
-    """Rows that can be cut into vectors, for every number of classes, contiguous and in a larger image."""
+    """Rows that can be read in vectors, for every number of classes, contiguous and in a larger image."""
     logits, target = tiled(dtype, classes, layout)
     check(backend, logits, target, levelled(classes, 4), ignore_index=-1)
 
@@ -84,8 +84,11 @@ def test_every_tile_with_label_smoothing(backend, dtype, classes, layout, levels
     "shape", [(1, 19, 64, 256), (3, 5, 64, 256), (5, 5, 64, 256), (7, 3, 64, 64), (4, 5, 63, 61)], ids=str
 )
 def test_one_launch(backend, dtype, scope, reduction, shape):
-    """Tiles in shared memory, in registers, read again, and all three; one wave and several. Also what the
-    cooperative kernel cannot do: odd rows, more pooled images than multiprocessors, float64."""
+    """Tiles in shared memory, in registers, read again, and all three, in one wave and in several.
+
+    Also cases that the cooperative kernel does not support: odd rows, more pooled images than
+    multiprocessors, float64.
+    """
     hierarchy = Hierarchy([list(range(k, shape[1], 3)) for k in range(3)])
     target = make_target((shape[0], *shape[2:]), shape[1])
     generator = torch.Generator().manual_seed(1)
@@ -102,7 +105,7 @@ def test_one_launch(backend, dtype, scope, reduction, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("incoming", [1.0, -0.3, 65536.0])
 def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
-    """The first takes the gradient of the launch, the second computes another."""
+    """The first pass returns the gradient of the launch, the second computes another."""
     device = device_of(backend)
     leaf = make_logits((2, 5, 16, 32), dtype).to(device).requires_grad_()
     target = make_target((2, 16, 32), 5).to(device)
@@ -123,7 +126,7 @@ def test_every_backward_pass_of_one_launch(backend, dtype, incoming):
 
 
 class Step:
-    """The operators of a training step with one level, by default with every kind of weight."""
+    """The operators of a training step with one level. By default it has all kinds of weights."""
 
     def __init__(self, backend, dtype, size, *, smoothing=0.0, reduction="mean", corners=None, **changes):
         self.operators, device = backends.get(backend).operators(), device_of(backend)
@@ -172,7 +175,7 @@ def test_the_gradient_of_one_pass_has_the_bits_of_reduce_backward(backend, dtype
         with poisoned():
             results = step.forward(expected)
         _, _, stats, grad_stats, grad, computed_for = results
-        # Both add float32 to float64 in an order of their own.
+        # Both add float32 to float64, in different orders.
         rtol = 1e-13 if dtype == torch.float64 else 1e-5
         torch.testing.assert_close(stats[..., [0, 3, 4]], step.reduce()[..., [0, 3, 4]], rtol=rtol, atol=0)
         assert (stats[..., [1, 2]] == 0).all()
@@ -181,15 +184,15 @@ def test_the_gradient_of_one_pass_has_the_bits_of_reduce_backward(backend, dtype
         for incoming in (0.3, -7.0, 65536.0):
             rescaled = grad.clone()
             step.rescale_(rescaled, incoming, results)
-            as_loss = torch.tensor(incoming, dtype=results[0].dtype).item()  # rounded, as the loss is
+            as_loss = torch.tensor(incoming, dtype=results[0].dtype).item()  # rounded like the loss
             assert torch.equal(rescaled, step.backward(grad_stats * as_loss))
 
 
 @pytest.mark.parametrize("backend", [b for b in LAUNCHED if b not in ONE_LAUNCH])
 @SIZES
 def test_rescaling_is_decided_on_the_device(backend, size, corners):
-    """Where the gradient is that of the incoming one it is not touched; the expectation follows what came in
-    twice in a row."""
+    """A gradient that is right for the incoming one is not written. A number that arrives twice in a row
+    becomes the expected one."""
     step = Step(backend, torch.float32, size, corners=corners)
     state = torch.tensor([4.0, math.nan], dtype=torch.float64, device=step.logits.device)
     results = step.forward(state)
@@ -217,9 +220,11 @@ def test_rescaling_is_decided_on_the_device(backend, size, corners):
 @pytest.mark.parametrize("divisor", [None, 100.0])
 @SIZES
 def test_launches_of_one_pass(reduction, divisor, size, corners):
-    """One kernel reads the logits and writes the gradient; the others read labels, or sums. In bytes, the
-    logits twice, and the labels twice where their weight is needed first. The backward pass adds one launch,
-    which returns at once if the incoming gradient is the expected one."""
+    """One kernel reads the logits and writes the gradient. The others read labels or sums.
+
+    In bytes, the logits are read twice, and the labels twice if their weight is needed first. The backward
+    pass adds one launch. It returns at once if the incoming gradient is the expected one.
+    """
     simt.load()
     step = Step("simt", torch.float32, size, reduction=reduction, corners=corners)
     given = None if divisor is None else torch.tensor(divisor, dtype=torch.float64)
@@ -235,7 +240,7 @@ def test_launches_of_one_pass(reduction, divisor, size, corners):
 @pytest.mark.parametrize("shape", [(3, 5, 13), (2, 3, 7, 11), (1, 4, 3, 5, 7), (2, 4, 40, 64)], ids=str)
 @pytest.mark.parametrize("strides", ["contiguous", "transposed", "step 2"])
 def test_the_weight_of_every_layout_of_labels(backend, shape, strides):
-    """In vectors and one by one, which depends on the labels alone."""
+    """In vectors or one by one, which depends on the labels only."""
     size = (shape[0], *shape[2:])
     target = make_target(size, shape[1])
     pixel_weight = torch.rand(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -369,7 +374,7 @@ def test_ignored_pixels_have_gradient_zero(backend, dtype, classes, value):
 def test_upsampled_to_ignored_pixels_has_gradient_zero(backend, value):
     logits, target = make_logits((1, 5, 4, 6), torch.float32), make_target((1, 16, 24), 5, ignored=0)
     logits[0, :, 2, 3] = value
-    target[0, 6:14, 10:18] = 255  # every pixel less than one logit away
+    target[0, 6:14, 10:18] = 255  # all pixels closer than one logit
     loss, grad, _ = run(backend, logits, target, upsample="bilinear")
     assert loss.isfinite() and grad.isfinite().all()
     assert (grad[0, :, 2, 3] == 0).all()

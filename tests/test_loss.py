@@ -1,4 +1,4 @@
-"""The public face: arguments and their errors, the choice of a backend, what `info` says."""
+"""The public interface: arguments and their errors, the choice of a backend, the text of `info`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def bad_label(value, dtype=torch.int64):
     return target
 
 
-# (arguments over the good ones, exception, the message)
+# (arguments that replace the good ones, exception, message)
 BAD = {
     "logits type": (dict(logits=[1.0]), TypeError, "logits is a list, expected a torch.Tensor"),
     "logits dtype": (dict(logits=LOGITS.long()), TypeError, "logits has dtype torch.int64, expected one of torch.float64, torch.float32, torch.float16, torch.bfloat16"),
@@ -133,7 +133,7 @@ def test_bad_arguments(name, backend):
         importance_aware_loss(**arguments)
 
 
-# The operators check for themselves what their kernels rely on, since anyone can call them.
+# The operators check what their kernels rely on, since users can call them directly.
 OPERATOR = dict(logits=LOGITS, target=TARGET, weight=None, pixel_weight=None, class_levels=[1, 2, 3, 0, 1], ignore_index=255, gradient="exact", label_smoothing=0.0, inplace=False)  # fmt: skip
 BAD_FOR_OPERATOR = {
     "rank": (dict(logits=torch.zeros(2)), ValueError, "logits has shape [2], expected (N, C, *spatial)"),
@@ -154,7 +154,7 @@ BAD_FOR_OPERATOR = {
 }  # fmt: skip
 
 
-# The checks of Triton's operators are those of the loss, which say the same in other words.
+# The Triton operators use the checks of the loss, whose messages differ.
 DTYPES = "one of torch.float64, torch.float32, torch.float16, torch.bfloat16"
 OF_TRITON = {
     "rank": "logits has shape (2,), expected (N, C, *spatial) with the C = 5 classes of hierarchy",
@@ -172,7 +172,7 @@ OF_TRITON = {
 }
 
 
-# The two libraries of operators check before they come to a device.
+# Both libraries of operators check their arguments on every device.
 LIBRARIES = [
     pytest.param(name, marks=pytest.mark.skipif(backends.get(name).missing is not None, reason=name))
     for name in ("cpu", "triton")
@@ -218,7 +218,7 @@ def test_bad_sums(backend):
 @pytest.mark.parametrize("gradient", ["exact", "paper"])
 @pytest.mark.parametrize("offset", [0.0, 1e5, 1e30])
 def test_what_all_logits_share_costs_no_precision(backend, gradient, offset):
-    """pi is 1/3 of three equal logits, whatever they are, and f = lambda pi^2 / 2."""
+    """pi is 1/3 for three equal logits of any value, and f = lambda pi^2 / 2."""
     logits = torch.full((1, 3, 4, 4), offset, device=device_of(backend))
     target = torch.zeros(1, 4, 4, dtype=torch.int64, device=device_of(backend))
     hierarchy = Hierarchy([[0], [1, 2]])
@@ -256,7 +256,7 @@ def test_numbers_of_numpy_and_torch(backend, number):
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] in ("cpu", "reference")])
 @pytest.mark.parametrize("hierarchy", [5, [[0, 1], [2, 3, 4]], HIERARCHY], ids=["int", "list", "hierarchy"])
 def test_compiled_functions_take_what_eager_ones_take(backend, hierarchy):
-    """torch 2.11 traces less than 2.14: no `vars(x).update`, no failing `operator.index`."""
+    """torch 2.11 cannot trace `vars(x).update` or an `operator.index` that fails."""
     torch._dynamo.reset()
 
     def step(logits, target, alpha):
@@ -274,7 +274,7 @@ def test_compiled_functions_take_what_eager_ones_take(backend, hierarchy):
 # ---- rows -----------------------------------------------------------------------------------------------
 
 
-def test_rows_are_images_and_that_is_said_once_a_line():
+def test_rows_are_images_and_warn_once_per_line():
     logits, target = make_logits((30, 5), torch.float32), make_target((30,), 5)
     criterion = ImportanceAwareLoss(HIERARCHY)
     with warnings.catch_warnings(record=True) as caught:
@@ -300,7 +300,7 @@ def test_rows_are_images_and_that_is_said_once_a_line():
 
 @pytest.fixture
 def registry(monkeypatch):
-    """The backends of a machine: each is missing for the reason given, or there."""
+    """The backends of a machine. Each has a reason why it is missing, or None."""
     monkeypatch.setattr(backends, "_warned", set())
     devices = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda",)}
 
@@ -314,7 +314,7 @@ def registry(monkeypatch):
     return only
 
 
-def test_auto_takes_the_first_that_is_there(registry):
+def test_auto_takes_the_first_available_backend(registry):
     with registry(cpu=None, cuda="no nvcc", triton=None):
         assert backends.choose("auto", torch.device("cpu")).name == "cpu"
         assert backends.choose("auto", torch.device("cuda")).name == "triton"
@@ -356,8 +356,8 @@ def test_the_environment_forces_a_way_to_launch(value, one_launch):
     assert answer.stdout.strip() == str(one_launch)
 
 
-def test_registered_backends_are_there_for_a_while():
-    """An unknown name is an error that lists the known ones; a registered one is known."""
+def test_registered_backends_are_temporary():
+    """The error for an unknown name lists the known ones, registered ones included."""
     mine = backends.Backend("mine", ("cpu",))
     with backends.only(mine, backends.get("reference")):
         assert torch.equal(

@@ -1,4 +1,4 @@
-"""A large gradient's memory on the CPU: kept from one step to the next, and never that of two tensors."""
+"""The memory of a large CPU gradient: kept from one step to the next, and never used by two tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_next_gradient_has_the_memory_of_the_last():
 
 
 def faults_of_gradients(count):
-    """Page faults of one gradient after another, each of 46 MB: 22 huge pages, or 11264 small ones."""
+    """Page faults of consecutive gradients of 46 MB each: 22 huge pages, or 11264 small ones."""
     logits = make_logits((1, CLASSES, 1024, 1024), torch.float32)
     target = make_target((1, 1024, 1024), CLASSES)
     table = torch.ones(1, HIERARCHY.num_levels, 5, dtype=torch.float64)
@@ -67,19 +67,19 @@ def test_memory_that_is_kept_need_not_be_found_again():
 
 
 def test_a_process_that_is_forked():
-    """As those are that load data: it shares no page that is kept, and has gradients of its own."""
+    """Like a DataLoader worker: it shares no kept page and allocates its own gradients."""
     alive = gradient(seed=1)
     expected = alive.clone()
-    faults_of_gradients(1)  # which leaves what the next one takes
+    faults_of_gradients(1)  # leaves memory for the next one
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         right = False
-        try:  # whatever is raised, no second run of the tests goes on from here
+        try:  # the child must not continue the test run, whatever is raised
             os.close(writing)
-            torch.set_num_threads(1)  # OpenMP's are not there
+            torch.set_num_threads(1)  # a fork has no OpenMP threads
             right = torch.equal(alive, expected) and torch.equal(gradient(seed=1), expected)
-            os.read(reading, 1)  # until the parent has done its part
+            os.read(reading, 1)  # until the parent is ready
         finally:
             os._exit(0 if right else 1)
     os.close(reading)
@@ -88,7 +88,7 @@ def test_a_process_that_is_forked():
     os.close(writing)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert torch.equal(again, expected)
-    assert faults < 1000, "the stack's and the heap's, which are shared"
+    assert faults < 1000, "faults of the stack and the heap, which are shared"
 
 
 def test_gradients_alive_at_once_have_memory_of_their_own():
@@ -112,7 +112,7 @@ def test_smaller_gradients_fit_and_larger_ones_do_not(dtype, half):
     assert large.data_ptr() != place
     del large
     assert torch.equal(small, expected)
-    del small  # its memory is that of a large one, too
+    del small  # it also uses the memory of a large one
     assert gradient(2 * whole, dtype).isfinite().all()
 
 
@@ -123,12 +123,12 @@ def test_no_more_than_the_largest_is_kept():
         several = [gradient(side, seed=seed) for seed in range(3)]
         del several
     most = 4 * CLASSES * 1024**2
-    # What was kept before may have been given up, so that all of it is new. A second one is 2.9 MB or more.
+    # All pages may be new if the kept memory was released. A second gradient has at least 2.9 MB.
     assert resident() - before < most + 2**21
 
 
 def test_layouts_and_resizing():
-    """The gradient is a tensor like any other: strides of its logits, and its storage may grow."""
+    """The gradient is an ordinary tensor: it has the strides of the logits, and its storage can grow."""
     logits = make_logits((2, CLASSES, 300, 200), torch.float32)
     for given in (logits.contiguous(memory_format=torch.channels_last), logits.transpose(2, 3)):
         leaf = given.clone().requires_grad_()
@@ -144,7 +144,7 @@ def test_layouts_and_resizing():
 
 
 def test_threads_at_once():
-    """Memory that one thread frees may be reused by another. No values change."""
+    """A thread may reuse memory that another one frees. Values do not change."""
     expected = [gradient(256, seed=seed) for seed in range(4)]
     wrong = []
 
@@ -162,7 +162,7 @@ def test_threads_at_once():
 
 
 def test_memory_that_there_is_not():
-    """An error that says so, instead of a killed process."""
+    """An out-of-memory error is raised, and the process is not killed."""
     logits = torch.zeros(1, 1, 1, 1).expand(1, 1 << 20, 1 << 20, 1 << 10)
     with pytest.raises(torch.OutOfMemoryError, match="no memory for a gradient of 4503599627370496 bytes"):
         torch.ops.ial_cuda.reduce_backward(
@@ -241,7 +241,7 @@ def test_nothing_is_kept_where_addresses_are_limited_or_the_environment_says_so(
 
 
 class Head(torch.autograd.Function):
-    """Logits of full size from one parameter: a layer that needs no memory of their size beside them."""
+    """Full-size logits from one parameter: a layer that needs no other memory of their size."""
 
     @staticmethod
     def forward(ctx, parameter):
@@ -253,10 +253,10 @@ class Head(torch.autograd.Function):
 
 
 def peak_of_step(criterion, heads, at_once):
-    """The most bytes that are allocated at once in forward and backward pass, in logits of one head.
+    """The peak of allocated bytes in forward and backward pass, in units of one head's logits.
 
-    at_once: whether all heads come before the first loss, as the outputs of a network do. Else the logits of
-    a head are dropped when its loss is there.
+    at_once: whether all heads are computed before the first loss, as in a network. Otherwise the logits of
+    a head are freed after its loss is computed.
     """
     parameters = [torch.zeros((), requires_grad=True) for _ in range(heads)]
     target = make_target((1, 256, 256), CLASSES, ignore_index=-100)
@@ -276,7 +276,7 @@ def peak_of_step(criterion, heads, at_once):
     return peak / (4 * CLASSES * 256 * 256)
 
 
-#: Of one head and of three: at once, and one after another.
+#: For one head and for three, at once and one after another.
 PEAKS = {
     "F.cross_entropy": (
         torch.nn.CrossEntropyLoss(),
@@ -299,9 +299,9 @@ PEAKS = {
 
 @pytest.mark.parametrize("name", PEAKS)
 def test_the_peak_of_a_training_step(name):
-    """Logits, and beside them: ours a gradient, of each head where the forward pass computes it; PyTorch's
-    the log-softmax of each head and, one after another, two tensors of its backward pass."""
+    """The logits, and: for us a gradient, one per head if the forward pass computes it; for PyTorch the
+    log-softmax of each head and, one head at a time, two tensors of its backward pass."""
     criterion, expected = PEAKS[name]
     found = {case: peak_of_step(criterion, *case) for case in expected}
-    # Sums, and what PyTorch stores of each pixel, are under a tenth of the logits.
+    # Sums, and the data that PyTorch stores per pixel, are under a tenth of the logits.
     assert all(expected[case] <= peak < expected[case] + 0.1 for case, peak in found.items()), found

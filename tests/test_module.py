@@ -1,4 +1,4 @@
-"""The module: what it is given, its attributes, its weights under casts, and what it says of itself."""
+"""The module: its arguments, its attributes, its weights under casts, and its repr."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ial_cuda.options import OptionArguments, Options
 
 LOGITS, TARGET = make_logits((2, 5, 6, 7), torch.float32), make_target((2, 6, 7), 5)
 WEIGHT = [0.5, 1.0, 2.0, 1.5, 0.25]
-#: Every option but the hierarchy, and a value that is not its default.
+#: Every option except the hierarchy, with a value that is not its default.
 OPTIONS = dict(
     alpha=0.0,
     lambdas=(0.1, 0.2, 0.3),
@@ -123,7 +123,7 @@ def test_signatures_have_every_option_and_its_default(call):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_function_hands_every_option_on(name, monkeypatch):
+def test_the_function_passes_every_option_on(name, monkeypatch):
     monkeypatch.setattr(functional, "compute_loss", lambda *arguments: arguments[-1])
     needed = {"upsample": "bilinear"} if name == "align_corners" else {}
     options = importance_aware_loss(LOGITS, TARGET, HIERARCHY, **needed, **{name: OPTIONS[name]})
@@ -191,7 +191,7 @@ def test_repr_shows_what_is_not_a_default():
     assert "inplace=True" in repr(ImportanceAwareLoss(HIERARCHY, inplace=True))
 
 
-@torch._dynamo.config.patch(recompile_limit=32)  # each change is one
+@torch._dynamo.config.patch(recompile_limit=32)  # each change recompiles
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] not in EMULATED])
 def test_compiled_module_sees_what_is_set(backend):
     torch._dynamo.reset()
@@ -217,7 +217,7 @@ def test_compiled_module_sees_what_is_set(backend):
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_casts_leave_the_weights(cast, dtype):
-    """float16 has no 1e6, and bfloat16 makes 256 of 257."""
+    """float16 cannot represent 1e6, and bfloat16 rounds 257 to 256."""
     weight = torch.tensor([1e6, 257.0, 1e-8, 1.0, 0.0], dtype=dtype)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), ImportanceAwareLoss(HIERARCHY, weight))
     getattr(network, cast)()

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels, as compiled by nvcc. No GPU is needed to read it."""
+"""The machine code that nvcc generates for the CUDA kernels. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # mangled: pixels of a ti
 
 
 def instance(kernel: str, template: str, dtype: str, *numbers: int, smooth: bool = False) -> str:
-    """The beginning of the mangled name of a kernel's instance, for template<dtype, *numbers, smooth>."""
+    """The start of the mangled name of a kernel instance, template<dtype, *numbers, smooth>."""
     name = f"{kernel}_kernel"
     parameters = "".join(f"Li{number}E" for number in numbers) + f"Lb{smooth:d}E"
     return f"_ZN3ial3gpu{len(name)}{name}INS0_{len(template)}{template}I{dtype}{parameters}EE"
@@ -42,7 +42,7 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def tiles(kernel: str) -> Iterator[str]:
-    """All instances of a kernel for tiles."""
+    """All instances of a kernel that works on tiles."""
     for dtype, vector in DTYPES.items():
         for classes in (11, 19, 24):
             yield instance(kernel, "Tile", dtype, vector, classes)
@@ -72,7 +72,7 @@ def test_operators_have_a_cuda_kernel(operator):
 
 @functools.cache
 def resources() -> dict[str, dict[str, str]]:
-    """For each architecture, ptxas' line on each kernel."""
+    """The line of ptxas for each kernel, by architecture."""
     found: dict[str, dict[str, str]] = {}
     for image in cuobjdump("-res-usage").split("Fatbin elf code:")[1:]:
         arch = re.search(r"arch = (\w+)", image).group(1)
@@ -99,7 +99,7 @@ def test_no_spills():
 
 @pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "one_pass"])
 def test_three_blocks_on_a_multiprocessor(kernel):
-    """The predictions of benchmarks/README.md assume it for the 19 classes of Cityscapes."""
+    """The predictions of the documentation assume this for the 19 classes of Cityscapes."""
     for arch, usage in resources().items():
         for dtype, vector in DTYPES.items():
             _, line = only(usage, instance(kernel, "Tile", dtype, vector, 19))
@@ -140,13 +140,13 @@ def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
     assert len(loads) >= 19 * architectures and len(stores) >= 19 * architectures
     if kernel == "reduce_backward":  # the other kernels write sums too
         of_expected = 2 * architectures
-        assert len(stores) + of_expected == len(re.findall(r"\bSTG\.", code)), "a store that is narrower"
+        assert len(stores) + of_expected == len(re.findall(r"\bSTG\.", code)), "a narrower store"
 
 
 @pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
 def test_one_pass_reads_and_writes_once(dtype):
-    """As many vectors of logits as reduce, one for each class of a tile, and as many of the gradient as its
-    backward. The other wide loads are labels."""
+    """As many vectors of logits as in reduce, one for each class of a tile, and as many of the gradient as in
+    reduce_backward. The other wide loads are labels."""
 
     def count(kernel: str, access: str) -> int:
         return len(re.findall(rf"\b{access}\.\S*\b128\b", machine_code(kernel, dtype)))
@@ -157,7 +157,7 @@ def test_one_pass_reads_and_writes_once(dtype):
 
 @pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
 def test_what_is_in_shared_memory_is_addressed_as_shared(dtype):
-    """Generic loads and stores, which look the address space up, are none."""
+    """There are no generic loads and stores, which determine the address space at run time."""
     code = machine_code("one_pass", dtype)
     assert re.search(r"\bLDS\.", code) and re.search(r"\bSTS\b", code)
     assert not re.search(r"\b(LD|ST)\.", code)
@@ -166,7 +166,7 @@ def test_what_is_in_shared_memory_is_addressed_as_shared(dtype):
 @pytest.mark.parametrize("kernel", ["reduce_backward", "one_pass"])
 @pytest.mark.parametrize("dtype", ["d", *DTYPES])
 def test_a_pixel_is_stored_to_shared_memory_too(kernel, dtype):
-    """If its channels are adjacent. STG, a store to global memory, must not be the only store."""
+    """This is for adjacent channels. STG, a store to global memory, must not be the only store."""
     usage = next(iter(resources().values()))
     name, _ = only(usage, instance(kernel, "Tile", dtype, 1, 32))
     code = cuobjdump("-sass", "-fun", name)
@@ -176,7 +176,7 @@ def test_a_pixel_is_stored_to_shared_memory_too(kernel, dtype):
 @pytest.mark.parametrize("kernel", UPSAMPLING)
 @pytest.mark.parametrize(("dtype", "side", "smooth"), CHUNKS, ids=str)
 def test_octaves_are_rounded_before_they_are_used(kernel, dtype, side, smooth):
-    """log2(e) x, contracted with an addition in one place and not in another, would be two numbers."""
+    """If log2(e) x were contracted with an addition in one place only, it would have two values."""
     usage = next(iter(resources().values()))
     name, _ = only(usage, instance(kernel, "Chunk", dtype, side, smooth=smooth))
     uses = re.findall(r"\b(F\w+)[^;]*\b1\.4426950", cuobjdump("-sass", "-fun", name))

@@ -1,4 +1,4 @@
-"""One level on the CPU: loss and gradient in one pass over the logits; and label smoothing in its kernels."""
+"""One level on the CPU: loss and gradient in one pass over the logits, and label smoothing."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def ops():
 
 
 class Case:
-    """The arguments of the operators, of one level."""
+    """The arguments of the operators for one level."""
 
     def __init__(self, logits, *, size=None, labels=torch.int64, weights=True, eps=0.0):
         n, classes = logits.shape[:2]
@@ -63,7 +63,7 @@ def same_bits(a, b):
 
 
 def check(case, expected=None, **options):
-    """The gradient has the bits of reduce_backward's, and the sums are those of reduce."""
+    """Asserts that the gradient is bitwise that of reduce_backward, and that the sums are those of reduce."""
     loss, factors, stats, grad_stats, grad, computed_for = case.one_pass(expected=expected, **options)
     factor = 1.0 if expected is None else expected
     assert computed_for.item() == factor
@@ -71,7 +71,7 @@ def check(case, expected=None, **options):
     with poisoned():
         assert same_bits(grad, case.reduce_backward(grad_stats * factor))
     two = case.reduce()
-    # Both add float32 to float64 in an order of their own.
+    # Both add float32 to float64, in different orders.
     rtol = 1e-13 if case.logits.dtype == torch.float64 else 1e-6
     torch.testing.assert_close(stats[..., [0, 3, 4]], two[..., [0, 3, 4]], rtol=rtol, atol=0)
     assert (stats[..., [1, 2]] == 0).all()
@@ -115,7 +115,7 @@ def test_labels_and_reductions(labels, size):
     assert not grad.any()
 
 
-# Streaming stores from 2 MiB on; few and many classes; all that may be left of a row.
+# Streaming stores from 2 MiB on, few and many classes, and every remainder of a row.
 SIZES = [
     *[(1, 2, 512, 520), (1, 19, 200, 256), (1, 1, 3, 3), (3, 4, 1), (2, 300, 5, 64), (5, 8, 7, 7), (7, 9)],
     *[(1, 3, 4, width) for width in (1, 15, 16, 17, 32, 33, 63, 64, 65, 96, 97, 127, 128, 129)],
@@ -194,7 +194,7 @@ def test_rescale_recomputes_for_another_gradient(dtype, size):
 
     grad[0, 0, 0, 0] = 12
     assert rescale(1.0) == [1.0, 1.0]
-    assert grad[0, 0, 0, 0] == 12  # left as it is
+    assert grad[0, 0, 0, 0] == 12  # not written
     assert rescale(1024.0) == [1.0, 1024.0]
     assert same_bits(grad, case.reduce_backward(grad_stats * 1024))
     assert rescale(1024.0) == [1024.0, 1024.0]
@@ -228,7 +228,7 @@ def test_label_smoothing_is_that_of_torch(size, weights, eps):
 
 
 def test_label_smoothing_of_several_levels():
-    """Each level's S is smoothed, P2, Q2 and the weights are not; and the gradient of any sum of them."""
+    """S of each level is smoothed; P2, Q2 and the weights are not. Also the gradient of a sum of all."""
     logits = make_logits((2, 6, 7, 70)).requires_grad_()
     case = Case(logits.detach(), eps=0.2)
     levels = [0, 1, 2, 0, 1, 2]

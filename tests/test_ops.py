@@ -1,4 +1,4 @@
-"""The operators as torch sees them: opcheck, torch.compile, autocast, in place, memory, threads."""
+"""The operators in torch: opcheck, torch.compile, autocast, in place, memory, threads."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LEVELS = list(HIERARCHY.class_levels)
 
 
 def problem(backend, dtype=torch.float32, requires_grad=True):
-    """Logits that are no leaf, so that `inplace` may have them, and their target."""
+    """Logits that are not a leaf, so that `inplace` can overwrite them, and their target."""
     device = device_of(backend)
     leaf = make_logits((2, 5, *SPATIAL), dtype).to(device).requires_grad_(requires_grad)
     return leaf, leaf * 1, make_target((2, *SPATIAL), 5).to(device)
@@ -84,7 +84,7 @@ def op_arguments(backend):
     }
 
 
-#: Those that torch can trace: "simt" has no fake kernels, and interpreted kernels are no graph's.
+#: The backends that torch can trace. "simt" has no fake kernels, and interpreted kernels cannot be traced.
 TRACEABLE = [b for b in BACKENDS if b.values[0] not in EMULATED]
 
 
@@ -127,7 +127,7 @@ def test_compiled_equals_eager(backend, dynamic):
         loss, expected = compiled(leaf, target), step(leaf, target)
         (grad,) = torch.autograd.grad(loss, leaf)
         (expected_grad,) = torch.autograd.grad(expected, leaf)
-        # Inductor runs the C++ operators and the Triton kernels as they are: bitwise the eager result.
+        # Inductor calls the C++ operators and the Triton kernels unchanged, so results are bitwise equal.
         tolerance = dict(rtol=1e-5, atol=1e-9) if backend == "reference" else dict(rtol=0, atol=0)
         torch.testing.assert_close(loss, expected, **tolerance)
         torch.testing.assert_close(grad, expected_grad, **tolerance)
@@ -155,14 +155,14 @@ NUMBERS = {
 @pytest.mark.parametrize("backend", TRACEABLE)
 @pytest.mark.parametrize("name", NUMBERS)
 def test_compiled_for_any_number(backend, name):
-    """Dynamo makes a symbol of an int that differs from the first call's. A symbol has no attributes."""
+    """Dynamo makes an int symbolic if it differs from the first call's. A symbolic int has no attributes."""
     torch._dynamo.reset()
     device = device_of(backend)
     logits = make_logits((2, 7 if name == "classes" else 5, *SPATIAL), torch.float32).to(device)
     target = make_target((2, *SPATIAL), 5).to(device)
     compiled = torch.compile(NUMBERS[name], backend="aot_eager", fullgraph=True)
     for value in (1, 2, 3):
-        # Labels 255 are void, but where the void label is the number.
+        # Labels 255 are void, except if the void label is the number.
         labels = target.clamp(max=4) if name == "ignore_index" else target
         expected = NUMBERS[name](logits, labels, value, backend)
         torch.testing.assert_close(compiled(logits, labels, value, backend), expected, rtol=1e-6, atol=0)
@@ -170,7 +170,7 @@ def test_compiled_for_any_number(backend, name):
 
 @pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
 def test_compiled_convolutions_need_no_copies(backend):
-    """Inductor has them channels_last, and transposes their output for operators that mind strides."""
+    """Inductor makes them channels_last, and transposes their output for operators that need strides."""
     torch._dynamo.reset()
     convolution = torch.nn.Conv2d(3, 19, 3, padding=1)
     images, target = torch.randn(2, 3, *SPATIAL), make_target((2, *SPATIAL), 19)
@@ -188,7 +188,7 @@ def test_compiled_convolutions_need_no_copies(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast(backend):
-    """Half-precision logits of an autocast region go in as they are; the loss is float32."""
+    """Half-precision logits of an autocast region are not converted. The loss is float32."""
     device = device_of(backend)
     x = torch.randn(2, 8, *SPATIAL, device=device)
     head = torch.nn.Conv2d(8, 5, 1, device=device)
@@ -285,7 +285,7 @@ def test_what_is_not_finite_is_where_eager_has_it(backend, dtype, value, whole_p
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_ignored_pixels_do_not_count_whatever_they_hold(backend, dtype, value, layout):
+def test_ignored_pixels_have_no_effect(backend, dtype, value, layout):
     target = make_target((2, *SPATIAL), 5, ignored=0.3)
     clean = make_logits((2, 5, *SPATIAL), dtype).contiguous(memory_format=layout)
     changed = (
@@ -301,7 +301,7 @@ def test_ignored_pixels_do_not_count_whatever_they_hold(backend, dtype, value, l
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("spatial", [(), (1,), (61,), (7, 64), (3, 5, 9)], ids=str)
 def test_every_element_is_written(backend, spatial):
-    """In deterministic mode torch fills what is allocated empty with NaN."""
+    """In deterministic mode torch fills uninitialised memory with NaN."""
     logits, target = make_logits((3, 19, *spatial), torch.float32), make_target((3, *spatial), 19)
     torch.use_deterministic_algorithms(True)
     try:
@@ -327,14 +327,14 @@ def test_inplace_is_the_same_gradient_in_the_logits(backend, dtype, layout):
     )
     before = logits.detach().clone()
     loss = importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True)
-    assert torch.equal(logits, before), "between forward and backward the logits are still there"
+    assert torch.equal(logits, before), "between forward and backward the logits are unchanged"
     (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert torch.equal(grad, expected)
     assert grad.data_ptr() == logits.data_ptr()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_inplace_reaches_the_leaf(backend):
+def test_inplace_gradient_of_the_leaf(backend):
     leaf, logits, target = problem(backend)
     importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True).backward()
     copy, logits, target = problem(backend)
@@ -352,7 +352,7 @@ def test_inplace_old_values_raise_later(backend):
         loss.backward()
 
     leaf, _, target = problem(backend)
-    logits = leaf.exp()  # whose backward reads its result
+    logits = leaf.exp()  # its backward reads its result
     with pytest.raises(RuntimeError, match=stale):
         importance_aware_loss(logits, target, HIERARCHY, backend=backend, inplace=True).backward()
 
@@ -415,7 +415,7 @@ def test_inplace_takes_what_torch_takes(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_inplace_reads_nothing_that_it_writes_over(backend):
+def test_inplace_reads_nothing_that_it_overwrites(backend):
     _, logits, target = problem(backend)
     message = "inplace is True, expected False: logits shares memory with target, weight or pixel_weight"
     with pytest.raises(ValueError, match=message):
@@ -429,7 +429,7 @@ def test_inplace_reads_nothing_that_it_writes_over(backend):
 
 # ---- derivatives of the gradient, and torch.func ---------------------------------------------------------
 
-# Written once in C++ and once in Python.
+# The derivatives are written once in C++ and once in Python.
 DOUBLE = re.escape(
     'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
     "are needed"
@@ -522,7 +522,7 @@ def test_torch_func_vmap(backend):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_torch_func_raises_what_is_not_written(backend):
+def test_torch_func_raises_what_is_not_implemented(backend):
     leaf, _, target = problem(backend)
     logits = leaf.detach()
 
@@ -577,7 +577,7 @@ def test_symbolic_trace_and_jit_trace(backend):
     assert torch.equal(torch.jit.trace(criterion, (logits, target))(logits, target), expected)
 
 
-def test_script_says_what_to_use():
+def test_script_names_alternatives():
     with pytest.raises(NotImplementedError, match=r"use torch.compile, torch.export or torch.jit.trace"):
         torch.jit.script(torch.nn.Sequential(ImportanceAwareLoss(HIERARCHY)))
 
@@ -586,7 +586,7 @@ def test_script_says_what_to_use():
 
 
 def allocated(backend, size=(512, 1024), **options):
-    """Bytes allocated at the peak beyond what was there, of forward and backward on labels of 512 x 1024."""
+    """The peak of additionally allocated bytes, of forward and backward on labels of 512 x 1024."""
     device = device_of(backend)
     leaf = torch.randn(1, 19, *size, device=device).requires_grad_()
     logits, target = leaf * 1, make_target((1, 512, 1024), 19).to(device)
@@ -596,7 +596,7 @@ def allocated(backend, size=(512, 1024), **options):
         torch.autograd.grad(loss, logits)
 
     if device == "cuda":
-        step()  # Triton tunes a kernel at its first call, with memory for that
+        step()  # Triton tunes a kernel in its first call, which needs memory
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -615,7 +615,7 @@ def allocated(backend, size=(512, 1024), **options):
 @pytest.mark.parametrize("backend", [*(b for b in KERNELS if b.values[0] == "cpu"), *GPU_KERNELS])
 def test_memory(backend):
     peak, logits = allocated(backend)
-    assert logits <= peak < logits + 2**20, "the gradient, and under 1 MiB beside it"
+    assert logits <= peak < logits + 2**20, "the gradient and less than 1 MiB"
     peak, _ = allocated(backend, inplace=True)
     assert peak < 2**20
 
@@ -623,15 +623,15 @@ def test_memory(backend):
 @pytest.mark.parametrize("backend", [*(b for b in KERNELS if b.values[0] == "cpu"), *GPU_KERNELS])
 def test_memory_of_coarse_logits(backend):
     peak, logits = allocated(backend, size=(128, 256), upsample="bilinear")
-    most = 4 if backend == "triton" else 2  # there it is two halves first, both float32
-    assert logits <= peak < most * logits, "the gradient, and less than that beside it"
+    most = 4 if backend == "triton" else 2  # the gradient is first two float32 halves
+    assert logits <= peak < most * logits, "the gradient and less than the same again"
 
 
 def test_memory_of_the_reference():
     peak, logits = allocated("reference")
-    assert peak > 2 * logits, "else the profiler has missed what it should count"
+    assert peak > 2 * logits, "otherwise the profiler has missed allocations"
     peak, logits = allocated("reference", size=(128, 256), upsample="bilinear")
-    assert peak > 32 * logits, "logits of the labels' size, and their gradient"
+    assert peak > 32 * logits, "full-size logits and their gradient"
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -665,7 +665,7 @@ def test_same_bits_every_time_and_for_any_number_of_threads(backend, layout):
 @pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_narrower_instruction_sets(backend, capability):
-    """The tests of layouts, dtypes and extremes once more, with the kernels of another instruction set."""
+    """The tests of layouts, dtypes and extremes with the kernels of another instruction set."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     here = Path(__file__).parent
     question = "from ial_cuda import extension; print(extension.module.build_info()['cpu'])"

@@ -1,4 +1,4 @@
-"""Every backend against the float64 oracle: loss, gradient, factors and sums, for every option and layout."""
+"""Every backend against the float64 oracle: loss, gradient, factors and sums, for all options and layouts."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_divisor(backend, dtype, scope, divisor, hierarchy):
 @pytest.mark.parametrize("incoming", [1.0, -0.6, 65536.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_level_for_any_incoming_gradient(backend, reduction, incoming, dtype):
-    """Other than 1, it is computed again: a rounded gradient, in float16 with its range, cannot be scaled."""
+    """For a number other than 1 the gradient is computed again: a rounded gradient cannot be scaled."""
     check(
         backend,
         make_logits((2, 5, 8, 64), dtype),
@@ -128,7 +128,7 @@ def test_one_level_for_any_incoming_gradient(backend, reduction, incoming, dtype
     )
 
 
-# (N, C, *spatial) logits made of a larger or permuted tensor; none of them is copied.
+# (N, C, *spatial) logits that are views of a larger or permuted tensor. None of them is copied.
 LAYOUTS = {
     "contiguous": lambda make: make(2, 5, 20, 37),
     "channels_last": lambda make: make(2, 5, 20, 37).to(memory_format=torch.channels_last),
@@ -161,7 +161,7 @@ def test_every_layout(backend, dtype, layout, hierarchy):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("classes", [7, 8, 9, 19])
 def test_every_number_of_classes_side_by_side(backend, dtype, classes):
-    """Of a pixel, channels_last, whole or some of more: vector code takes eight at once."""
+    """channels_last pixels with all classes or a slice of them. Vector code reads eight at a time."""
     hierarchy = Hierarchy([range(0, classes, 2), range(1, classes, 2)])
     target = make_target((2, 7, 31), classes)
     whole = make_logits((2, classes + 3, 7, 31), dtype).to(memory_format=torch.channels_last)
@@ -216,7 +216,7 @@ def test_a_level_for_each_class(backend):
 @pytest.mark.parametrize("present", [0, 1, 2, 4, 5, 9])
 @pytest.mark.parametrize("levels", [1, 6])
 def test_few_and_many_classes_side_by_side(backend, dtype, present, levels):
-    """Pixels of `present` classes beside void ones: mixed, in one run a class, and others in each image."""
+    """Pixels of `present` classes next to void ones: mixed, a block per class, and others in each image."""
     generator = torch.Generator().manual_seed(present)
     target = torch.full((2, 2, 150), 255)
     for image in target:
@@ -265,7 +265,7 @@ def test_one_level_is_cross_entropy(backend, reduction, weighted):
     if reduction == "none":
         expected = expected.sum(dim=(1, 2))
     (expected_grad,) = torch.autograd.grad(expected.sum(), logits)
-    # both in float64, whose eps is 2.2e-16; sums of 2000 terms and cancellations in p - 1 take a few digits
+    # both in float64, eps 2.2e-16; sums of 2000 terms and cancellation in p - 1 lose a few digits
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-13, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-15)
 
@@ -319,9 +319,9 @@ def problems(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_anything(backend):
+def test_random_problems(backend):
     @settings(
-        # A second each: interpreted, or compiled on a GPU for each number of classes, hierarchy and layout.
+        # A case takes a second: interpreted, or compiled on a GPU for its classes, hierarchy and layout.
         max_examples=30 if backend == "triton" else 150,
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
@@ -336,7 +336,7 @@ def test_anything(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cityscapes_groups_count(backend):
-    """The preset's levels, seen through the counts of one pixel of each class."""
+    """The levels of the preset, from the pixel counts of an image with one pixel of each class."""
     target = torch.arange(19).view(1, 19)
     *_, (_, _, _, count) = run(backend, make_logits((1, 19, 19)), target, CITYSCAPES)
     assert count.tolist() == [[1, 5, 3, 10]]

@@ -1,4 +1,4 @@
-"""What setup.py decides, what it says when it cannot build, and what lands in the sdist and the wheel."""
+"""setup.py: its decisions, its errors when it cannot build, and the contents of the sdist and the wheel."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def setup() -> ModuleType:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of what a build needs, with nothing built in it."""
+    """A copy of the sources of a build, with nothing built."""
     tree = tmp_path / "tree"
     built = shutil.ignore_patterns("_C*.so", "_C*.pyd", "_build.json", "__pycache__")
     for folder in ("ial_cuda", "csrc"):
@@ -54,7 +54,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs this Python with `env` and without what the caller of the tests has set for the build."""
+    """Runs this Python with `env` and without the build variables of the test run."""
     ours = ("IAL_", "TORCH_CUDA_ARCH_LIST", "CC", "CXX")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     return subprocess.run(
@@ -130,7 +130,7 @@ def test_decides_for_the_cpu(setup, env, torch_cuda, version, said, gpus):
         pytest.param({"TORCH_CUDA_ARCH_LIST": "8.0"}, ("9.0",), ("8.0",), id="the list goes first"),
     ],
 )
-def test_builds_for_the_gpus_that_are_there(setup, env, gpus, expected):
+def test_builds_for_the_gpus_of_the_machine(setup, env, gpus, expected):
     plan = setup.decide(env, "13.0", setup.Nvcc("/cuda", "13.0", ARCHS), gpus)
     assert plan == setup.Plan(cuda=True, arch_list=expected, warning=None)
 
@@ -156,7 +156,7 @@ def test_asks_the_driver_for_the_gpus(setup, script, expected, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the nvcc of this test is a shell script")
-def test_asks_nvcc_where_it_lives(setup, tmp_path, monkeypatch):
+def test_finds_nvcc(setup, tmp_path, monkeypatch):
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text(
@@ -172,7 +172,7 @@ def test_asks_nvcc_where_it_lives(setup, tmp_path, monkeypatch):
     assert setup.find_nvcc() == setup.Nvcc("/opt/toolkit", "12.4", frozenset({"9.0", "12.0"}))
 
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert setup.find_nvcc() is None, "an nvcc that does not run is as good as none"
+    assert setup.find_nvcc() is None, "an nvcc that does not run counts as missing"
 
 
 # ---------------------------------------------------------------------------------- what cannot be built
@@ -199,7 +199,7 @@ def test_old_setuptools_one_sentence(monkeypatch):
         load_setup()
 
 
-def test_without_compiler_an_error_that_names_the_way_out(tree, tmp_path):
+def test_without_compiler_an_error_with_the_remedy(tree, tmp_path):
     hook = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     done = python("-c", hook, cwd=tree, **without_compiler(tmp_path))
     assert done.returncode != 0
@@ -251,7 +251,7 @@ def torch_of(metadata: Message) -> str:
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_what_has_the_extension_requires_its_torch(tree, kind):
+def test_a_wheel_with_the_extension_requires_its_torch(tree, kind):
     (tree / "meta").mkdir()
     hook = f"from setuptools import build_meta; build_meta.prepare_metadata_for_build_{kind}('meta')"
     done = python("-c", hook, cwd=tree, IAL_CUDA_FORCE_CPU="1")
@@ -266,7 +266,7 @@ def test_what_has_the_extension_requires_its_torch(tree, kind):
 
 
 def stub_extension(tree: Path) -> None:
-    """Sources that compile in a second: a module that says which torch it was compiled for."""
+    """Sources that compile in a second: a module that has the version of its torch."""
     shutil.rmtree(tree / "csrc")
     (tree / "csrc").mkdir()
     (tree / "csrc" / "stub.cpp").write_text(
@@ -278,7 +278,7 @@ def stub_extension(tree: Path) -> None:
 
 
 def test_what_another_torch_left_is_not_packed(tree):
-    """Without ninja setuptools would take a newer file in build/lib* for up to date."""
+    """Without ninja, setuptools would take a newer file in build/lib* as up to date."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         pytest.skip("no C++ compiler")
     stub_extension(tree)
@@ -295,11 +295,11 @@ def test_what_another_torch_left_is_not_packed(tree):
         assert archive.read(f"ial_cuda/{stale.name}").startswith(b"\x7fELF")
 
 
-# ------------------------------------------------------------------------------- what it says without one
+# ------------------------------------------------------------------------- messages without an extension
 
 
 def why_no_cpu(cwd: Path, **env: str) -> tuple[str, list[str]]:
-    """Why a Python started in `cwd` has no "cpu" backend, and the command that the reason ends with."""
+    """Why a Python started in `cwd` has no "cpu" backend, and the command at the end of the reason."""
     done = python("-c", "from ial_cuda import extension; print(extension.problem)", cwd=cwd, **env)
     assert done.returncode == 0, done.stderr
     reason, command, rest = done.stdout.split("`")
@@ -315,7 +315,7 @@ def assert_installs(command: list[str], cwd: Path) -> None:
     assert f"Would install ial_cuda-{ial_cuda.__version__}" in done.stdout
 
 
-def test_a_source_tree_says_that_it_is_one(tree):
+def test_a_source_tree_is_named(tree):
     pytest.importorskip("pip")
     reason, command = why_no_cpu(tree)
     assert (
@@ -326,7 +326,7 @@ def test_a_source_tree_says_that_it_is_one(tree):
 
 @pytest.mark.parametrize("origin", ["folder", "folder gone", "git", "wheel", "unknown"])
 def test_what_is_installed_names_its_sources(tree, tmp_path, origin):
-    """Each command is run as it is printed but for --dry-run."""
+    """Each command is run as printed, with --dry-run added."""
     pytest.importorskip("pip")
     site = tmp_path / "site"
     shutil.copytree(tree / "ial_cuda", site / "ial_cuda")
@@ -393,7 +393,7 @@ def test_no_remedy_asks_an_index_for_this_package():
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    """The files that a user may take a command from."""
+    """The files with commands for users."""
     for name in source_files():
         if name.endswith((".py", ".md", ".toml", "Makefile")) and not name.startswith("tests/"):
             yield name, (ROOT / name).read_text()
@@ -474,7 +474,7 @@ def test_loops_run_on_torchs_threads():
 
 
 def source_files() -> list[str]:
-    """What git has, or would have after `git add .`."""
+    """The files in git, including those that `git add .` would add."""
     git = shutil.which("git")
     if git is None:
         pytest.skip("git is not there to say which files are sources")

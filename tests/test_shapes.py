@@ -1,4 +1,4 @@
-"""Tensors without values: meta and fake ones, through every entry point and backend."""
+"""Meta and fake tensors, through every function and module on every backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ial_cuda import (
 
 
 def shapes(device, backend, **options):
-    """What every entry point gives, forward and backward, without a warning."""
+    """The shapes and dtypes of all results, forward and backward, without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         leaf = torch.ones(2, 5, 6, 7, device=device, requires_grad=True)
@@ -64,7 +64,7 @@ def test_shapes_of_fake_tensors(backend, options):
     with FakeTensorMode():
         assert shapes(device, backend, **options) == expected
     with torch.device("meta"):
-        assert shapes(device, backend, **options) == expected, "real tensors where the default is meta"
+        assert shapes(device, backend, **options) == expected, "real tensors while the default device is meta"
 
 
 def test_shapes_without_the_extension():

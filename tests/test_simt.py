@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU: without one of their barriers, under sanitizers, with contracted products."""
+"""The CUDA kernels on the CPU: with a barrier removed, under sanitizers, and with contracted products."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _simt():
 
 
 def results():
-    """All that the kernels write, with several iterations a block, blocks an image and waves a batch."""
+    """All outputs of the kernels, with several iterations per block, blocks per image and waves per batch."""
     weight = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
     out = []
     for backend, shape, scope in (
@@ -75,7 +75,7 @@ def undisturbed():
 
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_a_missing_barrier_shows(barrier, undisturbed):
-    """A block's threads run in ascending or in descending order: one of the two must give wrong results."""
+    """The threads of a block run in ascending or descending order. One of them must give wrong results."""
     wrong = []
     for descending in (False, True):
         torch.ops.ial_simt.disturb(barrier, descending)
@@ -89,7 +89,7 @@ def test_a_missing_barrier_shows(barrier, undisturbed):
     ("backend", "hierarchy"), [("simt_one_launch", HIERARCHY), ("simt", FLAT)], ids=["one launch", "one pass"]
 )
 def test_a_computed_gradient_is_left_to_autograd(backend, hierarchy):
-    """Nothing is copied on the way to a leaf's .grad: a copy would take as long as the launch."""
+    """The gradient becomes a leaf's .grad without a copy, which would take as long as the launch."""
     leaf = make_logits((2, 5, 16, 32), torch.float32).requires_grad_()
     target = make_target((2, 16, 32), 5)
     with poisoned(), profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -100,7 +100,7 @@ def test_a_computed_gradient_is_left_to_autograd(backend, hierarchy):
 
 
 def computes_gradient(logits, target, levels, *, scope="image", expected=None, one_launch=None, **options):
-    """Whether loss_and_grad of several levels does, which is where it takes one launch."""
+    """Whether loss_and_grad computes the gradient of several levels, as it does in one launch."""
     class_levels = [c % levels for c in range(logits.shape[1])]
     pixels = (target, None, None, class_levels, 255, "exact", options.get("label_smoothing", 0.0))
     combine = (None, [0.1] * (levels - 1), 1.0, options.get("reduction", "mean"), "mean", scope)
@@ -148,7 +148,7 @@ def test_one_launch_is_chosen_where_it_wins(change, one_launch):
 
 
 def test_more_sums_than_a_block_has_room_for():
-    """A GeForce RTX 5090 has 99 KiB for a block: too few for the sums of 158 pooled images."""
+    """A GeForce RTX 5090 has 99 KiB per block, too little for the sums of 158 pooled images."""
     hierarchy = Hierarchy([[level] for level in range(7)] + [[7, 8, 9, 10]])
     logits, target = make_logits((158, 11, 16), torch.float32), make_target((158, 16), 11)
     with simt.device(multiprocessors=170, l2_bytes=96 << 20, shared_bytes=99 << 10):
@@ -173,7 +173,7 @@ def test_an_instruction_reaches_its_address_space_only(instruction, expected, sp
 
 
 def test_no_instruction_for_memory_is_hidden_from_the_emulator():
-    """The emulator does not see what inline PTX does, so its address spaces would go unchecked."""
+    """The emulator cannot check the address spaces of inline PTX."""
     for source in sorted((ROOT / "csrc").rglob("*.*")):
         for statement in re.findall(r"\basm\b.*?\)\s*;", source.read_text(), re.S):
             memory = re.search(r"\b(ld|st|red|atom|cp|prefetch|mbarrier)\b", statement)
@@ -197,11 +197,11 @@ def passed_with(build, files, selected, **environment):
 
 
 def test_under_sanitizers():
-    """Every kernel again, where an access out of bounds or undefined behaviour ends the process."""
+    """All kernels again. An access out of bounds or undefined behaviour ends the process."""
     libraries = [simt.sanitizer_library(name) for name in ("asan", "ubsan")]
     selected = "every_tile or every_layout or every_target or room or images_than_fit or one_launch"
     selected += " or gradient_of_one_pass or layout_of_labels"
-    # one of the two backends: they upsample with the same kernels
+    # one of the two backends, since they upsample with the same kernels
     selected += (
         " or (not simt_one_launch and (interpolate_then_loss or upsample and every_number or bad_labels))"
     )
@@ -217,7 +217,7 @@ def test_under_sanitizers():
 
 
 def test_with_contracted_products():
-    """Every kernel again, with products that are contracted with additions, as nvcc does."""
+    """All kernels again, with products and additions contracted as by nvcc."""
     if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
         pytest.skip("simt: a processor without FMA")
     selected = "every_tile or dtype_and_rank or huge or itself or every_dtype or not_finite or ignored_pixels"

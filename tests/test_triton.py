@@ -1,4 +1,4 @@
-"""Tests of the Triton backend alone: machine code compiled without a GPU, and torch.compile."""
+"""Tests of the Triton backend only: machine code compiled without a GPU, and torch.compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ial_cuda import Hierarchy, backends, importance_aware_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAT = Hierarchy.flat(2)
-#: For a test that runs the kernels: skipped where neither a GPU nor the interpreter can run them.
+#: For tests that run the kernels. Skipped if neither a GPU nor the interpreter can run them.
 RUNS = pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "triton"])
 
 if backends.get("triton").missing is not None:
@@ -45,8 +45,8 @@ def compiled() -> dict[str, dict[str, int]]:
 
 
 def allowed_spills(name: str) -> int:
-    """In bytes. With 168 registers three programs are on a multiprocessor at a time. With the few more that
-    some kernels for coarse logits need it would be two. What they spill stays in the L1 cache."""
+    """In bytes. With 168 registers, a multiprocessor runs three programs at a time. Some kernels for coarse
+    logits need a few more registers, which would allow two. Their spills stay in the L1 cache."""
     few = "upsampled_one_pass_kernel" in name or ("upsampled" in name and "smooth" in name)
     return 80 if few else 0
 
@@ -77,7 +77,7 @@ def test_every_kernel_compiles_without_spills(compiled, target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
 def test_reads_and_writes_sixteen_bytes(compiled, target, dtype):
-    """19 classes: four in the loop and the remaining three, twice where there is a gradient."""
+    """19 classes: four in the loop and the remaining three, twice if there is a gradient."""
     code = compiled[f"{target}: reduce_kernel 128: {dtype} C=19"]
     assert code["wide loads"] >= 4 + 3
     code = compiled[f"{target}: reduce_backward_kernel 128: {dtype} C=19"]
@@ -95,7 +95,7 @@ def kernels_of(upsampled: bool) -> list[str]:
     return [f"{prefix}reduce_kernel", *small, f"{prefix}reduce_backward_kernel"]
 
 
-# torch.compile traces with tensors without memory, which run no kernel.
+# torch.compile traces with fake tensors, which run no kernel.
 TRACE = """
 import dataclasses
 import torch
@@ -191,7 +191,7 @@ def test_more_levels_than_a_program_has_registers_for(backend, levels):
 @RUNS
 @ONE_AND_FOUR
 def test_several_programs_of_an_image(backend, monkeypatch, hierarchy):
-    """As on a GPU with several multiprocessors, with more tiles than programs."""
+    """Like on a GPU with several multiprocessors, with more tiles than programs."""
     from ial_cuda.triton import launch
 
     monkeypatch.setattr(launch, "_programs", lambda like, tiles, images=1: min(tiles, 2))
@@ -201,7 +201,7 @@ def test_several_programs_of_an_image(backend, monkeypatch, hierarchy):
 @RUNS
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 def test_cells_with_several_patches_and_several_programs(backend, monkeypatch, align_corners):
-    """With patches as small as on a GPU, and four tiles or more for a program of reduce."""
+    """Patches are as small as on a GPU. A program of reduce has at least four tiles."""
     from ial_cuda.triton import upsample
 
     monkeypatch.setattr(upsample, "MAX_PATCH", ((4, 2), (2, 1)))
@@ -212,7 +212,7 @@ def test_cells_with_several_patches_and_several_programs(backend, monkeypatch, a
 
 @RUNS
 def test_positions_beyond_32_bits(backend):
-    """The loss alone, against positions in integers: F.interpolate is off by 0.01 in so long a line."""
+    """The loss only, against integer positions: F.interpolate has an error of 0.01 in a line this long."""
     coarse, fine = 40_001, 33_000
     logits, target = make_logits((1, 2, 1, coarse)), make_target((1, 1, fine), 2)
     at = (2 * torch.arange(fine) + 1) * coarse - fine
@@ -246,7 +246,7 @@ def test_tiles_of_nearly_2_to_the_31_pixels(backend):
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
 @pytest.mark.parametrize("dim", range(4))
 def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
-    """4 GiB are reserved and few pages are used: the other strides are small."""
+    """4 GiB are reserved, but few pages are used, since the other strides are small."""
     strides = [8, 4, 2, 1]
     strides[dim] = 2**31 + 8
     device, operators = device_of(backend), backends.get(backend).operators()
@@ -303,7 +303,7 @@ def one_level(backend, size, pixels, dtype, smoothing=0.1, *, weighted=True):
 
 @pytest.fixture
 def small_patches(monkeypatch):
-    """As small as on a GPU, so that a cell has several."""
+    """Patches as small as on a GPU, so that a cell has several."""
     from ial_cuda.triton import upsample
 
     monkeypatch.setattr(upsample, "MAX_PATCH", ((4, 2), (2, 1)))
@@ -334,9 +334,9 @@ def test_one_pass_gives_the_gradient_of_two(backend, size, pixels, dtype, smooth
 
     sums = operators.reduce(logits, *rest, False, corners)
     assert (stats[..., 1:3] == 0).all() and torch.equal(stats[..., 3], sums[..., 3])
-    # float32 sums of 10 000 pixels in another order, each of up to half an ulp, partly cancelling.
+    # float32 sums of 10 000 pixels in another order: each has up to half an ulp, and some cancel.
     torch.testing.assert_close(stats[..., [0, 4]], sums[..., [0, 4]], rtol=1e-6, atol=0)
-    # The loss is divided by what the gradient is divided by.
+    # The loss and the gradient have the same divisor.
     divided = (stats[:, 0, 0].sum() * grad_stats[0, 0, 0]).to(loss.dtype)
     torch.testing.assert_close(loss, divided, rtol=2 * torch.finfo(loss.dtype).eps, atol=0)
     one = torch.ones_like(loss)
@@ -407,5 +407,5 @@ def test_launches_of_a_step(backend, size, pixels, given, monkeypatch):
     assert names == [
         *["weight_kernel"] * (given == "mean"),
         *[f"{prefix}one_pass_kernel", "sum_kernel", "combine_kernel"],
-        *[f"{prefix}reduce_backward_kernel", *["add_halves_kernel"] * upsampled],  # they return at once
+        *[f"{prefix}reduce_backward_kernel", *["add_halves_kernel"] * upsampled],  # these return at once
     ]

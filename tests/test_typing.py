@@ -1,4 +1,4 @@
-"""What type checkers say of documented usage."""
+"""Type checkers on documented usage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ USAGE, TRAINING = HERE / "typed_usage.py", HERE / "typed_training.py"
 
 
 def run(*command: str | Path) -> None:
-    environment = os.environ | {"MYPYPATH": str(HERE.parent)}  # this tree, whichever one is installed
+    environment = os.environ | {"MYPYPATH": str(HERE.parent)}  # this tree, not the installed one
     result = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_mypy_takes_documented_usage_and_finds_mistakes(tmp_path):
-    """The strict options are those of pyproject.toml. An unused `type: ignore` is an error, too."""
+    """The strict options are those of pyproject.toml. An unused `type: ignore` is an error too."""
     pytest.importorskip("mypy", reason="mypy is not installed")
     cache = os.environ.get("MYPY_CACHE_DIR", str(tmp_path))
     run(sys.executable, "-m", "mypy", f"--cache-dir={cache}", USAGE, TRAINING)

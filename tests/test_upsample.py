@@ -33,12 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WEIGHT = torch.tensor([0.3, 1.0, 2.5, 0.7, 1.9])
 CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 RATIOS = [1, 2, 3, 4, 7.3, 8, 16, 0.5]
-#: Of the coarse logits: odd, of one pixel in each direction, and more than a vector or a warp is wide.
+#: Sizes of the coarse logits: odd, of one pixel in each direction, and wider than a vector or a warp.
 SIZES = [(5, 7), (1, 1), (1, 9), (6, 1), (3, 37)]
 
 
 def thin(backend, *indices):
-    """Leaves out half of the cases of what the CPU emulates: each value stays with half of the others."""
+    """Skips half of the cases on emulated backends. Each value is tested with half of the others."""
     if backend in EMULATED and sum(indices) % 2:
         pytest.skip(f"{backend} is emulated: one in two of these cases")
 
@@ -61,7 +61,7 @@ def test_the_oracle_interpolates_as_torch():
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_equals_interpolate_then_loss(backend, ratio, size, align_corners):
-    """In float64, to 1e-12: value and gradient of the two-step loss that it replaces."""
+    """Value and gradient are those of the two-step loss, in float64 to 1e-12."""
     thin(backend, RATIOS.index(ratio), SIZES.index(size), align_corners)
     logits = make_logits((2, 5, *size))
     target = make_target((2, *sizes(ratio, size)), 5)
@@ -204,7 +204,7 @@ def test_cross_entropy(backend, reduction, align_corners):
     fine = F.interpolate(logits, (23, 31), mode="bilinear", align_corners=align_corners)
     expected = F.cross_entropy(fine, target, weight, **options)
     grad, expected_grad = (torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected))
-    # both in float64, whose eps is 2.2e-16; sums of 700 terms and positions take a few digits
+    # both in float64, eps 2.2e-16; sums of 700 terms and the positions lose a few digits
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-12, atol=1e-12 * expected_grad.abs().max().item())
 
@@ -214,7 +214,7 @@ def test_cross_entropy(backend, reduction, align_corners):
 @pytest.mark.parametrize("size", [1e4, 1e5, 3e9])
 @pytest.mark.parametrize("alike", [False, True], ids=["random", "signs"])
 def test_huge_logits(backend, dtype, size, alike):
-    """Where the most likely class changes between two coarse logits, the maximum of none of them is near."""
+    """The most likely class changes between two coarse logits, so neither of their maxima is close."""
     logits = make_logits((2, 5, 6, 9), spread=1.0)
     logits = (size * (logits.sign() if alike else logits)).to(dtype)
     check_upsampled(backend, logits, make_target((2, 23, 31), 5))
@@ -225,8 +225,8 @@ def test_huge_logits(backend, dtype, size, alike):
 @pytest.mark.parametrize("size", [1e5, 3e9, 2e37])
 @pytest.mark.parametrize("ratio", [4, 2.7])
 def test_an_own_logit_equals_itself(backend, dtype, size, ratio):
-    """A pixel that is right beyond doubt costs nothing, exactly, however large its logits are: the sum of its
-    softmax is e^0. A logit that is interpolated twice, and rounds differently, shows."""
+    """The loss of a pixel with a very large correct logit is exactly 0: the sum of its softmax is e^0. It
+    would not be 0 if the logit were interpolated twice with different rounding."""
     logits = size * make_logits((2, 5, 6, 9), spread=1.0)
     logits[:, 2] = size * (10 + make_logits((2, 6, 9), spread=1.0, seed=1))
     target = torch.full((2, *sizes(ratio, (6, 9))), 2)
@@ -251,7 +251,7 @@ def test_a_masked_logit(backend, dtype, ratio):
     (expected_grad,) = torch.autograd.grad(expected, leaf)
     assert expected.isfinite() and expected_grad.isfinite().all()
     loss, grad, _ = run(backend, logits, target, Hierarchy.flat(3), upsample="bilinear")
-    # a mean of logarithms of 3 and 2 in the arithmetic, and sums of up to 256 pixels in the output's
+    # a mean of log 3 and log 2 in the arithmetic's precision, sums of up to 256 pixels in the output's
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-6, atol=0)
     limits = torch.finfo(dtype)
     atol = 1e-6 * expected_grad.abs().max().item() + limits.smallest_normal * limits.eps
@@ -264,8 +264,8 @@ def test_a_masked_logit(backend, dtype, ratio):
 @pytest.mark.parametrize("ratio", [4, 3, 0.5])
 @CORNERS
 def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, align_corners):
-    """Of the logits that have a part in a pixel: those of weight 0, of which eager makes a NaN, are left out.
-    The first image has such pixels only, the other images must not be affected."""
+    """Logits with a weight other than 0 have the same effect as in eager PyTorch. Logits of weight 0 are left
+    out. Only the second image has logits that are not finite, and the others must not be affected."""
     thin(backend, RATIOS.index(ratio), ["own", "other", "all"].index(which), align_corners)
     logits = make_logits((3, 5, 5, 9), torch.float32)
     logits[1, slice(None) if which == "all" else 2, 2, 4] = value
@@ -284,7 +284,7 @@ def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, 
     fine_grad[(target == 255).unsqueeze(1).expand_as(fine_grad)] = 0
     odd = torch.from_numpy(oracle.upsample(fine_grad.numpy(), y.T, x.T)).isnan()
     assert grad.isnan()[odd].all()
-    # a NaN may spread to what has weight 0 in the same pixel, as eager's does, but no further
+    # as in eager, a NaN may spread to logits of weight 0 in the same pixel, but no further
     near = F.max_pool2d(odd.double(), 3, 1, 1).bool() if odd.any() else odd
     assert (grad.isnan() <= near).all() and not grad.isinf().any()
 
@@ -294,8 +294,8 @@ def test_what_is_not_finite_is_where_eager_has_it(backend, value, which, ratio, 
 @pytest.mark.parametrize("ratio", [2, 3, 4])
 @CORNERS
 def test_logits_at_the_limit(backend, dtype, ratio, align_corners):
-    """All classes of a coarse pixel are alike, its neighbours have the other sign: differences of neighbours
-    overflow, those within a pixel do not."""
+    """All classes of a coarse pixel are equal, and its neighbours have the other sign. Differences between
+    neighbours overflow, those within a pixel do not."""
     thin(backend, DTYPES.index(dtype), RATIOS.index(ratio), align_corners)
     limit = torch.finfo(dtype).max
     sign = make_logits((2, 1, 6, 9), torch.float64, seed=1).sign()
@@ -311,11 +311,11 @@ def test_logits_at_the_limit(backend, dtype, ratio, align_corners):
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
-def test_what_void_pixels_are_made_of_counts_for_nothing(backend, value):
+def test_logits_of_void_pixels_have_no_effect(backend, value):
     """Coarse logits and weights that only void pixels and absent classes use."""
     logits, target = make_logits((2, 5, 4, 6), torch.float32), make_target((2, 16, 24), 5, ignored=0)
     target[target == 4] = 3
-    target[0, 6:14, 10:18] = 255  # every pixel less than one logit away
+    target[0, 6:14, 10:18] = 255  # all pixels closer than one logit
     changed, weight, pixel_weight = logits.clone(), WEIGHT.clone(), torch.rand(target.shape)
     changed[0, :, 2, 3], weight[4] = value, value
     clean = run(backend, logits, target, weight=WEIGHT, pixel_weight=pixel_weight, upsample="bilinear")
@@ -324,7 +324,7 @@ def test_what_void_pixels_are_made_of_counts_for_nothing(backend, value):
         backend, changed, target, weight=weight, pixel_weight=pixel_weight, upsample="bilinear"
     )
     assert (grad[0, :, 2, 3] == 0).all()
-    # float32 throughout; the cells around that logit are interpolated in another way
+    # float32 throughout; the cells around that logit use another interpolation
     for ours, expected in zip((loss, grad, *rest), (*clean[:2], *clean[2]), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
@@ -374,7 +374,7 @@ def test_more_pixels_between_logits_than_32_bits_count(backend):
 @CORNERS
 @pytest.mark.parametrize("coarse", [1, 2, 40])
 def test_many_pixels_between_logits(backend, coarse, align_corners):
-    """More than the CPU keeps the places of."""
+    """More pixels than the CPU stores positions for."""
     logits = make_logits((1, 3, 2, coarse))
     check_upsampled(
         backend,
@@ -395,7 +395,7 @@ def test_blocks_of_logits_without_a_pixel(backend, align_corners):
 
 @pytest.mark.parametrize("backend", [b for b in KERNELS if b.values[0] == "cpu"])
 def test_memory_of_a_wide_image(backend):
-    """In a process of its own: 10 million columns of labels, 10 MB, between two logits."""
+    """In a separate process: 10 million columns of labels, 10 MB, between two logits."""
     code = """
 import resource, torch
 from ial_cuda import Hierarchy, importance_aware_loss
@@ -410,7 +410,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         command = [sys.executable, "-c", code.format(columns=columns)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout) * (1 if sys.platform == "darwin" else 1024))
-    assert peaks[1] - peaks[0] < 64 << 20, "the labels, and little beside them"
+    assert peaks[1] - peaks[0] < 64 << 20, "the labels and little else"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""A training script for type checkers: test_typing.py checks it with mypy, and with pyright where it is."""
+"""A training script for type checkers: test_typing.py checks it with mypy, and with pyright if installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documented usage for type checkers: test_typing.py runs mypy on it. A mistake that is not found is one."""
+"""Documented usage for type checkers: test_typing.py runs mypy on it. Undetected mistakes fail the test."""
 
 from __future__ import annotations
 
