@@ -120,7 +120,8 @@ def label_ends(axes: Axes, lines: Sequence[Line], unit: str) -> None:
     """Labels at the right edge, at the height of the lines' ends, moved apart where they would overlap."""
     low, high = np.log(axes.get_ylim())
     left, right = np.log(axes.get_xlim())
-    ends = sorted(((np.log(line.y[-1]) - low) / (high - low), line) for line in lines) if lines else []
+    heights = [(np.log(line.y[-1]) - low) / (high - low) for line in lines]
+    ends = sorted(zip(heights, lines, strict=True), key=lambda end: end[0])
     heights = spread([end for end, _ in ends], LINE_GAP)
     for (end, line), height in zip(ends, heights, strict=True):
         start = (np.log(line.x[-1]) - left) / (right - left)
