@@ -27,10 +27,10 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help test bench gpu-check gpu-bench lint docs format sdist clean
+.PHONY: help test bench bench-full gpu-check gpu-bench lint docs format sdist clean
 
 help: ## print this help
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "VENV=$(VENV)  the environment, created if missing. A torch that it has is kept."
 	@echo "TORCH='$(TORCH)'  is installed if there is no torch.  PYTHON=$(PYTHON)  creates the environment"
@@ -41,8 +41,11 @@ help: ## print this help
 test: lint docs ## check style, build the documentation, then run the tests
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
 
-bench: $(STAMP) ## time the loss on this machine: everyone who computes it, sizes, classes, types; ten minutes
+bench: $(STAMP) ## time loss and gradient on this machine beside PyTorch and other libraries; three minutes
 	$(PY) -m benchmarks
+
+bench-full: $(STAMP) ## the same for more sizes, classes and dtypes, and a training step; half an hour
+	$(PY) -m benchmarks --full
 
 # Installs nothing, because some GPU machines do not allow it. $(PYTHON) is used as it is.
 gpu-check: ## build for this GPU, run the tests and compute-sanitizer, in nine minutes; without a GPU, a dry run
