@@ -18,7 +18,7 @@ from .harness.inputs import CROSS_ENTROPY, IAL, Case, Inputs, Tiled, label_dtype
 from .harness.measure import free_bytes
 from .harness.plots import draw_inputs, draw_resolution, draw_roofline, draw_speed_up_map
 from .harness.providers import DTYPES, Loss, Provider, make_ours, make_peers
-from .harness.report import Report, mib
+from .harness.report import Report, mib, show_line
 from .harness.validation import Baseline, make_baselines
 
 SIDES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in make_cases(device, loss, arguments.threads, quick=arguments.quick)
         if max(case.shape[2:]) <= arguments.largest
     ]
-    return run("sweep", arguments, order(cases), Sweep().measure, draw)
+    return run("sweep", arguments, order(cases), Sweep().measure, draw, show_line)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ial_cuda import backends
@@ -90,6 +91,7 @@ def run(
     cases: Sequence[Case],
     measure: Callable[[Case, Settings], Report],
     draw: Draw = lambda *_: [],
+    show: Callable[[Report, Console], None] = show,
 ) -> int:
     """Measures the cases one by one. Shows and writes each report at once, and draws the pictures at the end.
 

@@ -44,6 +44,7 @@ COLOURS = {
     "copy_": BLACK,
 }
 LINE_GAP = 0.062  # between two labels, in heights of the axes
+LEAST_MIB = 0.01  # a logarithmic axis has no 0
 
 
 def short(name: str) -> str:
@@ -101,7 +102,7 @@ def draw_lines(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], un
         ours = line.name.startswith("ial_cuda")
         axes.loglog(
             line.x,
-            line.y,
+            [max(value, LEAST_MIB) for value in line.y],
             marker="o",
             markersize=4,
             color=colour(line.name),
@@ -120,7 +121,7 @@ def label_ends(axes: Axes, lines: Sequence[Line], unit: str) -> None:
     """Labels at the right edge, at the height of the lines' ends, moved apart where they would overlap."""
     low, high = np.log(axes.get_ylim())
     left, right = np.log(axes.get_xlim())
-    heights = [(np.log(line.y[-1]) - low) / (high - low) for line in lines]
+    heights = [(np.log(max(line.y[-1], LEAST_MIB)) - low) / (high - low) for line in lines]
     ends = sorted(zip(heights, lines, strict=True), key=lambda end: end[0])
     heights = spread([end for end, _ in ends], LINE_GAP)
     for (end, line), height in zip(ends, heights, strict=True):
@@ -204,7 +205,8 @@ def lines_of(
             if value is not None and not row.name.endswith(IN_PLACE):
                 points.setdefault(row.name, []).append((x[str(report.case)], value))
     chosen = [name for name in points if name.startswith("ial_cuda") and "," not in name]
-    others = [row.name for row in fastest(reports) if row.name in points]
+    lines = [name for name, found in points.items() if len(found) > 1 or len(reports) == 1]
+    others = [row.name for row in fastest(reports) if row.name in lines]
     chosen += others[:peers]
     return [Line(name, *map(list, zip(*points[name], strict=True))) for name in chosen]
 
@@ -254,23 +256,18 @@ def draw_resolution(
         found = [report for report in reports if report.case.loss == loss]
         x = {str(report.case): float(report.case.pixels) for report in found}
         ticks = {float(report.case.pixels): size_of(report.case) for report in found}
-        scale = found[0].case.scale
-        extra = "peak memory beside logits and labels" + ", gradient" * (scale == 1)
         for panel, (figure_name, label, unit) in zip(
-            axes[:, column], [("median_ms", "time", "ms"), ("extra_mib", extra, "MiB")], strict=True
+            axes[:, column], [("median_ms", "time", "ms"), ("extra_mib", "extra memory", "MiB")], strict=True
         ):
             lines = lines_of(found, x, figure_name, peers=3)
-            draw_lines(panel, [at_least(line, 0.01) for line in lines], ticks, unit)
+            draw_lines(panel, lines, ticks, unit)
             panel.set(title=loss, xlabel="size of the labels, pixels", ylabel=f"{label} ({unit})")
     first = reports[0].case
     note = f"{first.shape[0]} image, {first.shape[1]} classes, {name_of(dtype)}; medians; lower is better"
     note += f"; logits at 1/{first.scale} of the labels' size" * (first.scale > 1)
+    held = "logits, labels and gradient" if first.scale == 1 else "logits and labels"
+    note += f"\nextra memory: the peak beside {held}; less than {LEAST_MIB} is drawn as {LEAST_MIB}"
     return [save(figure, title, machine, device, note, file)]
-
-
-def at_least(line: Line, least: float) -> Line:
-    """The line on a logarithmic axis, which has no 0."""
-    return Line(line.name, line.x, [max(value, least) for value in line.y])
 
 
 def size_of(case: Case) -> str:
@@ -326,7 +323,7 @@ def ratio_of(report: Report | None, name: str) -> float | None:
 #: The axes of the sweep beside pixels and classes: title, and what a case is called on it.
 AXES = {
     "dtype of the logits": lambda case: name_of(case.dtype),
-    "layout": lambda case: name_of(case.layout),
+    "layout": lambda case: name_of(case.layout).removesuffix("_format"),
     "dtype of the labels": lambda case: name_of(case.labels),
     "images of 256²": lambda case: str(case.shape[0]),
     "threads": lambda case: str(case.threads or "all"),
@@ -346,7 +343,7 @@ def draw_inputs(reports: Sequence[Report], machine: Mapping[str, Any], file: Pat
         field = "shape" if field == "images" else field
         own = [r for r in reports if replace(r.case, **{field: getattr(base, field)}) == base]
         own = [r for r in own if field != "shape" or r.case.shape[1:] == base.shape[1:]]
-        panels[axis] = {name(report.case): report for report in own}
+        panels[axis] = {name(report.case): report for report in own if report.providers[0].median_ms}
     panels = {axis: found for axis, found in panels.items() if len(found) > 1}
     if not panels:
         return []

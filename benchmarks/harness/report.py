@@ -86,16 +86,36 @@ def show(report: Report, console: Console) -> None:
     """Prints the tables of a report, and why providers have no time."""
     title = f"{report.case}, {report.labels} labels: loss and gradient"
     show_rows(title, report.providers, report.case.device, console)
-    for row in report.providers:
-        if row.failed:
-            console.print(f"{row.name}: failed: {row.failed}", style="red" * row.ours, soft_wrap=True)
-        if row.no_graph:
-            console.print(f"{row.name}: no graph: {row.no_graph}", soft_wrap=True)
-    skipped = [f"{row.name} ({row.skipped})" for row in report.providers if row.skipped]
-    if skipped:
-        console.print(f"Skipped: {'; '.join(skipped)}", soft_wrap=True)
+    show_reasons(report, console)
     if report.parts:
         show_rows("Parts of a step of ours", report.parts, report.case.device, console)
+
+
+def show_reasons(report: Report, console: Console) -> None:
+    """Prints in a line each why providers have no time."""
+    for row in report.providers:
+        style = "red" if row.failed and row.ours else ""
+        if row.failed:
+            console.print(f"{row.name}: failed: {row.failed}", style=style, markup=False, soft_wrap=True)
+        if row.no_graph:
+            console.print(f"{row.name}: no graph: {row.no_graph}", markup=False, soft_wrap=True)
+    skipped = [f"{row.name} ({row.skipped})" for row in report.providers if row.skipped]
+    if skipped:
+        console.print(f"Skipped: {'; '.join(skipped)}", markup=False, soft_wrap=True)
+
+
+def show_line(report: Report, console: Console) -> None:
+    """Prints a report in one line: the time of ours, and the peers' times as multiples of it."""
+    ours, *others = report.providers
+    if ours.median_ms is not None:
+        peers = [
+            f"{row.name} {row.ratio:.1f}×"
+            for row in others
+            if row.ratio and not row.ours and row.name != FLOOR
+        ]
+        line = f"{report.case}: {ours.name} {ours.median_ms:.3g} ms; {'; '.join(peers)}"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_reasons(report, console)
 
 
 def show_rows(title: str, rows: Sequence[Row], device: str, console: Console) -> None:

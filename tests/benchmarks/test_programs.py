@@ -17,7 +17,7 @@ loss = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench]")
 import benchmarks.__main__ as everything  # noqa: E402
 from benchmarks import step, sweep, upsample  # noqa: E402
 from benchmarks.harness import measure, providers, report  # noqa: E402
-from benchmarks.harness.inputs import CROSS_ENTROPY, IAL, Case  # noqa: E402
+from benchmarks.harness.inputs import IAL, Case  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
@@ -182,10 +182,15 @@ def test_all_programs_run(monkeypatch):
     ]
 
 
-@pytest.mark.backends("cuda")
+@pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_tiny_run_on_cuda(tmp_path):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    shape = ["--shape", "1x19x64x128", "--rounds", "2", "--no-compile", "--device", "cuda"]
-    assert loss.main([*shape, "--output", str(tmp_path)]) == 0
-    assert {case["input"].split(",")[0] for case in cases_of(tmp_path, "loss")} == {CROSS_ENTROPY, IAL}
+    if not providers.kernels("cuda"):
+        pytest.skip("no kernels for CUDA tensors")
+    shapes = ["--shape", "1x19x32x64", "1x19x256x256"]
+    assert loss.main([*TINY, "--device", "cuda", *shapes, "--output", str(tmp_path)]) == 0
+    for case in cases_of(tmp_path, "loss"):
+        ours = [row for row in case["providers"] if row["name"].startswith("ial_cuda")]
+        assert len(ours) >= 3
+        for row in ours:
+            assert row["graph_ms"] > 0 and row["copy_percent"] > 0 and row["no_graph"] is None, row
