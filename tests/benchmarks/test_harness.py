@@ -84,7 +84,8 @@ def test_peak_memory_is_that_of_the_tensors():
         return second + 1
 
     logits = torch.zeros(1 << 18)
-    assert measure.peak_bytes(step, logits) == 2 * logits.nbytes
+    peak = measure.peak_bytes(step, logits)
+    assert 0 <= peak - 2 * logits.nbytes < 100  # the constants are tensors of a few bytes, too
 
 
 def printed(width: int, headings: list[str], rows: list[list[str]]) -> str:
