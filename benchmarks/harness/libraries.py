@@ -1,4 +1,4 @@
-"""The losses of other libraries that a user might pick, each beside the same in plain PyTorch."""
+"""The losses of other libraries, each with the same loss in plain PyTorch, against which it is checked."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .inputs import IGNORE_INDEX
 from .providers import Loss, Provider, cross_entropy
 from .report import first_line
 
-#: Of the focal losses, as Lin et al. (2017) and the libraries have it by default.
+#: γ of the focal losses: the default of Lin et al. (2017) and of the libraries.
 GAMMA = 2.0
 
 
 def unweighted_cross_entropy(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
-    """Divided by all pixels, void included."""
+    """The sum over valid pixels, divided by all pixels, void included."""
     total = F.cross_entropy(logits, target, ignore_index=IGNORE_INDEX, reduction="sum")
     return total / target.numel()
 
 
 def focal(divisor: Callable[[Tensor, Tensor], Tensor | int]) -> Loss:
-    """-Σ (1 − π)^γ log π over the valid pixels, divided by what ``divisor(logits, valid)`` says."""
+    """-Σ (1 − π)^γ log π over the valid pixels, divided by ``divisor(logits, valid)``."""
 
     def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
         valid = target != IGNORE_INDEX
@@ -49,12 +49,12 @@ def one_against_all_focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
 
 
 def rows_of(logits: Tensor) -> Tensor:
-    """(N·H·W, C), which contiguous logits are copied to."""
+    """Logits (N, C, H, W) as rows (N·H·W, C): a copy of contiguous logits."""
     return logits.movedim(1, -1).reshape(-1, logits.shape[1]).contiguous()
 
 
 def weights_of_pixels(target: Tensor, weight: Tensor) -> Tensor:
-    """In float32; 0 for void pixels."""
+    """The class weight of each pixel in float32; 0 for void pixels."""
     table = weight.new_zeros(max(len(weight), IGNORE_INDEX + 1), dtype=torch.float32)
     table[: len(weight)] = weight
     table[IGNORE_INDEX] = 0
@@ -62,8 +62,8 @@ def weights_of_pixels(target: Tensor, weight: Tensor) -> Tensor:
 
 
 def _flag_gems(package: Any) -> Loss:
-    """The library averages in a single block. Where a label is ignored, it reads the logit of that label all
-    the same, beyond the logits: void pixels get a class that there is, and no weight."""
+    """PyTorch averages here: the library's own mean is computed by a single block. The library also reads the
+    logit of an ignored label, out of bounds. So void pixels get an existing class, and weight 0."""
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         weights = weights_of_pixels(target, weight)
@@ -74,7 +74,7 @@ def _flag_gems(package: Any) -> Loss:
 
 
 def _quack(package: Any) -> Loss:
-    """The library's own mean looks up the weight of an ignored label, beyond the weights."""
+    """PyTorch averages here: the library's own mean reads the weight of an ignored label, out of bounds."""
 
     def loss(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         classes, itemsize = logits.shape[1], logits.dtype.itemsize
@@ -130,7 +130,7 @@ class Library(NamedTuple):
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
-#: The focal losses do more than cross-entropy, and none of those that know no class weights does less for it.
+#: Focal losses are different objectives, shown for cost only. Some losses have no class weights.
 LIBRARIES = (
     Library("FlagGems cross-entropy", "flag_gems", _flag_gems, cross_entropy, ("cuda",)),
     Library("quack cross-entropy", "quack.cross_entropy", _quack, cross_entropy, ("cuda",)),
@@ -154,7 +154,7 @@ def make_libraries(
 
     Args:
         prefix: of the names.
-        after: what is done to each loss, so that something comes before it.
+        after: applied to each loss, such as `interpolated`.
     """
     providers = []
     for name, module, make, eager, on in LIBRARIES:

@@ -82,14 +82,6 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
 
-    @property
-    def exponent(self) -> float | None:
-        """p in y ~ x^p by least squares of the logarithms; None for one point, or y of 0."""
-        if len(self.x) < 2 or min(self.y) <= 0:
-            return None
-        slope, _ = np.polyfit(np.log(self.x), np.log(self.y), 1)
-        return round(float(slope), 3)
-
 
 def draw_lines(axes: Axes, lines: Sequence[Line], ticks: Mapping[float, str], unit: str) -> None:
     """A logarithmic line for each provider. Its name and last figure stand at its end.

@@ -177,8 +177,6 @@ def test_a_tile_tells_the_truth_of_larger_inputs():
 def test_labels_of_lines_keep_their_distance():
     heights = plots.spread([0.1, 0.11, 0.12, 0.9], 0.05)
     assert heights == pytest.approx([0.06, 0.11, 0.16, 0.9])
-    assert plots.Line("a", [1, 10, 100], [2, 20, 200]).exponent == 1
-    assert plots.Line("a", [1, 10], [0, 20]).exponent is None
 
 
 def test_hierarchies_of_any_number_of_classes():
