@@ -135,6 +135,7 @@ def run(
             write(reports, machine, arguments.rounds, file)
             for task in progress.task_ids:
                 progress.remove_task(task)
+            progress.refresh()  # else the removed line is drawn once more
             show(report, console)
     if late:
         console.print(f"Not measured for lack of time: {'; '.join(map(str, late))}", soft_wrap=True)

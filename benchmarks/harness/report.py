@@ -76,6 +76,7 @@ COLUMNS = (
     ("× ours", "ratio", 2),
     ("extra MiB", "extra_mib", 1),
     ("graph ms", "graph_ms", 3),
+    ("10–90 %", "p90_ms", 2),
     ("GB/s", "gb_per_s", 1),
     ("% of copy", "copy_percent", 0),
     ("process MiB", "process_mib", 1),
@@ -124,17 +125,16 @@ def show_rows(title: str, rows: Sequence[Row], device: str, console: Console) ->
     columns = [column for column in COLUMNS if any(getattr(row, column[1]) is not None for row in rows)]
     fine = 1 if device == "cuda" else 0  # GPU times are shorter by an order of magnitude
 
-    def cells(row: Row) -> list[str]:
-        if row.failed:
-            return [row.name, "failed", *[""] * len(columns)]
-        figures = [
-            number(getattr(row, name), digits + fine * (name == "median_ms")) for _, name, digits in columns
-        ]
-        spread = f"{number(row.p10_ms, 2 + fine)}–{number(row.p90_ms, 2 + fine)}"
-        return [row.name, *figures[:2], spread, *figures[2:]]
+    def cell(row: Row, field: str, digits: int) -> str:
+        if field == "p90_ms":
+            return "–".join(number(bound, digits + fine) for bound in (row.p10_ms, row.p90_ms))
+        return number(getattr(row, field), digits + fine * (field == "median_ms"))
 
-    headings = [heading for heading, _, _ in columns]
-    print_table(console, title, ["", *headings[:2], "10–90 %", *headings[2:]], [cells(row) for row in rows])
+    cells = [
+        [row.name, "failed"] if row.failed else [row.name, *(cell(row, *column[1:]) for column in columns)]
+        for row in rows
+    ]
+    print_table(console, title, ["", *(heading for heading, _, _ in columns)], cells)
 
 
 def quotient(a: float | None, b: float | None) -> float | None:
