@@ -152,7 +152,7 @@ COMMAND_ERRORS = [
     ),
     (
         ["weights", "{folder}", "--num-classes", "300"],
-        "error: --ignore-index is None, which means 255, a class of 300",
+        "error: --ignore-index is None, which means 255, but 255 is one of the 300 classes",
     ),
     (
         ["weights", "{folder}", "--num-classes", "3", "--ignore-index", str(2**63)],

@@ -116,7 +116,7 @@ def test_other_formats_are_refused_whatever_the_name(tmp_path, format):
         Image.fromarray(drawn((8, 8), 4).astype(np.uint8)).save(file, format=format)
     with pytest.raises(ValueError) as caught:
         read_labels(file)
-    assert str(caught.value) == (f"{file} is not a PNG image, expected PNG, which stores labels without loss")
+    assert str(caught.value) == (f"{file} is not a PNG image, expected PNG, which is lossless")
 
 
 GOOD = png.png(drawn((50, 60), 8), filters=(1, 4), part=500)

@@ -90,7 +90,11 @@ def test_validate_target_of_bools_and_of_large_uint64():
             ValueError,
             "ignore_index is 9223372036854775808, expected a 64-bit integer",
         ),
-        (dict(num_classes=256), ValueError, "ignore_index is None, which means 255, a class of 256"),
+        (
+            dict(num_classes=256),
+            ValueError,
+            "ignore_index is None, which means 255, but 255 is one of the 256 classes",
+        ),
     ],
 )
 def test_bad_arguments_of_validate_target(bad, exception, message):

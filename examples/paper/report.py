@@ -247,6 +247,8 @@ def draw_predictions(source: Source, network: str, by_title: Mapping[str, Sequen
     indices = {pair.image.stem: index for index, pair in enumerate(source.pairs)}
     folders = {title: group[0].folder / PREDICTIONS for title, group in by_title.items()}
     stems = sorted(file.stem for file in next(iter(folders.values())).glob("*.png"))
+    if not stems:  # a log was kept without its predictions
+        return
     headings = ["image", "labels", *(title.replace(", ", "\n") for title in by_title)]
     figure = Figure(figsize=(3.2 * len(headings), 2.5 * len(stems) + 1), layout="constrained")
     panels = figure.subplots(len(stems), len(headings), squeeze=False)
