@@ -26,7 +26,7 @@ from .harness.report import FLOOR
 from .harness.tables import make_console, number, print_table
 
 PROGRAMS = ("loss", "upsample", "step", "sweep")
-FLOORS = (FLOOR, "copy floor")  # older results have the second  # older results have the second
+FLOORS = (FLOOR, "copy floor")  # older results have the second
 #: The times that a row may have, and what they add to its name.
 MEASURES = {"median_ms": "", "forward_ms": ", forward", "backward_ms": ", backward", "graph_ms": ", graph"}
 Result = Mapping[str, Any]  # what a benchmark writes

@@ -65,14 +65,14 @@ def order(cases: Sequence[Case]) -> list[Case]:
     )
 
 
-def make_tile(case: Case) -> Inputs:
-    """Inputs of the case's size or, where that is larger, of a tile's. All sides are powers of two."""
+def tile_of(case: Case) -> Case:
+    """The case or, where that is larger, the same of a tile. All sides are powers of two."""
     batch, classes, side, _ = case.shape
     most = TILE_SIDE
     while batch * classes * most**2 > TILE_LOGITS:
         most //= 2
     side = min(side, most)
-    return Inputs(replace(case, shape=(batch, classes, side, side)))
+    return replace(case, shape=(batch, classes, side, side))
 
 
 class Kind:
@@ -95,12 +95,12 @@ class Kind:
 
     def inputs(self, case: Case) -> tuple[Inputs, Mapping[Loss, Baseline]]:
         """The case's inputs and their baselines."""
-        tile = make_tile(case)
-        size = tuple(tile.source.shape)
-        if size not in self.tiles:
-            self.tiles = {size: (tile, make_baselines(self.providers, tile))}
-        tile, baselines = self.tiles[size]
-        times = case.shape[-1] // size[-1]
+        shape = tile_of(case).shape
+        if shape not in self.tiles:
+            tile = Inputs(tile_of(case))
+            self.tiles = {shape: (tile, make_baselines(self.providers, tile))}
+        tile, baselines = self.tiles[shape]
+        times = case.shape[-1] // shape[-1]
         return (Tiled(tile, times, case.layout) if times > 1 else tile), baselines
 
 
@@ -141,7 +141,7 @@ def draw(reports: Sequence[Report], machine: Mapping[str, Any], folder: Path) ->
     )
     pictures += draw_roofline(sides, machine, folder / "roofline.png")
     if any(report.case.shape[1] != 19 for report in by_classes):
-        pictures += draw_speed_up_map(by_classes, machine, folder / "sweep-classes.png")
+        pictures += draw_speed_up_map(by_classes, MAP_SIDES, machine, folder / "sweep-classes.png")
         pictures += draw_inputs(ours, machine, folder / "sweep-inputs.png")
     return pictures
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .inputs import CROSS_ENTROPY, Case, name_of
 from .machine import describe_hardware
-from .providers import COMPILED, IN_PLACE
+from .providers import COMPILED
 from .report import COPY, FLOOR, Report, Row
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -45,6 +45,7 @@ COLOURS = {
 }
 LINE_GAP = 0.062  # between two labels, in heights of the axes
 LEAST_MIB = 0.01  # a logarithmic axis has no 0
+MOST_PEERS = 3  # in a picture of lines
 
 
 def short(name: str) -> str:
@@ -56,10 +57,10 @@ def colour(name: str) -> str:
     return next((value for key, value in COLOURS.items() if short(name).startswith(key)), GREY)
 
 
-def make_figure(width: float, height: float, rows: int, columns: int, **options: Any) -> tuple[Figure, Any]:
+def make_figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, Any]:
     """A figure and its axes, (rows, columns)."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    axes = figure.subplots(rows, columns, squeeze=False)
     for each in axes.flat:
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -179,27 +180,23 @@ def draw_heat_map(
     axes.tick_params(length=0)
 
 
-def lines_of(
-    reports: Sequence[Report], x: Mapping[str, float], figure: str, peers: int | None = None
-) -> list[Line]:
-    """A line for each provider that has the figure: our best backends and the fastest peers.
+def lines_of(reports: Sequence[Report], figure: str) -> list[Line]:
+    """A figure against pixels: a line for each of our backends and for the fastest peers.
 
     Args:
-        reports: of one loss, device and dtype, ascending in x.
-        x: of each report, by the name of its case.
+        reports: of one loss, device and dtype, ascending in their pixels.
         figure: a field of `Row`.
-        peers: how many, the fastest at the largest x that they were measured at; None for all.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for report in reports:
         for row in report.providers:
             value = getattr(row, figure)
-            if value is not None and not row.name.endswith(IN_PLACE):
-                points.setdefault(row.name, []).append((x[str(report.case)], value))
+            if value is not None:
+                points.setdefault(row.name, []).append((float(report.case.pixels), value))
     chosen = [name for name in points if name.startswith("ial_cuda") and "," not in name]
     lines = [name for name, found in points.items() if len(found) > 1 or len(reports) == 1]
     others = [row.name for row in fastest(reports) if row.name in lines]
-    chosen += others[:peers]
+    chosen += others[:MOST_PEERS]
     return [Line(name, *map(list, zip(*points[name], strict=True))) for name in chosen]
 
 
@@ -207,8 +204,7 @@ def fastest(reports: Sequence[Report]) -> list[Row]:
     """The peers, by their time at the most pixels at which they were measured, over ours there."""
     found: dict[str, Row] = {}
     for report in reports:
-        peers = [row for row in report.providers if row.ratio and not row.ours and row.name != FLOOR]
-        found |= {row.name: row for row in peers}
+        found |= {row.name: row for row in report.peers if row.ratio}
     return sorted(found.values(), key=lambda row: row.ratio or 0)
 
 
@@ -246,13 +242,10 @@ def draw_resolution(
     figure, axes = make_figure(8.5 * len(losses), 8, 2, len(losses))
     for column, loss in enumerate(losses):
         found = [report for report in reports if report.case.loss == loss]
-        x = {str(report.case): float(report.case.pixels) for report in found}
-        ticks = {float(report.case.pixels): size_of(report.case) for report in found}
         for panel, (figure_name, label, unit) in zip(
             axes[:, column], [("median_ms", "time", "ms"), ("extra_mib", "extra memory", "MiB")], strict=True
         ):
-            lines = lines_of(found, x, figure_name, peers=3)
-            draw_lines(panel, lines, ticks, unit)
+            draw_lines(panel, lines_of(found, figure_name), ticks_of(found), unit)
             panel.set(title=loss, xlabel="size of the labels, pixels", ylabel=f"{label} ({unit})")
     first = reports[0].case
     note = f"{first.shape[0]} image, {first.shape[1]} classes, {name_of(dtype)}; medians; lower is better"
@@ -262,8 +255,12 @@ def draw_resolution(
     return [save(figure, title, machine, device, note, file)]
 
 
-def size_of(case: Case) -> str:
-    return f"{case.scale * case.shape[2]}×{case.scale * case.shape[3]}"
+def ticks_of(reports: Sequence[Report]) -> dict[float, str]:
+    """The size of the labels of each report, by its pixels."""
+    return {
+        float(case.pixels): f"{case.scale * case.shape[2]}×{case.scale * case.shape[3]}"
+        for case in (r.case for r in reports)
+    }
 
 
 def draw_roofline(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
@@ -275,10 +272,9 @@ def draw_roofline(reports: Sequence[Report], machine: Mapping[str, Any], file: P
     figure, axes = make_figure(8.5 * len(losses), 5, 1, len(losses))
     for panel, loss in zip(axes[0], losses, strict=True):
         found = [report for report in reports if report.case.loss == loss]
-        x = {str(report.case): float(report.case.pixels) for report in found}
-        ticks = {float(report.case.pixels): size_of(report.case) for report in found}
+        ticks = ticks_of(found)
         roof = [row.gb_per_s for report in found for row in report.parts if row.name == COPY]
-        lines = [Line("copy_ (the roof)", list(ticks), roof), *lines_of(found, x, "gb_per_s", peers=3)]
+        lines = [Line("copy_ (the roof)", list(ticks), roof), *lines_of(found, "gb_per_s")]
         draw_lines(panel, lines, ticks, "GB/s")
         panel.set(title=loss, xlabel="size of the image, pixels", ylabel="effective bandwidth (GB/s)")
     note = "Bytes that the loss must move at least, over the median time. Higher is better."
@@ -287,8 +283,10 @@ def draw_roofline(reports: Sequence[Report], machine: Mapping[str, Any], file: P
     ]
 
 
-def draw_speed_up_map(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
-    """Classes against resolution: how many times longer each peer takes than ours; a panel for each peer."""
+def draw_speed_up_map(
+    reports: Sequence[Report], sides: Sequence[int], machine: Mapping[str, Any], file: Path
+) -> list[Path]:
+    """Classes against the sides of images: the time of each peer over ours; a panel for each peer."""
     losses = list(dict.fromkeys(report.case.loss for report in reports))
     peers = {
         loss: sorted({row.name for r in reports if r.case.loss == loss for row in fastest([r])})
@@ -296,7 +294,6 @@ def draw_speed_up_map(reports: Sequence[Report], machine: Mapping[str, Any], fil
     }
     count = max(map(len, peers.values()))
     figure, axes = make_figure(6.5 * count, 4.2 * len(losses), len(losses), count)
-    sides = [256, 512, 1024, 2048]
     for panels, loss in zip(axes, losses, strict=True):
         found = {report.case.shape[1:3]: report for report in reports if report.case.loss == loss}
         classes = sorted({c for c, side in found if side in sides and (c, sides[0]) in found})
@@ -312,14 +309,22 @@ def ratio_of(report: Report | None, name: str) -> float | None:
     return next((row.ratio for row in report.providers if row.name == name), None) if report else None
 
 
-#: The axes of the sweep beside pixels and classes: title, and what a case is called on it.
+#: The axes of the sweep beside pixels and classes: title, and the field of a case that changes.
 AXES = {
-    "dtype of the logits": lambda case: name_of(case.dtype),
-    "layout": lambda case: name_of(case.layout).removesuffix("_format"),
-    "dtype of the labels": lambda case: name_of(case.labels),
-    "images of 256²": lambda case: str(case.shape[0]),
-    "threads": lambda case: str(case.threads or "all"),
+    "dtype of the logits": "dtype",
+    "layout": "layout",
+    "dtype of the labels": "labels",
+    "images of 256²": "shape",
+    "threads": "threads",
 }
+
+
+def tick_of(case: Case, field: str) -> str:
+    """A case's name on the axis of a field."""
+    value = getattr(case, field)
+    if field == "shape":
+        return str(value[0])
+    return str(value or "all") if field == "threads" else name_of(value).removesuffix("_format")
 
 
 def draw_inputs(reports: Sequence[Report], machine: Mapping[str, Any], file: Path) -> list[Path]:
@@ -329,13 +334,11 @@ def draw_inputs(reports: Sequence[Report], machine: Mapping[str, Any], file: Pat
     if default is None:
         return []
     panels = {}
-    for axis, name in AXES.items():
-        base = replace(default, shape=(1, 19, 256, 256)) if "images" in axis else default
-        field = {"dtype of the logits": "dtype", "dtype of the labels": "labels"}.get(axis, axis.split()[0])
-        field = "shape" if field == "images" else field
+    for axis, field in AXES.items():
+        base = replace(default, shape=(1, 19, 256, 256)) if field == "shape" else default
         own = [r for r in reports if replace(r.case, **{field: getattr(base, field)}) == base]
-        own = [r for r in own if field != "shape" or r.case.shape[1:] == base.shape[1:]]
-        panels[axis] = {name(report.case): report for report in own if report.providers[0].median_ms}
+        own = [r for r in own if r.case.shape[1:] == base.shape[1:] and r.providers[0].median_ms]
+        panels[axis] = {tick_of(report.case, field): report for report in own}
     panels = {axis: found for axis, found in panels.items() if len(found) > 1}
     if not panels:
         return []

@@ -64,10 +64,9 @@ class Report:
         }
 
     @property
-    def best_peer(self) -> Row | None:
-        """The fastest provider of the same loss that is not ours."""
-        peers = [row for row in self.providers if row.median_ms and not row.ours and row.name != FLOOR]
-        return min(peers, key=lambda row: row.median_ms, default=None)
+    def peers(self) -> list[Row]:
+        """The providers that are not ours, without the floor."""
+        return [row for row in self.providers if not row.ours and row.name != FLOOR]
 
 
 #: The columns of a table, in order of importance: heading, field, digits.
@@ -107,13 +106,9 @@ def show_reasons(report: Report, console: Console) -> None:
 
 def show_line(report: Report, console: Console) -> None:
     """Prints a report in one line: the time of ours, and the peers' times as multiples of it."""
-    ours, *others = report.providers
+    ours = report.providers[0]
     if ours.median_ms is not None:
-        peers = [
-            f"{row.name} {row.ratio:.1f}×"
-            for row in others
-            if row.ratio and not row.ours and row.name != FLOOR
-        ]
+        peers = [f"{row.name} {row.ratio:.1f}×" for row in report.peers if row.ratio]
         line = f"{report.case}: {ours.name} {ours.median_ms:.3g} ms; {'; '.join(peers)}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     show_reasons(report, console)

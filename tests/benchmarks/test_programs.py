@@ -149,7 +149,7 @@ def test_a_provider_that_needs_too_much_memory_is_skipped(monkeypatch):
     given = sweep.Sweep()
     given.held = {(IAL, "reference", 3): 4.0}
     monkeypatch.setattr(sweep, "free_bytes", lambda _: 3.9 * case.logits_bytes)
-    inputs = sweep.make_tile(case)
+    inputs = sweep.Inputs(sweep.tile_of(case))
     for provider in providers.make_peers(case, compiled=False):
         assert "GiB, " in given.unless_too_large(provider, case, inputs).missing
     (ours, *_) = providers.make_ours(case, variants=False)
