@@ -94,7 +94,8 @@ def _read_tile(
     weight_ptr,
     pixel_weight_ptr,
     n,
-    tile,
+    p,
+    inside,
     P,
     ignore_index,
     sizes,
@@ -105,20 +106,20 @@ def _read_tile(
     SMOOTHING: tl.constexpr,
     CHUNK: tl.constexpr,
     DIMS: tl.constexpr,
-    THREADS: tl.constexpr,
-    LANES: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
-    """The pixels of a tile: position, class, whether it is valid or bad, weights, logits and softmax."""
+    """The pixels p of a tile: class, whether it is valid or bad, weights, logits and softmax.
+
+    The positions are no result of it. torch.compile takes each result of a function to depend on all its
+    arguments, and would take a kernel that stores at such positions to write the logits, labels and weights.
+    """
     A: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
     label, valid, bad = classify(target_ptr, n * P + p, inside, ignore_index, C)
     ptrs = logits_ptr + n * batch
     ptrs += _offset(p, P, DIMS, sizes, strides)
     logits = (ptrs, to_int64(channel), inside)
     pixel = softmax(load_chunk, CHUNK, logits, label, weight_ptr, C, SMOOTHING, A)
     weights = load_weights(weight_ptr, pixel_weight_ptr, n * P + p, label, valid, A)
-    return p, label, valid, bad, weights, logits, pixel
+    return label, valid, bad, weights, logits, pixel
 
 
 @triton.jit
@@ -193,13 +194,15 @@ def reduce_kernel(
     n = n.to(tl.int64)
     sums = zero_sums(GROUP, THREADS, A)
     for tile in range(block, num_tiles(P, THREADS * LANES), blocks):
-        _, label, valid, bad, weights, _, pixel = _read_tile(
+        p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
+        label, valid, bad, weights, _, pixel = _read_tile(
             logits_ptr,
             target_ptr,
             weight_ptr,
             pixel_weight_ptr,
             n,
-            tile,
+            p,
+            inside,
             P,
             ignore_index,
             (size0, size1, size2),
@@ -210,9 +213,6 @@ def reduce_kernel(
             SMOOTHING,
             CHUNK,
             DIMS,
-            THREADS,
-            LANES,
-            VECTOR,
         )
         level = level_of(label, LEVELS, BITS)
         sums = add_pixels(sums, pixel, weights, valid, bad, level, first_level, C, SMOOTHING, GROUP, True)
@@ -294,13 +294,15 @@ def reduce_backward_kernel(
     tiles = num_tiles(P, THREADS * LANES)
     n = (index // tiles).to(tl.int64)
     sizes = (size0, size1, size2)
-    p, label, valid, _, weights, logits, pixel = _read_tile(
+    p, inside = _pixels(index % tiles, P, THREADS, LANES, VECTOR)
+    label, valid, _, weights, logits, pixel = _read_tile(
         logits_ptr,
         target_ptr,
         weight_ptr,
         pixel_weight_ptr,
         n,
-        index % tiles,
+        p,
+        inside,
         P,
         ignore_index,
         sizes,
@@ -311,9 +313,6 @@ def reduce_backward_kernel(
         SMOOTHING,
         CHUNK,
         DIMS,
-        THREADS,
-        LANES,
-        VECTOR,
     )
     row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
     gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
@@ -417,13 +416,15 @@ def one_pass_kernel(
     sizes = (size0, size1, size2)
     sums = zero_sums(1, THREADS, A)
     for tile in range(block, num_tiles(P, THREADS * LANES), blocks):
-        p, label, valid, bad, weights, logits, pixel = _read_tile(
+        p, inside = _pixels(tile, P, THREADS, LANES, VECTOR)
+        label, valid, bad, weights, logits, pixel = _read_tile(
             logits_ptr,
             target_ptr,
             weight_ptr,
             pixel_weight_ptr,
             n,
-            tile,
+            p,
+            inside,
             P,
             ignore_index,
             sizes,
@@ -434,9 +435,6 @@ def one_pass_kernel(
             SMOOTHING,
             CHUNK,
             DIMS,
-            THREADS,
-            LANES,
-            VECTOR,
         )
         sums = add_pixels(sums, pixel, weights, valid, bad, tl.zeros_like(label), 0, C, SMOOTHING, 1, False)
         gradient = one_level_gradient(ds, pixel, weights, C, SMOOTHING)
