@@ -118,11 +118,19 @@ def test_options(backend, gradient, reduction, scope, smoothing, hierarchy):
 @pytest.mark.parametrize("most", [1, 4])
 def test_every_number_of_classes(backend, dtype, classes, most):
     if backend in EMULATED and classes > 150:
-        pytest.skip(f"{backend} is emulated: many classes take half a minute, and no other way than 150")
+        pytest.skip(f"{backend} is emulated: many classes take half a minute, see test_most_classes_of_cuda")
     levels = [list(range(k, classes, most)) for k in range(min(most, classes))]
     target = make_target((1, 9, 14), classes, ignore_index=-1)
     logits = make_logits((1, classes, 3, 4), dtype)
     check_upsampled(backend, logits, target, Hierarchy(levels), ignore_index=-1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_most_classes_of_cuda(backend, smoothing):
+    """In double, one pass over 1024 classes needs more than 48 KiB of shared memory."""
+    logits, target = make_logits((1, 1024, 2, 1)), make_target((1, 3, 1), 1024, ignore_index=-1)
+    check_upsampled(backend, logits, target, Hierarchy.flat(1024), ignore_index=-1, label_smoothing=smoothing)
 
 
 LAYOUTS = {

@@ -1,4 +1,5 @@
 // Runs the kernels on checked tensors. The work is split into chunks, which torch's threads process.
+// Each type's kernels are compiled in a file of their own, since they take half a minute.
 //
 // The split depends on the shapes alone. Each chunk writes its partial sums to its own row, and the rows are
 // added in order. Results are therefore bitwise the same for any number of threads.
@@ -404,9 +405,25 @@ void launch_reduce_backward(const Inputs& inputs, const Tensor& grad_stats, cons
 // -------------------------------------------------------------------------------------------------
 // One pass: reduce and reduce_backward together, for one level
 
-// The weight of the valid pixels, from one read of the labels and pixel weights.
 template <typename T>
-double sum_weights(const Call<T>& call, const Inputs& inputs) {
+struct OnePass {
+    const Inputs& inputs;
+    Call<T> call;
+
+    OnePass(const Inputs& given, const Tensor& grad) : inputs(given), call(given, grad) {
+        call.set_gradient(inputs, grad, /*fresh=*/true);
+    }
+
+    // The weight of the valid pixels, from one read of the labels and pixel weights.
+    double sum_weights() const;
+
+    // Returns stats (N, 1, kStats) with P2 and Q2 = 0, and writes the gradient for the incoming gradient
+    // `incoming`. grad_stats is for an incoming gradient of 1 and is the same for all images.
+    Tensor run(const Tensor& grad_stats, double incoming) const;
+};
+
+template <typename T>
+double OnePass<T>::sum_weights() const {
     const Problem<T>& problem = call.problem;
     const Chunks chunks = Chunks::of_labels(problem.layout);
     std::vector<double> sums(chunks.count);
@@ -420,10 +437,8 @@ double sum_weights(const Call<T>& call, const Inputs& inputs) {
     return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
-// Returns stats (N, 1, kStats) with P2 and Q2 = 0, and writes the gradient for the incoming gradient
-// `incoming`. grad_stats is for an incoming gradient of 1 and is the same for all images.
 template <typename T>
-Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& grad_stats, double incoming) {
+Tensor OnePass<T>::run(const Tensor& grad_stats, double incoming) const {
     using A = typename Problem<T>::A;
     const Problem<T>& problem = call.problem;
     const int64_t classes = problem.layout.classes;
@@ -450,5 +465,12 @@ Tensor launch_one_pass(const Call<T>& call, const Inputs& inputs, const Tensor& 
                                              chunks.end(i), buffer, class_grads.data(), lanes, sums, bad);
                             });
 }
+
+// The file of a type has the definitions: IAL_KERNELS(, T). Other files refer to them:
+// IAL_KERNELS(extern, T).
+#define IAL_KERNELS(storage, T)                                                                         \
+    storage template Tensor launch_reduce<T>(const Inputs&);                                            \
+    storage template void launch_reduce_backward<T>(const Inputs&, const Tensor&, const Tensor&, bool); \
+    storage template struct OnePass<T>;
 
 }  // namespace ial

@@ -15,6 +15,12 @@
 #include "launch.h"
 
 namespace ial {
+
+IAL_KERNELS(extern, double)
+IAL_KERNELS(extern, float)
+IAL_KERNELS(extern, at::Half)
+IAL_KERNELS(extern, at::BFloat16)
+
 namespace {
 
 Tensor reduce_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, bool, std::optional<bool> align_corners) {
@@ -114,13 +120,12 @@ LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_CO
     OptionalTensor divided_by = divisor;
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::loss_and_grad", [&] {
-            Call<scalar_t> call(inputs, grad);
-            call.set_gradient(inputs, grad, /*fresh=*/true);
-            if (reduction == "mean" && !divisor) divided_by = one_value(sum_weights(call, inputs));
+            const OnePass<scalar_t> pass(inputs, grad);
+            if (reduction == "mean" && !divisor) divided_by = one_value(pass.sum_weights());
             // With one level, grad_stats depends on the divisor alone.
             grad_stats = combine_backward_cpu(stats, one_value(1), divided_by, lambdas, alpha, reduction,
                                               factor_normalization, factor_scope);
-            stats = launch_one_pass(call, inputs, grad_stats, *computed_for.const_data_ptr<double>());
+            stats = pass.run(grad_stats, *computed_for.const_data_ptr<double>());
         });
     const auto [loss, f] =
         combine_cpu(stats, divided_by, lambdas, alpha, reduction, factor_normalization, factor_scope, dtype);

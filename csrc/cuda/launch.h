@@ -25,8 +25,8 @@ namespace ial::gpu {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The shared memory of a block that does not request more, and the part of it for channels-last logits.
-constexpr size_t kSharedBytes = 48 << 10, kStagingBytes = kSharedBytes / 2;
+// The part of the shared memory for channels-last logits.
+constexpr size_t kStagingBytes = kSharedBytes / 2;
 
 // The largest number of classes for which the rows of a tile have 16 bytes. With more classes, rows have 8
 // bytes.

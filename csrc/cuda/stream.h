@@ -36,9 +36,6 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void cooperate(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
                    const Arguments&... arguments) const {
-        // The attribute belongs to the kernel, not to the launch. Other threads may launch it with other
-        // sizes, so it is set to the maximum.
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         launch(kernel, grid, threads, shared, true, arguments...);
     }
 
@@ -63,6 +60,10 @@ class Cuda {
     template <typename... Parameters, typename... Arguments>
     void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, bool cooperative,
                 const Arguments&... arguments) const {
+        // The attribute belongs to the kernel, not to the launch. Other threads may launch it with other
+        // sizes, so it is set to the maximum.
+        if (shared > kSharedBytes)
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes()));
         cudaLaunchAttribute kind;
         kind.id = cudaLaunchAttributeCooperative;
         kind.val.cooperative = cooperative;

@@ -12,6 +12,9 @@ namespace ial::gpu {
 // kernel parameters.
 constexpr int kWarp = 32, kThreads = 128, kMaxClasses = 1024, kMaxLevels = 256;
 
+// The shared memory of a block that does not request more.
+constexpr size_t kSharedBytes = 48 << 10;
+
 IAL_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The operands of a kernel, for any layout of the pixels.

@@ -66,7 +66,9 @@ CellGrid choose_cells(const UpsampledProblem<typename Chunk::T>& problem, size_t
     using A = typename Chunk::A;
     constexpr int64_t kMaxLanes = 8;  // leaves four cells in a warp
     *shared += problem.classes * sizeof(BackwardClass<A>) + Chunk::V * kCellThreads * sizeof(A);
-    const int most = (kSharedBytes - *shared) / CornerSums<A>::bytes(1);
+    // 1024 classes in double leave less than one class's sums of the 48 KiB: the launch then requests more.
+    constexpr size_t each = CornerSums<A>::bytes(1);
+    const int64_t most = (std::max(kSharedBytes, *shared + each) - *shared) / each;
     CellGrid grid{};
     grid.pass_classes = divide_up(problem.classes, divide_up(problem.classes, most));
     grid.lanes = divide_up(problem.parts_x, divide_up(problem.parts_x, kMaxLanes));

@@ -94,8 +94,8 @@ extern unsigned char ial_shared[];
 namespace simt {
 
 constexpr int kWarp = 32;
-// Bytes of a fibre's stack, of a block's shared memory, and of the most that a block can request.
-constexpr size_t kStack = 256 << 10, kSharedBytes = 48 << 10, kMaxSharedBytes = 128 << 10;
+// Bytes of a fibre's stack, and of the most shared memory that a block can request.
+constexpr size_t kStack = 256 << 10, kMaxSharedBytes = 128 << 10;
 
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -254,8 +254,8 @@ constexpr const char* kRefused = "simt: CUDA would reject this launch";
 template <typename... Parameters, typename... Arguments>
 void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int threads, size_t shared,
             const Arguments&... arguments) {
-    if (size.x == 0 || size.y == 0 || threads % kWarp != 0 ||
-        shared > (cooperative ? kMaxSharedBytes : kSharedBytes) || (cooperative && size.y > 1))
+    if (size.x == 0 || size.y == 0 || threads % kWarp != 0 || shared > kMaxSharedBytes ||
+        (cooperative && size.y > 1))
         throw std::logic_error(kRefused);
     kernel = [&] { function(arguments...); };
     gridDim = size;

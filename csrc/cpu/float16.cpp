@@ -1,0 +1,7 @@
+#include "launch.h"
+
+namespace ial {
+
+IAL_KERNELS(, at::Half)
+
+}  // namespace ial

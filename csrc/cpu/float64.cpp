@@ -1,0 +1,7 @@
+#include "launch.h"
+
+namespace ial {
+
+IAL_KERNELS(, double)
+
+}  // namespace ial
