@@ -1,7 +1,8 @@
 """Compiles the Triton kernels that the operators launch. No GPU is needed.
 
-python -m tests.compile_triton prints registers, spills and wide accesses as JSON, by "target: kernel: case".
-It runs as a separate process because kernels in the interpreter cannot be compiled.
+python -m tests.compile_triton prints registers, spills and wide accesses as JSON, by "target: kernel: case",
+and what torch.compile takes the kernel to write. It is a separate process because kernels in the interpreter
+cannot be compiled.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors, kernel_side_table
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -29,19 +32,27 @@ from ial_cuda.triton import launch, operators
 NVIDIA = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
 AMD = {"gfx942": GPUTarget("hip", "gfx942", 64)}
 FLAT = (64, 64)
+triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: NVIDIA["sm_90"]))
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
 def launches(
-    logits: torch.Tensor, ratio: int | None = None, *, levels: int = 4, smoothing: float = 0.0
+    logits: torch.Tensor,
+    ratio: int | None = None,
+    *,
+    levels: int = 4,
+    smoothing: float = 0.0,
+    pixel_weights: bool = True,
 ) -> list[Launch]:
-    """The launches of a step of the loss, with class and pixel weights. With a ratio, logits are coarse."""
+    """The launches of a step of the loss, with class weights. With a ratio, logits are coarse."""
     classes = logits.shape[1]
     spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
     align_corners = None if ratio is None else False
     pixels = (logits.shape[0], *spatial)
     target = logits.new_empty(pixels, dtype=torch.uint8)
-    weights = (logits.new_empty(classes, dtype=torch.float32), logits.new_empty(pixels, dtype=torch.float32))
+    weights = [logits.new_empty(size, dtype=torch.float32) for size in (classes, pixels)]
+    if not pixel_weights:
+        weights[1] = None
     rest = (target, *weights, [c % levels for c in range(classes)], 255, "exact", smoothing)
     options = (None, [0.5, 0.25, 0.5][: levels - 1], 1.0, "mean", "mean", "image")
     seen: list[Launch] = []
@@ -90,6 +101,14 @@ def sources(launched: Launch, target: GPUTarget) -> Iterator[tuple[str, ASTSourc
         )
 
 
+def written(launched: Launch) -> list[str]:
+    """The tensors that torch.compile takes a launch to write."""
+    kernel, arguments, constants = launched
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    tables = kernel_side_table.add_kernel(kernel), kernel_side_table.add_constant_args(constants)
+    return sorted(get_mutated_tensors(*tables, given, {}))
+
+
 def examine(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options=options)
     if target.backend == "hip":
@@ -115,6 +134,7 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
         logits = torch.empty((2, 19, *FLAT), dtype=dtype)
         yield f"{dtype} C=19", launches(logits), NVIDIA | AMD
         yield f"{dtype} C=19 smooth", launches(logits, smoothing=0.1), hopper
+        yield f"{dtype} C=19 class weights", launches(logits, pixel_weights=False), hopper
         yield f"{dtype} C=19 one level", launches(logits, levels=1), NVIDIA | AMD
         yield f"{dtype} C=19 one level smooth", launches(logits, levels=1, smoothing=0.1), hopper
     for dtype in (bfloat16, torch.float32, torch.float16, torch.float64):
@@ -136,11 +156,15 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
         yield f"{dtype} upsampled 4", launches(coarse.to(dtype), 4), hopper
 
 
-def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
-    """The kernels to compile. Those whose registers do not depend on the case are compiled once."""
+def jobs() -> Iterator[tuple[str, list[str], tuple[ASTSource, GPUTarget, dict[str, int]]]]:
+    """The kernels to compile, and what they write.
+
+    Those whose registers do not depend on the case are compiled once.
+    """
     small = set()
     for case, seen, targets in cases():
         for launched in seen:
+            writes = written(launched)
             for target, gpu in targets.items():
                 for name, source, options in sources(launched, gpu):
                     if re.search("reduce|one_pass", name):
@@ -150,14 +174,15 @@ def jobs() -> Iterator[tuple[str, tuple[ASTSource, GPUTarget, dict[str, int]]]]:
                     elif (target, name) in small:
                         continue
                     small.add((target, name))
-                    yield f"{target}: {name}: {case}", (source, gpu, options)
+                    yield f"{target}: {name}: {case}", writes, (source, gpu, options)
 
 
 def main() -> None:
-    todo = dict(jobs())
+    names, writes, todo = zip(*jobs(), strict=True)
     with ThreadPoolExecutor(2) as pool:  # ptxas runs outside of Python's lock
-        results = dict(zip(todo, pool.map(lambda job: examine(*job), todo.values()), strict=True))
-    print(json.dumps(results, indent=1))
+        codes = pool.map(lambda job: examine(*job), todo)
+    results = zip(names, writes, codes, strict=True)
+    print(json.dumps({name: {"written": write, **code} for name, write, code in results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def python(*arguments: str, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, int]]:
+def compiled() -> dict[str, dict[str, Any]]:
     return json.loads(python("-m", "tests.compile_triton"))
 
 
@@ -51,23 +51,44 @@ def allowed_spills(name: str) -> int:
     return 80 if few else 0
 
 
+#: The tensors that each kernel writes. rescale also writes expected_ptr.
+_ONE_PASS = {"partial_ptr", "total_ptr", "grad_stats_ptr", "computed_for_ptr"}
+WRITTEN = {
+    "reduce_kernel": {"partial_ptr"},
+    "sum_kernel": {"stats_ptr"},
+    "combine_kernel": {"f_ptr", "loss_ptr"},
+    "combine_backward_kernel": {"grad_stats_ptr"},
+    "reduce_backward_kernel": {"grad_ptr"},
+    "weight_kernel": {"partial_ptr"},
+    "one_pass_kernel": _ONE_PASS | {"grad_ptr"},
+    "upsampled_reduce_kernel": {"partial_ptr"},
+    "upsampled_reduce_backward_kernel": {"halves_ptr"},
+    "upsampled_one_pass_kernel": _ONE_PASS | {"halves_ptr"},
+    "add_halves_kernel": {"grad_ptr"},
+}
+
+
+def kernel_of(name: str) -> str:
+    return name.split(": ")[1].split()[0]
+
+
+@pytest.mark.parametrize("kernel", WRITTEN)
+def test_torch_compile_finds_what_a_kernel_writes(compiled, kernel):
+    """It would copy a tensor that it takes to be written."""
+    found = {name: set(code["written"]) for name, code in compiled.items() if kernel_of(name) == kernel}
+    assert found
+    wrong = {
+        name: written for name, written in found.items() if written - {"expected_ptr"} != WRITTEN[kernel]
+    }
+    assert wrong == {}
+    rescales = {"expected_ptr" in written for written in found.values()}
+    assert rescales == ({False, True} if "reduce_backward" in kernel else {False})
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_every_kernel_compiles_without_spills(compiled, target):
     mine = {name: code for name, code in compiled.items() if name.startswith(target)}
-    kernels = {name.split(": ")[1].split()[0] for name in mine}
-    assert kernels == {
-        "reduce_kernel",
-        "sum_kernel",
-        "combine_kernel",
-        "combine_backward_kernel",
-        "reduce_backward_kernel",
-        "weight_kernel",
-        "one_pass_kernel",
-        "upsampled_reduce_kernel",
-        "upsampled_reduce_backward_kernel",
-        "upsampled_one_pass_kernel",
-        "add_halves_kernel",
-    }
+    assert {kernel_of(name) for name in mine} == WRITTEN.keys()
     if target == "gfx942":  # compiled only: the tile sizes are not chosen for AMD's registers
         return
     spilled = {name: code["spills"] for name, code in mine.items() if code["spills"] > allowed_spills(name)}
