@@ -90,7 +90,8 @@ def load_weights(weight_ptr, pixel_weight_ptr, at, label, valid, A: tl.constexpr
     w = valid.to(A)
     v = w
     if weight_ptr is not None:
-        w *= tl.load(weight_ptr + label, mask=valid, other=0).to(A)
+        # No mask: with this one, Triton 3.6 fails to compile reduce for int32 and uint8 labels.
+        w = tl.where(valid, tl.load(weight_ptr + label).to(A), 0)
     if pixel_weight_ptr is not None:
         v = tl.load(pixel_weight_ptr + at, mask=valid, other=0).to(A)
         w *= v
