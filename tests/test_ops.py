@@ -128,7 +128,10 @@ def test_compiled_equals_eager(backend, dynamic):
         (grad,) = torch.autograd.grad(loss, leaf)
         (expected_grad,) = torch.autograd.grad(expected, leaf)
         # Inductor calls the C++ operators and the Triton kernels unchanged, so results are bitwise equal.
-        tolerance = dict(rtol=1e-5, atol=1e-9) if backend == "reference" else dict(rtol=0, atol=0)
+        # But Triton does not know by which powers of two dynamic sizes are divisible. The threads of a kernel
+        # then have other pixels, and sums another order.
+        rounded = backend == "reference" or (backend == "triton" and dynamic)
+        tolerance = dict(rtol=1e-5, atol=1e-9) if rounded else dict(rtol=0, atol=0)
         torch.testing.assert_close(loss, expected, **tolerance)
         torch.testing.assert_close(grad, expected_grad, **tolerance)
 

@@ -29,9 +29,9 @@ from tools.stages import ROOT, TOOL_PATH, Check, Stage
 TOTAL, PROBE_SECONDS = 530, 240
 #: The CPUs of this process, where the system knows them.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-#: Workers for the tests of CUDA, and as many for Triton. They run beside the four sanitizers, and each has a
-#: CUDA context of half a gigabyte.
-WORKERS = max(2, min(8, (CORES - 4) // 2))
+#: Workers for the tests of CUDA, and for those of Triton, which wait for its compiler. They run beside the four
+#: sanitizers, and each has a CUDA context of half a gigabyte.
+WORKERS, TRITON_WORKERS = max(2, min(8, (CORES - 4) // 2)), max(2, min(12, CORES - 6))
 #: More lost contexts than one fault causes. The time limit of the stage ends the rest.
 MOST_RESTARTS = 200
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -201,9 +201,12 @@ def info(found: Found, output: Path) -> Stage:
 
 
 def tests(name: str, arguments: Sequence[str], seconds: float, *, workers: int = 0, **more: Any) -> Stage:
-    """With -v the log names a test that hangs. Many tests run side by side, so each has one thread."""
+    """With -v the log names a test that hangs. Many tests run side by side, so each has one thread.
+
+    Records of torch's loggers would fill the report of a failure.
+    """
     command = [sys.executable, "-m", "pytest", "-v", "-rfE", "--tb=short", "--durations=10"]
-    command += ["-p", "no:cacheprovider", "-o", f"faulthandler_timeout={HANGS}"]
+    command += ["-p", "no:cacheprovider", "-p", "no:logging", "-o", f"faulthandler_timeout={HANGS}"]
     if workers:
         command += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", str(MOST_RESTARTS)]
         if numbers(metadata.version("pytest")) >= [9]:
@@ -264,7 +267,7 @@ def check_plan(found: Found) -> list[list[Stage]]:
     return [
         [
             tests("cuda", [GPU], 400, workers=WORKERS),
-            tests("triton", ["--backends=triton"], 400, workers=WORKERS),
+            tests("triton", ["--backends=triton"], 400, workers=TRITON_WORKERS),
             *(sanitized(tool, [GPU, "-k", small]) for tool in SANITIZERS),
         ]
     ]
