@@ -29,8 +29,8 @@ from tools.stages import ROOT, TOOL_PATH, Check, Stage
 TOTAL, PROBE_SECONDS = 530, 240
 #: The CPUs of this process, where the system knows them.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-#: Workers for the tests of CUDA, and for those of Triton, which wait for its compiler. They run beside the four
-#: sanitizers, and each has a CUDA context of half a gigabyte.
+#: Workers for the tests of CUDA, and for those of Triton, which wait for its compiler. They run beside the
+#: four sanitizers, and each has a CUDA context of half a gigabyte.
 WORKERS, TRITON_WORKERS = max(2, min(8, (CORES - 4) // 2)), max(2, min(12, CORES - 6))
 #: More lost contexts than one fault causes. The time limit of the stage ends the rest.
 MOST_RESTARTS = 200
