@@ -79,7 +79,7 @@ def operator_parts(case: Case, inputs: Inputs) -> dict[str, Part]:
     one = torch.ones((), device=weight.device)
     read, write = source.nbytes + target.nbytes, source.nbytes
 
-    def loss_and_grad(one_launch: bool | None) -> Part:
+    def loss_and_grad(one_launch: bool = False) -> Part:
         arguments = (*pixels, *combine, None, None, one_launch)
         return Part(lambda logits: ops.loss_and_grad(logits.detach(), *arguments), read + write)
 
@@ -88,7 +88,7 @@ def operator_parts(case: Case, inputs: Inputs) -> dict[str, Part]:
     step = loss_and_gradient(loss, target[:, :1, :1].contiguous(), weight)
     on_pixel = {"step on one pixel": Part(lambda _: step(pixel))}
     if case.loss == CROSS_ENTROPY:
-        return {"loss_and_grad, one pass": loss_and_grad(None)} | on_pixel
+        return {"loss_and_grad, one pass": loss_and_grad()} | on_pixel
     stats = ops.reduce(source, *pixels, False)
     grad_stats = ops.combine_backward(stats, one, *combine)
     parts = {
@@ -102,8 +102,8 @@ def operator_parts(case: Case, inputs: Inputs) -> dict[str, Part]:
             lambda logits: ops.reduce_backward_(logits.detach(), grad_stats, *pixels), read + write
         ),
     }
-    if backends.get(backend.name).one_launch is None:
-        parts["loss_and_grad, one launch"] = loss_and_grad(True)
+    if backend.name == "cuda":
+        parts["loss_and_grad, one launch"] = loss_and_grad(one_launch=True)
     return parts | on_pixel
 
 

@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> combine_autograd(const Tensor& stats, IAL_COMBINE_PAR
 
 LossAndGrad loss_and_grad_autograd(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
                                    std::optional<bool> align_corners, const OptionalTensor& expected,
-                                   std::optional<bool> one_launch) {
+                                   bool one_launch) {
     check_constant(weight, pixel_weight);
     check_constant("divisor", divisor);
     check_no_tangent(logits);
@@ -400,8 +400,7 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   empty, (0,), and the backward pass computes the gradient. With one level, one pass
 //                   computes everything, and P2 and Q2 are 0. `expected`, (2,) of Double, holds computed_for
 //                   (1 without it) and the last incoming gradient. `one_launch` says whether several levels
-//                   are computed in one cooperative launch: False never, True whenever possible, None where
-//                   it is likely to be faster.
+//                   are computed in one cooperative launch where that is possible.
 // rescale_          Turns that dL/dlogits into the gradient for grad_loss. If the last two incoming gradients
 //                   are equal, they become the expected one.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
@@ -431,7 +430,7 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
         "loss_and_grad(Tensor logits, Tensor target, Tensor? weight, Tensor? pixel_weight, "
         "int[] class_levels, int ignore_index, str gradient, float label_smoothing, Tensor? divisor, "
         "float[] lambdas, float alpha, str reduction, str factor_normalization, str factor_scope, "
-        "bool? align_corners=None, Tensor? expected=None, bool? one_launch=None) "
+        "bool? align_corners=None, Tensor? expected=None, bool one_launch=False) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def(
         "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor computed_for, Tensor logits, Tensor grad_stats, "

@@ -27,8 +27,8 @@ class Backend:
             extension registers them. It uses an import statement, since torch.compile cannot trace importlib.
         missing: the reason and the remedy in one sentence if the backend cannot be used, else None.
         fallback: a description for the warning when "auto" has to choose this backend. None for no warning.
-        one_launch: whether one cooperative launch computes the loss and the gradient of several levels.
-            False: never. True: whenever possible. None: when it is likely to be faster.
+        one_launch: whether one cooperative launch computes the loss and the gradient of several levels where
+            that is possible.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Backend:
     load: Callable[[], None] | None = None
     missing: str | None = None
     fallback: str | None = None
-    one_launch: bool | None = False
+    one_launch: bool = False
 
     def takes(self, device_type: str) -> bool:
         return self.devices is None or device_type in self.devices
@@ -135,9 +135,7 @@ def describe() -> str:
         if backend.name == "cpu" and extension.module:
             lines[-1] += " ({cpu}, threads: {threads})".format(**extension.module.build_info())
     for device_type in ("cpu", "cuda"):
-        best = _best(device_type)
-        several = "; training with several levels takes one launch if an image fits on the chip"
-        lines.append(f'backend="auto" on {device_type}: {best.name}{several * (best.one_launch is None)}')
+        lines.append(f'backend="auto" on {device_type}: {_best(device_type).name}')
     return "\n".join(lines)
 
 
@@ -146,14 +144,13 @@ def _load_triton() -> None:
 
 
 register(Backend("cpu", ("cpu",), "ial_cuda", missing=extension.problem))
-_ways = {"0": False, "1": True}
 register(
     Backend(
         "cuda",
         ("cuda",),
         "ial_cuda",
         missing=extension.why_no_cuda,
-        one_launch=_ways.get(os.environ.get("IAL_CUDA_ONE_LAUNCH", "")),
+        one_launch=os.environ.get("IAL_CUDA_ONE_LAUNCH") == "1",
     )
 )
 register(

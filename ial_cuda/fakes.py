@@ -62,7 +62,7 @@ def _loss_and_grad(
     factor_scope: str,
     align_corners: bool | None = None,
     expected: Tensor | None = None,
-    one_launch: bool | None = None,
+    one_launch: bool = False,
 ) -> tuple[Tensor, ...]:
     stats = _reduce(logits, target, weight, pixel_weight, class_levels)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import shutil
 import subprocess
@@ -19,7 +20,8 @@ if backends.get("cuda").missing is not None:
 
 pytestmark = pytest.mark.backends("cuda_two_launches", "cuda_one_launch")
 
-DTYPES = {"f": 4, "6__half": 8, "13__nv_bfloat16": 8}  # mangled: pixels of a tile
+#: Mangled, with the number of pixels of a tile for many classes. With up to 24 classes a tile has four.
+DTYPES = {"f": 2, "6__half": 4, "13__nv_bfloat16": 4}
 
 
 def instance(kernel: str, template: str, dtype: str, *numbers: int, smooth: bool = False) -> str:
@@ -45,9 +47,9 @@ def tiles(kernel: str) -> Iterator[str]:
     """All instances of a kernel that works on tiles."""
     for dtype, vector in DTYPES.items():
         for classes in (11, 19, 24):
-            yield instance(kernel, "Tile", dtype, vector, classes)
+            yield instance(kernel, "Tile", dtype, 4, classes)
         for smooth in (False, True):
-            yield instance(kernel, "Tile", dtype, vector // 2, 32, smooth=smooth)
+            yield instance(kernel, "Tile", dtype, vector, 32, smooth=smooth)
     if kernel != "cooperative":
         for dtype in ("d", *DTYPES):
             for smooth in (False, True):
@@ -98,13 +100,14 @@ def test_no_spills():
 
 
 @pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "one_pass"])
-def test_three_blocks_on_a_multiprocessor(kernel):
-    """The predictions of the documentation assume this for the 19 classes of Cityscapes."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_warps_of_a_multiprocessor(kernel, dtype):
+    """For the 19 classes of Cityscapes: three blocks of float, five of half precision. Registers are allocated
+    to warps in multiples of 8 a thread."""
     for arch, usage in resources().items():
-        for dtype, vector in DTYPES.items():
-            _, line = only(usage, instance(kernel, "Tile", dtype, vector, 19))
-            registers = int(re.search(r"REG:(\d+)", line).group(1))
-            assert 3 * 128 * registers <= 65536, f"{arch}: {line}"
+        _, line = only(usage, instance(kernel, "Tile", dtype, 4, 19))
+        registers = math.ceil(int(re.search(r"REG:(\d+)", line).group(1)) / 8) * 8
+        assert 65536 // (128 * registers) >= (3 if dtype == "f" else 5), f"{arch}: {line}"
 
 
 UPSAMPLING = ["reduce_upsampled", "reduce_backward_upsampled", "one_pass_upsampled"]
@@ -126,30 +129,34 @@ def test_upsampling_keeps_its_pixels_in_registers(kernel, dtype, side, smooth):
 
 def machine_code(kernel: str, dtype: str) -> str:
     usage = next(iter(resources().values()))
-    name, _ = only(usage, instance(kernel, "Tile", dtype, DTYPES[dtype], 19))
+    name, _ = only(usage, instance(kernel, "Tile", dtype, 4, 19))
     return cuobjdump("-sass", "-fun", name)
 
 
+#: The bits of a vector: four pixels.
+BITS = {"f": 128, "13__nv_bfloat16": 64}
+
+
 @pytest.mark.parametrize("kernel", ["reduce_backward", "one_pass", "cooperative"])
-@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
-def test_sixteen_bytes_a_load_and_a_store(kernel, dtype):
+@pytest.mark.parametrize(("dtype", "bits"), BITS.items())
+def test_four_pixels_a_load_and_a_store(kernel, dtype, bits):
     code = machine_code(kernel, dtype)
     architectures = code.count("Function :")
-    loads = re.findall(r"\bLDG?\.\S*\b128\b", code)
-    stores = re.findall(r"\bSTG\.\S*\b128\b", code)
+    loads = re.findall(rf"\bLDG?\.\S*\b{bits}\b", code)
+    stores = re.findall(rf"\bSTG\.\S*\b{bits}\b", code)
     assert len(loads) >= 19 * architectures and len(stores) >= 19 * architectures
     if kernel == "reduce_backward":  # the other kernels write sums too
-        of_expected = 2 * architectures
+        of_expected = 2 * architectures * (bits != 64)  # two doubles, each of 64 bits
         assert len(stores) + of_expected == len(re.findall(r"\bSTG\.", code)), "a narrower store"
 
 
-@pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])
-def test_one_pass_reads_and_writes_once(dtype):
+@pytest.mark.parametrize(("dtype", "bits"), BITS.items())
+def test_one_pass_reads_and_writes_once(dtype, bits):
     """As many vectors of logits as in reduce, one for each class of a tile, and as many of the gradient as in
     reduce_backward. The other wide loads are labels."""
 
     def count(kernel: str, access: str) -> int:
-        return len(re.findall(rf"\b{access}\.\S*\b128\b", machine_code(kernel, dtype)))
+        return len(re.findall(rf"\b{access}\.\S*\b{bits}\b", machine_code(kernel, dtype)))
 
     assert count("one_pass", "LDG") == count("reduce", "LDG")
     assert count("one_pass", "STG") == count("reduce_backward", "STG")

@@ -85,14 +85,13 @@ def kernels(device: str) -> list[backends.Backend]:
     return [backend for backend in ours if backend.missing is None]
 
 
-def both_launches(backend: backends.Backend) -> list[str]:
-    """The backend's name or, where it chooses how to launch, a name for each way."""
-    if backend.one_launch is not None:
+def ways_to_launch(backend: backends.Backend) -> list[str]:
+    """The backend's name and, on CUDA, a name for several levels in one cooperative launch."""
+    if backend.name != "cuda":
         return [backend.name]
-    ways = {f"{backend.name}_two_launches": False, f"{backend.name}_one_launch": True}
-    for name, one_launch in ways.items():
-        backends.register(replace(backend, name=name, one_launch=one_launch))
-    return list(ways)
+    one_launch = replace(backend, name=f"{backend.name}_one_launch", one_launch=True)
+    backends.register(one_launch)
+    return [backend.name, one_launch.name]
 
 
 def make_ours(case: Case, *, variants: bool) -> list[Provider]:
@@ -106,7 +105,7 @@ def make_ours(case: Case, *, variants: bool) -> list[Provider]:
     if case.scale > 1:
         options["upsample"] = "bilinear"
     several_ways = case.loss == IAL and case.scale == 1
-    names = [n for b in kernels(case.device) for n in (both_launches(b) if several_ways else [b.name])]
+    names = [n for b in kernels(case.device) for n in (ways_to_launch(b) if several_ways else [b.name])]
 
     def provider(suffix: str, backend: str, labels: torch.dtype = case.labels, **more: Any) -> Provider:
         loss = of_case(case, make(backend, **options, **more))

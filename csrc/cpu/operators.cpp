@@ -101,8 +101,7 @@ Tensor combine_backward_cpu(const Tensor& stats, const Tensor& grad_loss, IAL_CO
 }
 
 LossAndGrad loss_and_grad_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
-                              std::optional<bool> align_corners, const OptionalTensor& expected,
-                              std::optional<bool>) {
+                              std::optional<bool> align_corners, const OptionalTensor& expected, bool) {
     TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
     const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
     inputs.check();

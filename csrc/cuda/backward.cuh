@@ -122,7 +122,7 @@ IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& stagi
 // holds what reduce read last. grad may be the logits: a thread reads its tile, or the classes of a pass,
 // before it writes them. grad_stats: [images, levels, kStats].
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     reduce_backward_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
                            const double* grad_stats,
                            const __grid_constant__ Incoming<typename Tile::A> incoming, bool exact,

@@ -28,8 +28,8 @@ using OptionalTensor = std::optional<Tensor>;
 // The part of the shared memory for channels-last logits.
 constexpr size_t kStagingBytes = kSharedBytes / 2;
 
-// The largest number of classes for which the rows of a tile have 16 bytes. With more classes, rows have 8
-// bytes.
+// The largest number of classes for which a tile of float has rows of 16 bytes. With more classes, and always
+// in half precision, rows have 8 bytes.
 constexpr int kWideClasses = 24;
 
 // The largest count that kernels hold in 32 bits: of blocks in a grid, with one block per sum of an image and
@@ -108,7 +108,11 @@ struct Arguments {
 // A call for full-size logits.
 template <typename T>
 struct Call {
-    static constexpr int kLanes = 16 / sizeof(T);
+    // The pixels of a tile, and of one with rows of 8 bytes. A vector of double would hold only two pixels,
+    // which does not justify kernels of its own. Eight pixels of half precision would take so many registers
+    // that too few warps are left to hide the latency of the loads.
+    static constexpr bool kHasVectors = sizeof(T) <= 4;
+    static constexpr int kLanes = 4, kNarrowLanes = 8 / sizeof(T);
 
     Arguments<T> arguments;
     Problem<T> problem{};
@@ -118,21 +122,20 @@ struct Call {
         arguments.fill(problem);
         const Layout layout = arguments.inputs.layout(grad);
         problem.layout = layout;
-        // A vector of double would hold only two pixels, which does not justify kernels of its own.
-        vectors = kLanes > 2 && in_vectors(layout, layout.logits, kLanes) &&
-                  in_vectors(layout, layout.grad, kLanes) && aligned(problem.logits, 16) &&
-                  aligned(grad.const_data_ptr(), 16);
+        constexpr size_t row = kLanes * sizeof(T);
+        vectors = kHasVectors && in_vectors(layout, layout.logits, kLanes) &&
+                  in_vectors(layout, layout.grad, kLanes) && aligned(problem.logits, row) &&
+                  aligned(grad.const_data_ptr(), row);
         problem.staged = !vectors && is_channels_last(layout, layout.logits) &&
                          is_channels_last(layout, layout.grad) &&
                          staging_bytes<T>(layout.classes) <= kStagingBytes;
-        const int64_t lanes = !vectors ? 1 : is_wide() ? kLanes : kLanes / 2;
+        const int64_t lanes = !vectors ? 1 : is_wide() ? kLanes : kNarrowLanes;
         problem.dense_labels = has_dense_labels(layout, problem.target, inputs.target.itemsize(), lanes);
     }
 
     bool is_smooth() const { return problem.class_share > 0; }
 
-    // Whether the rows of a tile have 16 bytes. With label smoothing, the same tile serves any number of
-    // classes.
+    // Whether a tile has kLanes pixels. With label smoothing, the same tile serves any number of classes.
     bool is_wide() const { return problem.layout.classes <= kWideClasses && !is_smooth(); }
 
     size_t staged_bytes() const { return problem.staged ? staging_bytes<T>(problem.layout.classes) : 0; }
@@ -157,10 +160,10 @@ struct Call {
 
     template <typename Launch>
     void with_vectors(const Launch& launch) const {
-        if constexpr (kLanes > 2) {
+        if constexpr (kHasVectors) {
             const int64_t classes = problem.layout.classes;
             if (is_smooth())
-                launch.template run<Tile<T, kLanes / 2, kRegisterClasses, true>>();
+                launch.template run<Tile<T, kNarrowLanes, kRegisterClasses, true>>();
             else if (classes <= 11)
                 launch.template run<Tile<T, kLanes, 11>>();
             else if (classes <= 19)
@@ -168,7 +171,7 @@ struct Call {
             else if (is_wide())
                 launch.template run<Tile<T, kLanes, kWideClasses>>();
             else
-                launch.template run<Tile<T, kLanes / 2, kRegisterClasses>>();
+                launch.template run<Tile<T, kNarrowLanes, kRegisterClasses>>();
         }
     }
 };
@@ -176,13 +179,12 @@ struct Call {
 // -------------------------------------------------------------------------------------------------
 // reduce and its backward
 
-// Blocks of kThreads for each image, which can keep `threads` threads busy. All blocks together fill the
-// device once, and none is idle.
+// Blocks of kThreads for each image, which can keep `threads` threads busy. All blocks together run at the
+// same time: a few that had to wait for the others would take as long again.
 template <typename Launcher, typename Kernel>
 int choose_blocks(const Launcher& launcher, Kernel kernel, size_t shared, int64_t images, int64_t threads) {
     const int64_t resident = int64_t(launcher.multiprocessors()) * launcher.resident(kernel, shared);
-    return static_cast<int>(
-        std::clamp<int64_t>(divide_up(resident, images), 1, divide_up(threads, kThreads)));
+    return static_cast<int>(std::clamp<int64_t>(resident / images, 1, divide_up(threads, kThreads)));
 }
 
 // stats = the sum over the blocks of each row of `partial`.

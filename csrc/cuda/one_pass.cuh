@@ -114,13 +114,9 @@ struct OneLevelSums {
     }
 };
 
-// Minimum blocks per multiprocessor: three if the tile leaves enough registers.
-template <typename Tile>
-constexpr int kOnePassBlocks = Tile::B <= 19 ? 3 : kMinBlocks;
-
 // Grid: images x blocks.
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kOnePassBlocks<Tile>)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     one_pass_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
                     const __grid_constant__ OnePass<typename Tile::T> call) {
     using T = typename Tile::T;

@@ -98,7 +98,7 @@ struct Operators {
 
     static LossAndGrad loss_and_grad(const Tensor& logits, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
                                      std::optional<bool> align_corners, const OptionalTensor& expected,
-                                     std::optional<bool> one_launch) {
+                                     bool one_launch) {
         TORCH_CHECK_VALUE(reduction != "none", "reduction is 'none', expected 'mean' or 'sum'");
         check_expected(expected, logits);
         const Inputs inputs{logits, IAL_PIXEL_ARGUMENTS, align_corners};
@@ -107,7 +107,7 @@ struct Operators {
         const Launcher launcher(logits);
         const at::ScalarType dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
         const bool one_pass = inputs.one_pass(expected);
-        if (!one_pass && !cooperates(launcher, inputs, factor_scope, expected, one_launch)) {
+        if (!one_pass && !(one_launch && has_one_launch(launcher, inputs, factor_scope))) {
             // Computing the gradient now would not save a pass over the logits.
             const Tensor stats = reduce(logits, IAL_PIXEL_ARGUMENTS, false, align_corners);
             const auto [loss, f] = combine(stats, IAL_COMBINE_ARGUMENTS, dtype);
@@ -182,23 +182,12 @@ struct Operators {
         });
     }
 
-    // Whether several levels are computed in one launch: whenever possible, or only if it is likely to be
-    // faster. It is likely to be faster if an image, or all pooled images, stay on the chip. The loss of
-    // float16 logits is usually scaled, so without `expected` its gradient would be recomputed.
-    static bool cooperates(const Launcher& launcher, const Inputs& inputs, std::string_view factor_scope,
-                           const OptionalTensor& expected, std::optional<bool> one_launch) {
-        const Tensor& logits = inputs.logits;
-        const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
-        if (!one_launch.value_or(true) || !has_one_launch(launcher, inputs, pooled_images)) return false;
-        return one_launch || ((logits.scalar_type() != at::kHalf || expected) &&
-                              static_cast<int64_t>(logits.nbytes()) / logits.size(0) * pooled_images <=
-                                  on_chip_bytes(launcher));
-    }
-
-    // Whether one launch is possible: each thread reads and writes vectors, all blocks are resident, and
-    // their sums fit into shared memory.
-    static bool has_one_launch(const Launcher& launcher, const Inputs& inputs, int64_t pooled_images) {
+    // Whether one launch of several levels is possible: each thread reads and writes vectors, all blocks are
+    // resident, and their sums fit into shared memory.
+    static bool has_one_launch(const Launcher& launcher, const Inputs& inputs,
+                               std::string_view factor_scope) {
         const Tensor &logits = inputs.logits, &target = inputs.target;
+        const int64_t pooled_images = is_pooled(factor_scope) ? logits.size(0) : 1;
         const int64_t classes = logits.size(1);
         return !inputs.align_corners && logits.scalar_type() != at::kDouble && logits.numel() > 0 &&
                logits.is_contiguous() && target.is_contiguous() &&

@@ -10,9 +10,13 @@
 
 namespace ial::gpu {
 
-// Minimum blocks per multiprocessor for reduce and its backward. Two blocks leave each thread all 255
-// registers. Without a minimum, the compiler aims at more blocks and spills a few registers.
-constexpr int kMinBlocks = 2;
+// Minimum blocks per multiprocessor: as many as the registers of the tile allow. The loads of a block hide
+// behind the arithmetic of the others. Without a minimum, the compiler aims at more and spills a few
+// registers.
+template <typename Tile>
+constexpr int kTileBlocks = Tile::B > 19                    ? 2
+                            : sizeof(typename Tile::T) == 2 ? 5
+                                                            : 3;
 
 template <typename A>
 struct ReduceClass {
@@ -150,7 +154,7 @@ IAL_D void sum_levels(const Operands<T>& problem, unsigned char* shared, int blo
 }
 
 template <typename Tile>
-__global__ void __launch_bounds__(kThreads, kMinBlocks)
+__global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     reduce_kernel(const __grid_constant__ Problem<typename Tile::T> problem, int block_levels,
                   double* partial) {
     using T = typename Tile::T;

@@ -241,7 +241,7 @@ def loss_and_grad(
     factor_scope: str,
     align_corners: bool | None = None,
     expected: Tensor | None = None,
-    one_launch: bool | None = None,  # for backends with cooperative launches
+    one_launch: bool = False,  # for backends with cooperative launches
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pixels = (target, weight, pixel_weight, class_levels, ignore_index, gradient, label_smoothing)
     inputs = Inputs(logits, *pixels, align_corners)
