@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ial_cuda import Hierarchy, backends
+from ial_cuda import Hierarchy
 
 from .harness.benchmark import Part, Settings, measure_case
 from .harness.cli import devices, make_parser, run
