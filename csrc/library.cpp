@@ -47,7 +47,7 @@ IAL_OP(reduce_backward_, void(const Tensor&, const Tensor&, IAL_PIXEL_PARAMETERS
 IAL_OP(combine, std::tuple<Tensor, Tensor>(const Tensor&, IAL_COMBINE_PARAMETERS, at::ScalarType))
 IAL_OP(combine_backward, Tensor(const Tensor&, const Tensor&, IAL_COMBINE_PARAMETERS))
 IAL_OP(loss_and_grad, LossAndGrad(const Tensor&, IAL_PIXEL_PARAMETERS, IAL_COMBINE_PARAMETERS,
-                                  std::optional<bool>, const OptionalTensor&, std::optional<bool>))
+                                  std::optional<bool>, const OptionalTensor&, bool))
 IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                       IAL_PIXEL_PARAMETERS, std::optional<bool>, const OptionalTensor&))
 #undef IAL_OP
