@@ -121,8 +121,7 @@ struct Labels : LabelsBase<A, V> {
 constexpr int kRegisterClasses = 32;
 
 // V pixels and up to B classes in registers. A row of a tile is V neighbouring pixels of a class: 16 or 8
-// bytes. V is 1 if the logits cannot be split into aligned vectors. Pixels may
-// then have any strides.
+// bytes. V is 1 if the logits cannot be split into aligned vectors. Pixels may then have any strides.
 //
 // The number of classes is never a compile-time constant. With a constant, the compiler widens all classes at
 // once and runs out of registers.
