@@ -107,7 +107,10 @@ def _why_no_cuda(build: dict[str, Any]) -> str | None:
         return f"torch {torch.__version__} is a build without CUDA; install a CUDA build, then {_reinstall()}"
     if warning := build.get("warning"):
         return f"{warning}, then {_reinstall()}"
-    return f"the extension was built without the CUDA kernels; {_reinstall()}"
+    return (
+        "the extension was built without the CUDA kernels, as IAL_CUDA_FORCE_CPU=1 asks or for lack of nvcc; "
+        f"to have them, {_reinstall()}"
+    )
 
 
 def _covers(arch_list: Sequence[str], capability: tuple[int, int]) -> bool:
