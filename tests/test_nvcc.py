@@ -102,14 +102,15 @@ def test_no_spills():
 @pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "one_pass"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_warps_of_a_multiprocessor(kernel, dtype):
-    """For the 19 classes of Cityscapes: three blocks of float, five of half precision.
+    """For the 19 classes of Cityscapes: three blocks of float, four of half precision, five of it on sm_90.
 
     A thread gets registers in multiples of 8.
     """
     for arch, usage in resources().items():
         _, line = only(usage, instance(kernel, "Tile", dtype, 4, 19))
         registers = math.ceil(int(re.search(r"REG:(\d+)", line).group(1)) / 8) * 8
-        assert 65536 // (128 * registers) >= (3 if dtype == "f" else 5), f"{arch}: {line}"
+        half = 5 if arch == "sm_90" else 4
+        assert 65536 // (128 * registers) >= (3 if dtype == "f" else half), f"{arch}: {line}"
 
 
 UPSAMPLING = ["reduce_upsampled", "reduce_backward_upsampled", "one_pass_upsampled"]

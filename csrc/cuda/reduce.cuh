@@ -13,9 +13,14 @@ namespace ial::gpu {
 // Minimum blocks per multiprocessor: as many as the registers of the tile allow. The loads of a block hide
 // behind the arithmetic of the others. Without a minimum, the compiler aims at more and spills a few
 // registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr int kHalfBlocks = 4;  // with five, a kernel for 19 classes spills on other architectures than sm_90
+#else
+constexpr int kHalfBlocks = 5;
+#endif
 template <typename Tile>
 constexpr int kTileBlocks = Tile::B > 19                    ? 2
-                            : sizeof(typename Tile::T) == 2 ? 5
+                            : sizeof(typename Tile::T) == 2 ? kHalfBlocks
                                                             : 3;
 
 template <typename A>
