@@ -121,6 +121,25 @@ void Inputs::check_grad(const Tensor& grad) const {
     at::assert_no_internal_overlap(grad);
 }
 
+NllInputs::NllInputs(const Tensor& logits, OptionalTensor given_grad_nll, IAL_NLL_PARAMETERS)
+    : grad_nll(std::move(given_grad_nll)),
+      class_levels(logits.dim() < 2 ? 0 : logits.size(1)),
+      inputs{logits,       target,  weight,          grad_nll,     class_levels,
+             ignore_index, "exact", label_smoothing, align_corners} {
+    TORCH_CHECK_VALUE(
+        !grad_nll || (grad_nll->sizes() == target.sizes() && at::isFloatingType(grad_nll->scalar_type()) &&
+                      grad_nll->device() == logits.device()),
+        "grad_nll has shape ", grad_nll->sizes(), " of ", grad_nll->scalar_type(), " on ", grad_nll->device(),
+        ", expected ", target.sizes(), " of a floating type on ", logits.device(), " like logits");
+    inputs.check();
+}
+
+Tensor NllInputs::empty_map() const {
+    const Tensor& logits = inputs.logits;
+    const auto dtype = logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    return at::empty(inputs.target.sizes(), logits.options().dtype(dtype));
+}
+
 void check_grad_loss(const Tensor& grad_loss, const Tensor& stats, int64_t values) {
     TORCH_CHECK_VALUE(grad_loss.numel() == values, "grad_loss has shape ", grad_loss.sizes(), ", expected ",
                       values, " value(s)");

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "bilinear.h"
 #include "layout.h"
@@ -40,6 +41,10 @@ inline bool has_grad(const LossAndGrad& results) { return std::get<4>(results).d
     const OptionalTensor& divisor, at::ArrayRef<double> lambdas, double alpha,    \
     std::string_view reduction, std::string_view factor_normalization, std::string_view factor_scope
 #define IAL_COMBINE_ARGUMENTS divisor, lambdas, alpha, reduction, factor_normalization, factor_scope
+#define IAL_NLL_PARAMETERS                                                                         \
+    const Tensor& target, const OptionalTensor& weight, int64_t ignore_index, double label_smoothing, \
+    std::optional<bool> align_corners
+#define IAL_NLL_ARGUMENTS target, weight, ignore_index, label_smoothing, align_corners
 // clang-format on
 
 // The arguments of reduce and reduce_backward. Checks throw ValueError or TypeError with the argument's name,
@@ -69,9 +74,26 @@ struct Inputs {
     // (`expected`), a gradient computed with the loss would have to be computed again.
     bool one_pass(const OptionalTensor& expected) const;
 
-    // The layouts of full-size logits and of coarse logits. `grad` has the shape of the logits.
+    // The layouts of full-size logits and of coarse logits. `grad` has the shape of the logits, or is a map
+    // of the pixels with one class.
     Layout layout(const Tensor& grad) const;
     Upsampling upsampling(const Tensor& grad) const;
+};
+
+// The checked arguments of pixel_nll and pixel_nll_backward, as those of one level. The derivative of a
+// pixel's nll is that of one level's S, with the incoming gradient `grad_nll` as the weight of the pixel.
+struct NllInputs {
+    const OptionalTensor grad_nll;
+    const std::vector<int64_t> class_levels;
+    const Inputs inputs;
+
+    // grad_nll is given in the backward pass.
+    NllInputs(const Tensor& logits, OptionalTensor grad_nll, IAL_NLL_PARAMETERS);
+    NllInputs(const NllInputs&) = delete;
+
+    // A new map, contiguous, in the shape of the target. Inputs::layout() and upsampling() take it as `grad`
+    // if it has a class dimension, map.unsqueeze(1).
+    Tensor empty_map() const;
 };
 
 // The checked arguments of combine and combine_backward. The result points to the data of stats, divisor and

@@ -50,6 +50,8 @@ IAL_OP(loss_and_grad, LossAndGrad(const Tensor&, IAL_PIXEL_PARAMETERS, IAL_COMBI
                                   std::optional<bool>, const OptionalTensor&, bool))
 IAL_OP(rescale_, void(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                       IAL_PIXEL_PARAMETERS, std::optional<bool>, const OptionalTensor&))
+IAL_OP(pixel_nll, Tensor(const Tensor&, IAL_NLL_PARAMETERS))
+IAL_OP(pixel_nll_backward, Tensor(const Tensor&, const Tensor&, IAL_NLL_PARAMETERS))
 #undef IAL_OP
 
 template <auto& op, typename... Args>
@@ -279,6 +281,23 @@ struct LossAndGradBackward final : GradientNode {
     std::string name() const override { return "ImportanceAwareLossBackward"; }
 };
 
+struct PixelNllBackward final : GradientNode {
+    SavedInputs inputs;
+
+    explicit PixelNllBackward(SavedInputs&& inputs) : inputs(std::move(inputs)) {}
+
+    Tensor differentiate(const Tensor& grad_nll) override {
+        return inputs.unpack([&](const Tensor& x, const Tensor& target, const OptionalTensor& weight,
+                                 const auto&, const auto&, int64_t ignore_index, const auto&,
+                                 double label_smoothing) {
+            return pixel_nll_backward_op().call(x, grad_nll, target, weight, ignore_index, label_smoothing,
+                                                inputs.align_corners);
+        });
+    }
+    void release() override { inputs.release(); }
+    std::string name() const override { return "PixelNllBackward"; }
+};
+
 // -------------------------------------------------------------------------------------------------
 // The autograd implementations of the operators.
 
@@ -350,6 +369,25 @@ Tensor combine_backward_autograd(const Tensor& stats, const Tensor& grad_loss, I
                          grad_loss);
 }
 
+Tensor pixel_nll_autograd(const Tensor& logits, IAL_NLL_PARAMETERS) {
+    check_constant("weight", weight);
+    check_no_tangent(logits);
+    const Tensor nll = below_autograd<pixel_nll_op>(logits, IAL_NLL_ARGUMENTS);
+    if (compute_requires_grad(logits))
+        set_history(nll, make_node<PixelNllBackward>(
+                             collect_next_edges(logits),
+                             SavedInputs(logits, target, weight, std::nullopt, {}, ignore_index, "exact",
+                                         label_smoothing, align_corners)));
+    return nll;
+}
+
+Tensor pixel_nll_backward_autograd(const Tensor& logits, const Tensor& grad_nll, IAL_NLL_PARAMETERS) {
+    check_constant("weight", weight);
+    check_no_tangent(logits, grad_nll);
+    return as_derivative(below_autograd<pixel_nll_backward_op>(logits, grad_nll, IAL_NLL_ARGUMENTS), logits,
+                         grad_nll);
+}
+
 // The autograd implementation of an operator that overwrites its first argument with a gradient computed from
 // all its tensors.
 template <auto& op, typename Handle = std::decay_t<decltype(op())>>
@@ -403,6 +441,8 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   are computed in one cooperative launch where that is possible.
 // rescale_          Turns that dL/dlogits into the gradient for grad_loss. If the last two incoming gradients
 //                   are equal, they become the expected one.
+// pixel_nll         -log pi of each pixel, weighted and smoothed, in the shape of the target. 0 without a
+// class. pixel_nll_backward  dL/dlogits, from grad_nll = dL/dpixel_nll.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     // Lets the compiler choose the strides. Otherwise it copies the channels_last logits of its convolutions.
     const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
@@ -436,6 +476,14 @@ TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
         "rescale_(Tensor(a!) grad, Tensor grad_loss, Tensor computed_for, Tensor logits, Tensor grad_stats, "
         "Tensor target, Tensor? weight, Tensor? pixel_weight, int[] class_levels, int ignore_index, "
         "str gradient, float label_smoothing, bool? align_corners=None, Tensor(b!)? expected=None) -> ()");
+    m.def(
+        "pixel_nll(Tensor logits, Tensor target, Tensor? weight, int ignore_index, float label_smoothing, "
+        "bool? align_corners=None) -> Tensor",
+        any_layout);
+    m.def(
+        "pixel_nll_backward(Tensor logits, Tensor grad_nll, Tensor target, Tensor? weight, int ignore_index, "
+        "float label_smoothing, bool? align_corners=None) -> Tensor",
+        any_layout);
 }
 
 TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
@@ -444,6 +492,8 @@ TORCH_LIBRARY_IMPL(IAL_LIBRARY, Autograd, m) {
     m.impl("combine", combine_autograd);
     m.impl("combine_backward", combine_backward_autograd);
     m.impl("loss_and_grad", loss_and_grad_autograd);
+    m.impl("pixel_nll", pixel_nll_autograd);
+    m.impl("pixel_nll_backward", pixel_nll_backward_autograd);
     m.impl("reduce_backward_", Overwriting<reduce_backward__op>::call);
     m.impl("rescale_", Overwriting<rescale__op>::call);
 }

@@ -73,6 +73,11 @@ def _loss_and_grad(
     return loss, f, stats, torch.empty_like(stats), torch.empty_like(logits), stats.new_empty(())
 
 
+def _pixel_nll(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(target.shape, dtype=dtype)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "reduce": _reduce,
     "reduce_backward": _like_first,
@@ -81,6 +86,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "combine_backward": _like_first,
     "loss_and_grad": _loss_and_grad,
     "rescale_": _nothing,
+    "pixel_nll": _pixel_nll,
+    "pixel_nll_backward": _like_first,
 }
 
 
