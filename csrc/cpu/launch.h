@@ -315,11 +315,15 @@ void load_class_grads(const Problem<T>& problem, const double* grad_stats, doubl
     }
 }
 
-// Fills class_grads for image n, with an incoming gradient of 1.
+// The gradient of one level's S. In place of grad_stats it saves the arithmetic of the factors.
+constexpr double kUnitGrad[kStats] = {1};
+
+// Fills class_grads for image n, with an incoming gradient of 1. grad_stats: kUnitGrad if undefined.
 template <typename T, typename A>
 void load_class_grads(const Problem<T>& problem, const Tensor& grad_stats, int64_t n, A* class_grads) {
-    load_class_grads(problem, grad_stats.const_data_ptr<double>() + n * problem.levels * kStats, 1,
-                     class_grads);
+    const double* const of_image =
+        grad_stats.defined() ? grad_stats.const_data_ptr<double>() + n * problem.levels * kStats : kUnitGrad;
+    load_class_grads(problem, of_image, 1, class_grads);
 }
 
 template <typename T>
@@ -333,8 +337,12 @@ void reduce_backward_pixels(const Problem<T>& problem, const Tensor& grad_stats)
         for (int64_t i = last - 1; i >= first; --i) {
             if (chunks.image(i) != image)
                 load_class_grads(problem, grad_stats, image = chunks.image(i), class_grads.aligned());
-            IAL_DISPATCH(reduce_backward, problem, image, chunks.begin(i), chunks.end(i), buffer.aligned(),
-                         class_grads.aligned());
+            if (grad_stats.defined())
+                IAL_DISPATCH(reduce_backward<false>, problem, image, chunks.begin(i), chunks.end(i),
+                             buffer.aligned(), class_grads.aligned());
+            else
+                IAL_DISPATCH(reduce_backward<true>, problem, image, chunks.begin(i), chunks.end(i),
+                             buffer.aligned(), class_grads.aligned());
         }
     });
 }
@@ -392,6 +400,7 @@ void reduce_backward_coarse(const Problem<T>& problem, const Upsampling& up, con
     shared.store(problem.grad);
 }
 
+// grad_stats: see load_class_grads().
 template <typename T>
 void launch_reduce_backward(const Inputs& inputs, const Tensor& grad_stats, const Tensor& grad, bool fresh) {
     Call<T> call(inputs, grad);
@@ -466,11 +475,40 @@ Tensor OnePass<T>::run(const Tensor& grad_stats, double incoming) const {
                             });
 }
 
+// -------------------------------------------------------------------------------------------------
+// pixel_nll
+
+template <typename T>
+void launch_pixel_nll(const Inputs& inputs, const Tensor& map) {
+    using A = typename Problem<T>::A;
+    Call<T> call(inputs, map.unsqueeze(1));
+    Problem<T>& problem = call.problem;
+    problem.nll = map.mutable_data_ptr<A>();
+    if (inputs.align_corners) {
+        const CoarseCall<T> coarse(call.upsampling);
+        const Chunks chunks = Chunks::of_rows(call.upsampling);
+        return run_chunks(inputs, chunks, [&](int64_t first, int64_t last, bool* bad) {
+            Buffer<A> buffer(coarse.buffer());
+            for (int64_t i = first; i < last; ++i)
+                IAL_DISPATCH(pixel_nll_cells, problem, coarse.coarse, chunks.image(i), chunks.begin(i),
+                             chunks.end(i), buffer.aligned(), bad);
+        });
+    }
+    const Chunks chunks = Chunks::of_one_pass(problem.layout);
+    run_chunks(inputs, chunks, [&](int64_t first, int64_t last, bool* bad) {
+        Buffer<A> buffer(2 * problem.layout.classes * kWide);
+        for (int64_t i = first; i < last; ++i)
+            IAL_DISPATCH(pixel_nll, problem, chunks.image(i), chunks.begin(i), chunks.end(i),
+                         buffer.aligned(), bad);
+    });
+}
+
 // The file of a type has the definitions: IAL_KERNELS(, T). Other files refer to them:
 // IAL_KERNELS(extern, T).
 #define IAL_KERNELS(storage, T)                                                                         \
     storage template Tensor launch_reduce<T>(const Inputs&);                                            \
     storage template void launch_reduce_backward<T>(const Inputs&, const Tensor&, const Tensor&, bool); \
-    storage template struct OnePass<T>;
+    storage template struct OnePass<T>;                                                                 \
+    storage template void launch_pixel_nll<T>(const Inputs&, const Tensor&);
 
 }  // namespace ial

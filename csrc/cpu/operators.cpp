@@ -30,8 +30,9 @@ Tensor reduce_cpu(const Tensor& logits, IAL_PIXEL_PARAMETERS, bool, std::optiona
                                            [&] { return launch_reduce<scalar_t>(inputs); });
 }
 
+// grad_stats: undefined for pixel_nll_backward.
 void reduce_backward_into(const Inputs& inputs, const Tensor& grad_stats, const Tensor& grad, bool fresh) {
-    inputs.check_grad_stats(grad_stats);
+    if (grad_stats.defined()) inputs.check_grad_stats(grad_stats);
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, grad.scalar_type(), "ial_cuda::reduce_backward",
         [&] { launch_reduce_backward<scalar_t>(inputs, grad_stats, grad, fresh); });
@@ -154,6 +155,21 @@ void rescale_cpu(const Tensor& grad, const Tensor& grad_loss, const Tensor& comp
     state[1] = incoming;
 }
 
+Tensor pixel_nll_cpu(const Tensor& logits, IAL_NLL_PARAMETERS) {
+    const NllInputs nll(logits, std::nullopt, IAL_NLL_ARGUMENTS);
+    const Tensor map = nll.empty_map();
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::pixel_nll",
+                                    [&] { launch_pixel_nll<scalar_t>(nll.inputs, map); });
+    return map;
+}
+
+Tensor pixel_nll_backward_cpu(const Tensor& logits, const Tensor& grad_nll, IAL_NLL_PARAMETERS) {
+    const NllInputs nll(logits, grad_nll, IAL_NLL_ARGUMENTS);
+    const Tensor grad = empty_gradient(logits);
+    reduce_backward_into(nll.inputs, Tensor(), grad, /*fresh=*/true);
+    return grad;
+}
+
 }  // namespace
 
 const char* cpu_instruction_set() {
@@ -175,6 +191,8 @@ TORCH_LIBRARY_IMPL(ial_cuda, CPU, m) {
     m.impl("combine_backward", combine_backward_cpu);
     m.impl("loss_and_grad", loss_and_grad_cpu);
     m.impl("rescale_", rescale_cpu);
+    m.impl("pixel_nll", pixel_nll_cpu);
+    m.impl("pixel_nll_backward", pixel_nll_backward_cpu);
 }
 
 }  // namespace ial

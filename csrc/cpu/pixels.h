@@ -1,4 +1,4 @@
-// reduce, reduce_backward and the one pass over a range of the pixels of one image.
+// reduce, reduce_backward, the one pass and pixel_nll over a range of the pixels of one image.
 // Compiled once per instruction set by dispatch.h. Lambdas are not used: they do not inherit the target
 // attribute.
 //
@@ -368,18 +368,27 @@ struct Block {
             target_share * s[j] + pixel_weight[j] * (all * log_above_one(sum[j]) - smoothed[j]);
     }
 
-    // accumulate() for one level, after softmax<true>(). P2 and Q2 are left out. logit[j] is the logit of
-    // pixel j's class.
+    // s[j] = the weighted cross-entropy of pixel j, after softmax(). Arbitrary if pixel j has no class.
+    // logit[j] is the logit of its class.
+    IAL_INLINE void cross_entropy(const A* logit, A* s) const {
+        IAL_SIMD for (int j = 0; j < B; ++j) s[j] = w[j] * (log_above_one(sum[j]) - (logit[j] - max[j]));
+        if (problem.smoothing) smooth_loss(s);
+    }
+
+    // accumulate() for one level. P2 and Q2 are left out.
     IAL_INLINE void accumulate_one_level(const A* logit, double* sums) const {
         alignas(64) A s[B], one[B];
-        IAL_SIMD for (int j = 0; j < B; ++j) {
-            s[j] = w[j] * (log_above_one(sum[j]) - (logit[j] - max[j]));
-            one[j] = 1;
-        }
-        if (problem.smoothing) smooth_loss(s);
+        cross_entropy(logit, s);
+        IAL_SIMD for (int j = 0; j < B; ++j) one[j] = 1;
         add_valid(s, sums + kS * kLanes);
         add_valid(one, sums + kCount * kLanes);
         add_valid(w, sums + kWeight * kLanes);
+    }
+
+    // cross_entropy(), and 0 for a pixel without a class.
+    IAL_INLINE void valid_cross_entropy(const A* logit, A* s) const {
+        cross_entropy(logit, s);
+        IAL_SIMD for (int j = 0; j < B; ++j) s[j] = label[j] < 0 ? A(0) : s[j];
     }
 
     // to[kLanes] += the values of the pixels that have a class.
@@ -523,17 +532,45 @@ struct Reduce {
     }
 };
 
-template <typename A>
+// one_level: see Block::differentiate().
+template <typename A, bool one_level>
 struct ReduceBackward {
     const A* class_grads;
 
     template <typename T, int B>
     IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
+        const A* const by_class = class_grads + kS * block.classes;
         block.load_target(n, p);
-        block.list_labels();
-        block.load_weights(class_grads + kS * block.classes);
+        if constexpr (one_level) {
+            block.look_up_weights(by_class);
+        } else {
+            block.list_labels();
+            block.load_weights(by_class);
+        }
         block.template softmax<true>(ahead);
-        block.template store_gradient<false>(n, p, class_grads);
+        block.template store_gradient<one_level>(n, p, class_grads);
+    }
+};
+
+struct PixelNll {
+    bool* bad;
+
+    template <typename T, int B>
+    IAL_INLINE void run(Block<T, B>& block, int64_t n, int64_t p, const T* ahead) const {
+        using A = typename Problem<T>::A;
+        alignas(64) A logit[B], nll[B];
+        block.load_target(n, p);
+        *bad |= block.bad_labels;
+        block.template look_up<B>(block.x, logit);
+        block.template softmax<false>(ahead);
+        block.look_up_weights(block.problem.weight);
+        block.valid_cross_entropy(logit, nll);
+        const View& view = block.problem.layout.grad;
+        A* const to = block.problem.nll + block.problem.layout.offset(view, n, p);
+        if (block.count == B && view.pixel == 1)
+            memcpy(to, nll, sizeof nll);
+        else
+            for (int j = 0; j < block.count; ++j) to[j * view.pixel] = nll[j];
     }
 };
 
@@ -601,10 +638,11 @@ IAL_TARGET void reduce(const Problem<T>& problem, int64_t n, int64_t begin, int6
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
 }
 
-template <typename T>
+template <bool one_level, typename T>
 IAL_TARGET void reduce_backward(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
                                 typename Problem<T>::A* buffer, const typename Problem<T>::A* class_grads) {
-    for_blocks(problem, n, begin, end, buffer, ReduceBackward<typename Problem<T>::A>{class_grads});
+    for_blocks(problem, n, begin, end, buffer,
+               ReduceBackward<typename Problem<T>::A, one_level>{class_grads});
 #if IAL_X86_VECTORS
     _mm_sfence();  // nothing else orders streaming stores
 #endif
@@ -620,6 +658,13 @@ IAL_TARGET void one_pass(const Problem<T>& problem, int64_t n, int64_t begin, in
 #if IAL_X86_VECTORS
     _mm_sfence();
 #endif
+}
+
+// Writes the nll of the pixels [begin, end) of image n.
+template <typename T>
+IAL_TARGET void pixel_nll(const Problem<T>& problem, int64_t n, int64_t begin, int64_t end,
+                          typename Problem<T>::A* buffer, bool* bad) {
+    for_blocks(problem, n, begin, end, buffer, PixelNll{bad});
 }
 
 // The sum of the weights of the pixels [begin, end) of image n. sums[kLanes]: an accumulator, set to zero.

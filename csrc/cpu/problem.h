@@ -46,6 +46,7 @@ struct Problem {
     Layout layout;
     const T* logits;
     T* grad;
+    A* nll;  // the result of pixel_nll; layout.grad is its view
     const void* target;
     Label label;
     const A* weight;              // [C]

@@ -1,5 +1,5 @@
-// reduce, reduce_backward and the one pass for coarse logits, over a range of the rows of cells of one image.
-// Compiled once per instruction set by dispatch.h.
+// reduce, reduce_backward, the one pass and pixel_nll for coarse logits, over a range of the rows of cells of
+// one image. Compiled once per instruction set by dispatch.h.
 //
 // The lanes of a block are B neighbouring cells. The block visits their pixels in sweeps: sweep k visits the
 // k-th pixel of each cell. The coarse logits of a class are therefore loaded contiguously, for any ratio of
@@ -50,6 +50,15 @@ struct CellGradient {
     const A* class_grads;  // [4, C]; see load_class_grads()
     int64_t width;         // of a row, with padding for the last block
     A *above, *below;      // [C, width]
+};
+
+// Where a sweep of a block is: one pixel, or none, for each of its cells.
+template <typename A>
+struct Sweep {
+    int64_t image, line;
+    int index;             // 0 for the first sweep of the line
+    const int32_t* pixel;  // [kCells]: the pixel on the line, -1 for none
+    const A* fraction;     // [kCells]
 };
 
 template <typename T>
@@ -197,7 +206,7 @@ struct Cells {
                         careful ? load_sweep<true>(fraction + k * step)
                                 : load_sweep<false>(fraction + k * step);
                         load_target(n, y, pixel + k * step);
-                        kernel.sweep(*this, k, fraction + k * step);
+                        kernel.sweep(*this, Sweep<A>{n, y, k, pixel + k * step, fraction + k * step});
                     }
                     kernel.line(*this, first, f);
                 }
@@ -211,12 +220,34 @@ struct ReduceCells {
     bool* bad;
 
     template <typename T, typename A>
-    IAL_INLINE void sweep(Cells<T>& cells, int, const A*) const {
+    IAL_INLINE void sweep(Cells<T>& cells, const Sweep<A>&) const {
         cells.block.list_labels();
         *bad |= cells.block.bad_labels;
         cells.block.load_weights(cells.problem.weight);
         cells.block.template softmax<false>(nullptr);
         cells.block.accumulate(sums);
+    }
+    template <typename T, typename A>
+    IAL_INLINE void line(Cells<T>&, int64_t, A) const {}
+};
+
+struct PixelNllCells {
+    bool* bad;
+
+    template <typename T, typename A>
+    IAL_INLINE void sweep(Cells<T>& cells, const Sweep<A>& at) const {
+        constexpr int B = Cells<T>::B;
+        auto& block = cells.block;
+        alignas(64) A logit[B], nll[B];
+        *bad |= block.bad_labels;
+        block.template look_up<B>(block.x, logit);
+        block.template softmax<false>(nullptr);
+        block.look_up_weights(cells.problem.weight);
+        block.valid_cross_entropy(logit, nll);
+        const Image& view = cells.coarse.up.grad;
+        A* const line = cells.problem.nll + view.offset(at.image, at.line, 0);
+        for (int i = 0; i < B; ++i)
+            if (at.pixel[i] >= 0) line[at.pixel[i] * view.pixel] = nll[i];
     }
     template <typename T, typename A>
     IAL_INLINE void line(Cells<T>&, int64_t, A) const {}
@@ -230,7 +261,7 @@ struct GradientCells {
     bool* bad;
 
     template <typename T>
-    IAL_INLINE void sweep(Cells<T>& cells, int k, const A* f) const {
+    IAL_INLINE void sweep(Cells<T>& cells, const Sweep<A>& at) const {
         constexpr int B = Cells<T>::B;
         auto& block = cells.block;
         alignas(64) A logit[B], scale[B], extra[B];
@@ -248,10 +279,13 @@ struct GradientCells {
             block.template softmax<true>(nullptr);
         }
         block.template differentiate<one_level>(to.class_grads, scale, extra);
+        const A* const f = at.fraction;
         if (cells.careful)
-            k == 0 ? add<true, true>(cells, f, scale, extra) : add<true, false>(cells, f, scale, extra);
+            at.index == 0 ? add<true, true>(cells, f, scale, extra)
+                          : add<true, false>(cells, f, scale, extra);
         else
-            k == 0 ? add<false, true>(cells, f, scale, extra) : add<false, false>(cells, f, scale, extra);
+            at.index == 0 ? add<false, true>(cells, f, scale, extra)
+                          : add<false, false>(cells, f, scale, extra);
     }
 
     template <bool careful, bool first, typename T>
@@ -295,6 +329,14 @@ IAL_TARGET void reduce_cells(const Problem<T>& problem, const Coarse<T>& coarse,
     Cells<T> cells(problem, coarse, buffer);
     for (int64_t j = begin; j < end; ++j) cells.for_row(n, j, ReduceCells{sums, bad});
     add_lanes(sums, int64_t(problem.levels) * kStats, stats);
+}
+
+// Writes the nll of the pixels of the rows of cells [begin, end) of image n.
+template <typename T>
+IAL_TARGET void pixel_nll_cells(const Problem<T>& problem, const Coarse<T>& coarse, int64_t n, int64_t begin,
+                                int64_t end, typename Problem<T>::A* buffer, bool* bad) {
+    Cells<T> cells(problem, coarse, buffer);
+    for (int64_t j = begin; j < end; ++j) cells.for_row(n, j, PixelNllCells{bad});
 }
 
 // The gradient of the coarse logits of the rows of cells [begin, end) of image n. The first row of logits
