@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from dataclasses import replace
 from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
 
 import torch
@@ -13,7 +10,16 @@ from typing_extensions import Unpack
 
 from . import backends, reference
 from .arguments import as_label
-from .hierarchy import Hierarchy, HierarchyLike
+from .calls import (
+    FLAT,
+    as_image,
+    is_transformed,
+    of_classes,
+    pixel_arguments,
+    prepare,
+    raise_of_labels,
+)
+from .hierarchy import HierarchyLike
 from .options import (
     Backend,
     FactorNormalization,
@@ -25,17 +31,14 @@ from .options import (
     Reduction,
     Upsample,
 )
+from .pixel_losses import compute_pixel_nll
 from .validation import (
     ClassWeights,
     Divisor,
     check_inplace,
-    check_inputs,
     check_logits,
     check_one_image,
-    checked_target,
-    class_weight,
     mean_divisor,
-    validate_target,
 )
 from .warn import warn
 
@@ -243,21 +246,14 @@ def compute_loss(
     name: str = "logits",
 ) -> Tensor | tuple[Tensor, Components]:
     """`importance_aware_loss` with validated options. ``name``: of the logits in errors."""
-    levels = options.hierarchy.class_levels
-    class_weights = _weights_beside(logits, weight, len(levels), name)
-    coarse = options.upsample is not None
-    check_inputs(logits, target, class_weights, pixel_weight, len(levels), upsample=coarse, name=name)
+    backend, target, class_weights = prepare(logits, target, weight, pixel_weight, options, name)
     total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device, name)
-    transformed = _is_transformed()
+    transformed = is_transformed()
     inplace = options.inplace and not transformed
     if inplace:
         check_inplace(logits, target, class_weights, pixel_weight, name=name)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
-    backend = backends.choose(options.backend, logits.device)
-    if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else backend.library is None:
-        target = checked_target(target, len(levels), options.void_label)
-
     if backend.library is None:
         loss, f, S, count = reference.importance_aware_loss(
             logits, target, options, weight=class_weights, pixel_weight=pixel_weight, divisor=total
@@ -265,7 +261,7 @@ def compute_loss(
     else:
         given, rows = target, logits.dim() == 2 and _is_one_image(options)
         if rows:
-            logits, target, pixel_weight = _as_image(logits, target, pixel_weight)
+            logits, target, pixel_weight = as_image(logits, target, pixel_weight)
         in_training = logits.requires_grad and torch.is_grad_enabled()
         # loss_and_grad returns one loss for the batch and writes the gradient to new memory.
         in_forward = (
@@ -280,7 +276,7 @@ def compute_loss(
             loss, f, stats = _call_operators(backend, tensors, total, options, inplace, in_forward, state)
         except ValueError:
             if rows:
-                _raise_of_labels(given, len(levels), options)
+                raise_of_labels(given, options.hierarchy.num_classes, options)
             raise
         if options.return_components:
             S, count = stats[..., 0].to(loss.dtype), stats[..., 3].to(torch.int64)
@@ -305,10 +301,7 @@ def _call_operators(
     ``in_forward``: whether the gradient may be computed now.
     """
     operators, logits = backend.operators(), tensors[0]
-    pixels = (
-        *tensors,
-        *(options.hierarchy.class_levels, options.void_label, options.gradient, options.label_smoothing),
-    )
+    pixels = pixel_arguments(tensors, options)
     if in_forward:
         loss, f, stats, *_ = operators.loss_and_grad(
             *pixels, divisor, *options.combine_arguments, options.corners, expected, backend.one_launch
@@ -320,28 +313,6 @@ def _call_operators(
     return loss, f, stats
 
 
-def _weights_beside(logits: Tensor, weight: ClassWeights | None, classes: int, name: str) -> Tensor | None:
-    weights = class_weight(weight, classes)
-    if weights is None or weights is weight:  # check_inputs raises for a tensor on another device
-        return weights
-    check_logits(logits, name)
-    return weights.to(logits.device)
-
-
-def _is_transformed() -> bool:
-    """Whether the operators are traced or transformed. Nothing is then written in place or computed early.
-
-    torch.compile plans memory itself, a transform of torch.func needs results of its own level, and a trace
-    must not contain a gradient.
-    """
-    return bool(
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
 def _is_one_image(options: Options) -> bool:
     """Whether rows of logits (M, C) can be computed as the pixels of one image, which is faster.
 
@@ -349,20 +320,6 @@ def _is_one_image(options: Options) -> bool:
     """
     shared = options.hierarchy.num_levels == 1 or options.factor_scope == "batch"
     return shared and options.reduction != "none" and not options.return_components
-
-
-def _as_image(
-    logits: Tensor, target: Tensor, pixel_weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows (M, C) as the pixels of one image (1, C, M), without a copy."""
-    weights = None if pixel_weight is None else pixel_weight.unsqueeze(0)
-    return logits.t().unsqueeze(0), target.unsqueeze(0), weights
-
-
-def _raise_of_labels(target: Tensor, classes: int, options: Options) -> None:
-    """Raises for bad labels on the CPU, with positions in the target as the caller passed it."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
-        validate_target(target, classes, options.void_label)
 
 
 class ExpectedGradient:
@@ -434,7 +391,7 @@ def cross_entropy(
         ignore_index: the label of void pixels, which are left out. It may be a class. The default is that of
             `torch.nn.functional.cross_entropy`. Most segmentation data sets use 255.
         reduction: "mean": the summed loss divided by the summed weight of the valid pixels. "sum": the summed
-            loss. "none": the loss of each pixel, 0 for void pixels, computed in plain PyTorch at full size.
+            loss. "none": the loss of each pixel, which is `pixel_nll` times ``pixel_weight``.
         label_smoothing: from 0 to 1, the share of the mean over all classes with their weights.
         pixel_weight: a tensor in the shape of ``target`` that multiplies the weight of each pixel. None means
             ones.
@@ -480,9 +437,6 @@ def cross_entropy(
     return compute_cross_entropy(input, target, weight, pixel_weight, divisor, options)
 
 
-#: A placeholder until the number of classes is known.
-FLAT = Hierarchy.flat(1)
-
 torch.fx.wrap("compute_cross_entropy")
 
 
@@ -501,10 +455,11 @@ def compute_cross_entropy(
         raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
     if _is_unbatched(input, target, options):
         return _of_one_image(input, target, weight, pixel_weight, divisor, options, expected)
-    of_classes = _of_classes if torch.compiler.is_compiling() else _cached_of_classes
     options = of_classes(options, input.shape[1])
     if options.reduction == "none":
-        return _pixel_losses(input, target, weight, pixel_weight, divisor, options)
+        if divisor is not None:
+            mean_divisor(divisor, options.reduction, input.device, "input")
+        return compute_pixel_nll(input, target, weight, pixel_weight, options, "input")
     loss = compute_loss(input, target, weight, pixel_weight, divisor, options, expected, "input")
     assert isinstance(loss, Tensor)
     return loss
@@ -538,38 +493,6 @@ def _of_one_image(
             input.unsqueeze(0), target.unsqueeze(0), weight, pixel_weight, divisor, options, expected
         )
     except ValueError:
-        _raise_of_labels(target, input.shape[0], options)
+        raise_of_labels(target, input.shape[0], options)
         raise
     return loss.squeeze(0) if options.reduction == "none" else loss
-
-
-def _of_classes(options: Options, classes: int) -> Options:
-    return replace(options, hierarchy=Hierarchy.flat(classes))
-
-
-_cached_of_classes = functools.lru_cache(_of_classes)  # Dynamo warns about lru_cache
-
-
-def _pixel_losses(
-    input: Tensor,
-    target: Tensor,
-    weight: ClassWeights | None,
-    pixel_weight: Tensor | None,
-    divisor: Divisor | None,
-    options: Options,
-) -> Tensor:
-    """The loss of each pixel, (N, *spatial), in plain PyTorch on every backend."""
-    classes = options.hierarchy.num_classes
-    class_weights = _weights_beside(input, weight, classes, "input")
-    coarse = options.upsample is not None
-    check_inputs(input, target, class_weights, pixel_weight, classes, upsample=coarse, name="input")
-    if divisor is not None:
-        mean_divisor(divisor, options.reduction, input.device, "input")
-    backends.choose(options.backend, input.device)
-    if not input.is_cuda or os.environ.get("IAL_CUDA_DEBUG") == "1":
-        target = checked_target(target, classes, options.void_label)
-    rows = input.dim() == 2
-    if rows:
-        input, target, pixel_weight = _as_image(input, target, pixel_weight)
-    losses = reference.cross_entropy(input, target, options, weight=class_weights, pixel_weight=pixel_weight)
-    return losses.squeeze(0) if rows else losses

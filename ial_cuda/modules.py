@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from . import functional
 from .arguments import as_label
-from .functional import FLAT, Components, ExpectedGradient
+from .calls import FLAT
+from .functional import Components, ExpectedGradient
 from .hierarchy import Hierarchy, HierarchyLike
 from .options import (
     Backend,

@@ -61,7 +61,37 @@ def _pixels(
     return Pixels(x, y, is_class, bad, w, nll, ce)
 
 
-def cross_entropy(
+def pixel_nll(logits: Tensor, target: Tensor, options: Options, *, weight: Tensor | None = None) -> Tensor:
+    """The weighted cross-entropy of each pixel, in the shape of ``target``.
+
+    It is 0 for void pixels and NaN for labels that are no class.
+    """
+    pixels = _pixels(logits, target, options, weight, None)
+    return pixels.ce.masked_fill(pixels.bad, torch.nan).reshape(target.shape)
+
+
+def _level(pixels: Pixels, options: Options) -> Tensor:
+    """(N, P) the level of each pixel, -1 if it is not valid."""
+    levels = torch.tensor(options.hierarchy.class_levels, device=pixels.y.device)
+    return torch.where(pixels.is_class, levels[pixels.y], -1)
+
+
+def _pi(pixels: Pixels, options: Options) -> Tensor:
+    """(N, P) the predicted probability of the pixel's own class, with the derivative of ``gradient``."""
+    if options.gradient == "exact":
+        return torch.exp(-pixels.nll)
+    # Eq. 15: X-bar depends on its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
+    y = pixels.y.unsqueeze(1)
+    x = pixels.x - pixels.x.detach().amax(1, keepdim=True)  # first: logsumexp of large logits rounds more
+    others = x.detach().scatter(1, y, -torch.inf).logsumexp(1)
+    return torch.sigmoid(x.gather(1, y).squeeze(1) - others)
+
+
+def _total(value: Tensor, where: Tensor) -> Tensor:
+    return torch.where(where, value, 0).sum(dim=1)
+
+
+def level_statistics(
     logits: Tensor,
     target: Tensor,
     options: Options,
@@ -69,12 +99,23 @@ def cross_entropy(
     weight: Tensor | None = None,
     pixel_weight: Tensor | None = None,
 ) -> Tensor:
-    """The weighted cross-entropy of each pixel, in the shape of ``target``.
+    """(N, g, 5) float64 sums of each image and level for `ial_cuda.level_statistics`.
 
-    It is 0 for void pixels and NaN for labels that are no class.
+    A label that is neither a class nor ``ignore_index`` makes the image's first sum of level 0 NaN.
     """
     pixels = _pixels(logits, target, options, weight, pixel_weight)
-    return pixels.ce.masked_fill(pixels.bad, torch.nan).reshape(target.shape)
+    level, pi = _level(pixels, options), _pi(pixels, options)
+    values = (pixels.ce, pi**2, (1 - pi) ** 2, pixels.is_class.to(pi.dtype), pixels.w)
+    stats = torch.stack(
+        [
+            torch.stack([_total(value, level == k) for value in values], dim=1)
+            for k in range(options.hierarchy.num_levels)
+        ],
+        dim=1,
+    ).double()
+    bad = torch.zeros_like(stats, dtype=torch.bool)
+    bad[:, 0, 0] = pixels.bad.any(dim=1)
+    return stats.masked_fill(bad, torch.nan)
 
 
 def importance_aware_loss(
@@ -93,26 +134,17 @@ def importance_aware_loss(
     NaN. Their gradient is 0.
     """
     g, alpha, lambdas = options.hierarchy.num_levels, options.alpha, options.factor_lambdas
-    x, y, is_class, bad, w, nll, ce = _pixels(logits, target, options, weight, pixel_weight)
-    level = torch.where(is_class, torch.tensor(options.hierarchy.class_levels, device=x.device)[y], -1)
-    if options.gradient == "exact":
-        pi = torch.exp(-nll)
-    else:  # Eq. 15: X-bar depends on its own channel only, pi = 1 / (1 + sum_{c != y} exp(x_c - x_y))
-        x = x - x.detach().amax(1, keepdim=True)  # first, since logsumexp of large logits rounds more
-        others = x.detach().scatter(1, y.unsqueeze(1), -torch.inf).logsumexp(1)
-        pi = torch.sigmoid(x.gather(1, y.unsqueeze(1)).squeeze(1) - others)
+    pixels = _pixels(logits, target, options, weight, pixel_weight)
+    level, pi = _level(pixels, options), _pi(pixels, options)
 
-    def total(value: Tensor, where: Tensor) -> Tensor:
-        return torch.where(where, value, 0).sum(dim=1)
-
-    S = [total(ce, level == k) for k in range(g)]  # w'l of Eqs. 1, 2, each (N,)
+    S = [_total(pixels.ce, level == k) for k in range(g)]  # w'l of Eqs. 1, 2, each (N,)
     count = [(level == k).sum(dim=1) for k in range(g)]
 
     f = []  # Eq. 3, each (N,) or, pooled, (1,)
     for t in range(g - 1):
-        M = (level > t).to(x.dtype)
+        M = (level > t).to(pi.dtype)
         compared = level >= t  # where M_t is not the paper's "x"
-        f_t = 0.5 * total((M + lambdas[t]) * (pi - M) ** 2, compared)
+        f_t = 0.5 * _total((M + lambdas[t]) * (pi - M) ** 2, compared)
         Z_t = torch.stack(count[t:]).sum(0)
         if options.factor_scope == "batch":
             f_t, Z_t = f_t.sum(0, keepdim=True), Z_t.sum(0, keepdim=True)
@@ -128,10 +160,8 @@ def importance_aware_loss(
     elif options.reduction == "sum":
         loss = ial.sum()
     else:
-        total_weight = w.sum() if divisor is None else divisor.to(x.dtype)
+        total_weight = pixels.w.sum() if divisor is None else divisor.to(pi.dtype)
         loss = ial.sum() * torch.where(total_weight != 0, 1 / total_weight, 0)
-    loss = loss.masked_fill(bad.any(), torch.nan)
-    f_all = (
-        torch.stack(f, dim=1) if f else x.new_zeros(1 if options.factor_scope == "batch" else x.shape[0], 0)
-    )
+    loss = loss.masked_fill(pixels.bad.any(), torch.nan)
+    f_all = torch.stack(f, dim=1) if f else pi.new_zeros(1 if options.factor_scope == "batch" else len(pi), 0)
     return loss, f_all, torch.stack(S, dim=1), torch.stack(count, dim=1)

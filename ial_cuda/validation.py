@@ -50,36 +50,36 @@ def check_logits(logits: object, name: str = "logits") -> None:
     _check_tensor(name, logits, _FLOATING)
 
 
-def class_weight(weight: object, num_classes: int | None) -> Tensor | None:
+def class_weight(weight: object, num_classes: int | None, name: str = "weight") -> Tensor | None:
     """``weight`` as a tensor (C,), on the CPU if it is a list or an array. ``num_classes`` None: any C."""
     if weight is None:
         return None
     if not isinstance(weight, Tensor):
-        weight = _as_tensor(weight)
-    _check_tensor("weight", weight, _FLOATING)
-    check_constant("weight", weight)
+        weight = _as_tensor(weight, name)
+    _check_tensor(name, weight, _FLOATING)
+    check_constant(name, weight)
     if weight.dim() != 1 or num_classes not in (None, len(weight)):
         expected = "C" if num_classes is None else num_classes
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected ({expected},), one per class")
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected ({expected},), one per class")
     return weight
 
 
-def _as_tensor(weight: object) -> Tensor:
+def _as_tensor(weight: object, name: str) -> Tensor:
     if isinstance(weight, Sequence) and not isinstance(weight, str | bytes):
-        numbers = [as_float(value, f"weight[{c}]") for c, value in enumerate(weight)]
+        numbers = [as_float(value, f"{name}[{c}]") for c, value in enumerate(weight)]
         for c, number in enumerate(numbers):
             if _LARGEST < abs(number) < math.inf:
-                raise ValueError(f"weight[{c}] is {number!r}, expected a number that float32 can hold")
+                raise ValueError(f"{name}[{c}] is {number!r}, expected a number that float32 can hold")
         return torch.tensor(numbers, dtype=torch.float32, device="cpu")
     if isinstance(weight, np.ma.MaskedArray):
-        raise TypeError("weight is a MaskedArray, expected a torch.Tensor, an array or a list of numbers")
+        raise TypeError(f"{name} is a MaskedArray, expected a torch.Tensor, an array or a list of numbers")
     if not hasattr(weight, "__array__"):
         raise TypeError(
-            f"weight is a {type(weight).__name__}, expected a torch.Tensor, an array or a list of numbers"
+            f"{name} is a {type(weight).__name__}, expected a torch.Tensor, an array or a list of numbers"
         )
     array = np.asarray(weight)
     if array.dtype.kind not in "iuf":
-        raise TypeError(f"weight has dtype {array.dtype}, expected numbers")
+        raise TypeError(f"{name} has dtype {array.dtype}, expected numbers")
     size = min(array.itemsize, 8) if array.dtype.kind == "f" else 4
     return torch.tensor(array.astype(f"f{size}"), device="cpu")
 
@@ -322,6 +322,14 @@ def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
             f"expected labels 0 to {num_classes - 1} or ignore_index={ignore_index}"
             + _label_hint(label, num_classes)
         )
+
+
+def is_void(target: Tensor, ignore_index: int) -> Tensor:
+    """Whether each pixel's label is ``ignore_index``."""
+    limits = torch.iinfo(target.dtype)
+    if limits.min <= ignore_index <= limits.max:
+        return target == ignore_index
+    return torch.zeros_like(target, dtype=torch.bool)  # the comparison would wrap around
 
 
 def _label_hint(label: int, num_classes: int) -> str:

@@ -1,0 +1,428 @@
+"""The loss of each pixel, -log pi, and the losses that are functions of it: focal, OHEM, poly.
+
+pi is the predicted probability of a pixel's own class. `pixel_nll` computes the map of -log pi in fused
+kernels. The losses above it are plain PyTorch on this map, which has a value for each pixel and not for each
+class. Their memory and time are therefore small beside those of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, SupportsFloat, SupportsIndex
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import as_finite, as_float, as_int, as_label, check_choice
+from .calls import FLAT, as_image, of_classes, prepare, raise_of_labels
+from .options import REDUCTIONS, Backend, Options, Reduction, Upsample
+from .validation import ClassWeights, check_logits, class_weight, is_void
+
+
+def pixel_nll(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None = None,
+    *,
+    ignore_index: SupportsIndex = -100,
+    label_smoothing: SupportsFloat = 0.0,
+    upsample: Upsample | None = None,
+    align_corners: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The negative log-likelihood w_y (-log pi) of each pixel, 0 for void pixels.
+
+    It equals `torch.nn.functional.cross_entropy` with ``reduction="none"``. The forward pass reads the logits
+    once and writes the map. The backward pass reads them again and writes their gradient. No other tensor of
+    their size is stored. With ``upsample="bilinear"`` the map has the size of ``target``, but the logits and
+    their gradient stay coarse.
+
+    Args:
+        logits: (N, C, *spatial), float64, float32, float16 or bfloat16, with any strides.
+        target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
+        weight: (C,) class weights w: a tensor, a list or a NumPy array. None means ones.
+        ignore_index: the label of void pixels. Their value and their gradient are 0, whatever their logits
+            are. It may be a class. The default is that of `torch.nn.functional.cross_entropy`. Most
+            segmentation data sets use 255.
+        label_smoothing: from 0 to 1, the share of the mean of -log p over all classes with their weights.
+        upsample: None, or "bilinear" for coarse ``logits`` (N, C, h, w) with ``target`` (N, H, W), as in
+            `importance_aware_loss`. The gradient is summed in a fixed order.
+        align_corners: as in `importance_aware_loss`.
+        backend: as in `importance_aware_loss`.
+
+    Returns:
+        (N, *spatial), contiguous, float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: as in `importance_aware_loss`. A label that is no class raises on the CPU. On CUDA its
+            pixel is NaN and has gradient 0.
+        TypeError: an argument has a wrong type or dtype.
+        RuntimeError: ``backend`` is missing. The message gives the reason and the remedy.
+        NotImplementedError: in the backward pass, a gradient of the gradient is requested. Only "reference"
+            has one.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(2, 19, 32, 64, requires_grad=True)  # at a quarter of the labels' size
+        >>> labels = torch.randint(19, (2, 128, 256))
+        >>> nll = ial_cuda.pixel_nll(logits, labels, ignore_index=255, upsample="bilinear")
+        >>> nll.shape
+        torch.Size([2, 128, 256])
+        >>> certainty = torch.rand(2, 128, 256)
+        >>> (certainty * nll).mean().backward()  # any weight of each pixel
+    """
+    options = Options(
+        FLAT,
+        ignore_index=as_label(ignore_index, "ignore_index"),
+        label_smoothing=label_smoothing,
+        upsample=upsample,
+        align_corners=align_corners,
+        backend=backend,
+    )
+    return compute_pixel_nll(logits, target, weight, None, options)
+
+
+# torch.fx.symbolic_trace keeps this call as one node: a proxy has nothing that the function could check.
+torch.fx.wrap("compute_pixel_nll")
+
+
+def compute_pixel_nll(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    options: Options,
+    name: str = "logits",
+) -> Tensor:
+    """`pixel_nll` times ``pixel_weight``, with validated options. Their hierarchy is replaced."""
+    check_logits(logits, name)
+    options = of_classes(options, logits.shape[1] if logits.dim() > 1 else 1)
+    backend, target, weights = prepare(logits, target, weight, pixel_weight, options, name)
+    if backend.library is None:
+        nll = reference.pixel_nll(logits, target, options, weight=weights)
+    else:
+        given, rows = target, logits.dim() == 2
+        if rows:  # the pixels of one image are faster than images of one pixel
+            logits, target, _ = as_image(logits, target, None)
+        try:
+            nll = backend.operators().pixel_nll(
+                logits, target, weights, options.void_label, options.label_smoothing, options.corners
+            )
+        except ValueError:
+            if rows:
+                raise_of_labels(given, options.hierarchy.num_classes, options)
+            raise
+        if rows:
+            nll, target = nll.squeeze(0), given
+    if pixel_weight is None:
+        return nll
+    return nll * pixel_weight.to(nll.dtype).masked_fill(is_void(target, options.void_label), 0)
+
+
+# ---- losses of the map ----------------------------------------------------------------------------------
+
+
+def focal_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    gamma: SupportsFloat = 2.0,
+    alpha: ClassWeights | None = None,
+    ignore_index: SupportsIndex = -100,
+    reduction: Reduction = "mean",
+    upsample: Upsample | None = None,
+    align_corners: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The focal loss alpha_y (1 - pi)^gamma (-log pi) of a softmax over the classes.
+
+    Lin, Goyal, Girshick, He and Dollar, "Focal Loss for Dense Object Detection", ICCV 2017, Eqs. 4 and 5.
+    With ``gamma=0`` it is cross-entropy. Their classes are independent sigmoids. Two classes with logits
+    (0, x) and ``alpha=(1 - a, a)`` give their loss of the sigmoid of x.
+
+    Args:
+        logits: as in `pixel_nll`.
+        target: as in `pixel_nll`.
+        gamma: the focusing parameter, at least 0.
+        alpha: (C,) class weights: a tensor, a list or a NumPy array. None means ones.
+        ignore_index: as in `pixel_nll`.
+        reduction: "mean": the summed loss divided by the number of valid pixels, 0 if there are none. "sum":
+            the summed loss. "none": the loss of each pixel, 0 for void pixels.
+        upsample: as in `pixel_nll`.
+        align_corners: as in `pixel_nll`.
+        backend: as in `pixel_nll`.
+
+    Returns:
+        The loss, (), or the shape of ``target`` with ``reduction="none"``. It is float64 for float64 logits,
+            else float32.
+
+    Raises:
+        ValueError: as in `pixel_nll`. ``gamma`` is negative or not finite.
+        TypeError: as in `pixel_nll`.
+        RuntimeError: as in `pixel_nll`.
+        NotImplementedError: as in `pixel_nll`.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(1, 3, 16, 16, requires_grad=True)
+        >>> labels = torch.randint(3, (1, 16, 16))
+        >>> ial_cuda.focal_loss(logits, labels, gamma=2, ignore_index=255).backward()
+    """
+    exponent = as_finite(gamma, "gamma")
+    if exponent < 0:
+        raise ValueError(f"gamma is {gamma!r}, expected a number that is at least 0")
+    check_choice(reduction, "reduction", REDUCTIONS)
+    by_class = _class_values(alpha, "alpha", logits)
+    nll = pixel_nll(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
+        backend=backend,
+    )
+    losses = _Focal.apply(nll, exponent)
+    if by_class is not None:
+        losses = losses * _of_labels(by_class, target, ignore_index, losses.dtype)
+    return _reduced(losses, reduction, ~is_void(target, int(ignore_index)))
+
+
+class _Focal(torch.autograd.Function):
+    """l(n) = q^gamma n of a map n = -log pi, with q = 1 - pi.
+
+    It saves the map n alone for the backward pass. PyTorch's own operations would save four maps.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(nll: Tensor, gamma: float) -> Tensor:
+        return _one_minus_pi(nll) ** gamma * nll
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        nll, ctx.gamma = inputs
+        ctx.save_for_backward(nll)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (nll,) = ctx.saved_tensors
+        q = _one_minus_pi(nll)
+        slope = torch.addcmul(q, 1 - q, nll, value=ctx.gamma)  # l' = q^(gamma - 1) (q + gamma pi n)
+        power = q ** (ctx.gamma - 1)
+        del q
+        return grad * (power * slope), None
+
+
+def _one_minus_pi(nll: Tensor) -> Tensor:
+    """1 - pi, above 0 so that its powers with negative exponents are finite."""
+    return torch.expm1(-nll).neg().clamp(min=torch.finfo(nll.dtype).tiny)
+
+
+def ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None = None,
+    *,
+    thresh: SupportsFloat | None = 0.7,
+    min_kept: SupportsIndex | float = 100_000,
+    ignore_index: SupportsIndex = -100,
+    reduction: Reduction = "mean",
+    upsample: Upsample | None = None,
+    align_corners: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Cross-entropy of the hard pixels (online hard example mining, OHEM).
+
+    Shrivastava, Gupta and Girshick, CVPR 2016, introduced OHEM. The pixels are chosen as by mmsegmentation's
+    ``OHEMPixelSampler``. Sort the valid pixels of the batch by pi. With k pixels to keep, a pixel is hard if
+    its pi is below ``thresh``, or below that of pixel k, counted from 0.
+
+    Args:
+        logits: as in `pixel_nll`.
+        target: as in `pixel_nll`.
+        weight: (C,) class weights of the loss: a tensor, a list or a NumPy array. None means ones.
+        thresh: all pixels with pi below this probability are hard, above 0 and at most 1. None: the k pixels
+            with the largest weighted loss are hard. Pixels that are equal to the k-th share its place, so the
+            result does not depend on their order.
+        min_kept: the number of pixels to keep. An int is the number for each image: the batch keeps
+            min_kept * N. A float above 0 and at most 1 is a fraction of the valid pixels, rounded down. It
+            reads their number, which synchronises with a GPU.
+        ignore_index: as in `pixel_nll`.
+        reduction: "mean": the summed loss divided by the summed weight of the hard pixels, 0 if that is 0.
+            "sum": the summed loss. "none": the loss of each pixel, 0 for those that are not hard.
+        upsample: as in `pixel_nll`.
+        align_corners: as in `pixel_nll`.
+        backend: as in `pixel_nll`.
+
+    Returns:
+        The loss, (), or the shape of ``target`` with ``reduction="none"``. It is float64 for float64 logits,
+            else float32.
+
+    Raises:
+        ValueError: as in `pixel_nll`. ``thresh`` or ``min_kept`` is not one of the above.
+        TypeError: as in `pixel_nll`.
+        RuntimeError: as in `pixel_nll`.
+        NotImplementedError: as in `pixel_nll`.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(1, 3, 16, 16, requires_grad=True)
+        >>> labels = torch.randint(3, (1, 16, 16))
+        >>> ial_cuda.ohem_cross_entropy(logits, labels, min_kept=100).backward()
+        >>> hardest = ial_cuda.ohem_cross_entropy(logits, labels, thresh=None, min_kept=0.25)
+    """
+    if thresh is not None:
+        thresh = as_float(thresh, "thresh")
+        if not 0 < thresh <= 1:
+            raise ValueError(f"thresh is {thresh!r}, expected None or a number above 0 and at most 1")
+    if not isinstance(min_kept, float):
+        min_kept = as_int(min_kept, "min_kept")
+    if not (0 < min_kept <= 1 if isinstance(min_kept, float) else min_kept >= 0):
+        raise ValueError(
+            f"min_kept is {min_kept!r}, expected an integer from 0 on, or a float above 0 and at most 1"
+        )
+    check_choice(reduction, "reduction", REDUCTIONS)
+    by_class = _class_values(weight, "weight", logits)
+    nll = losses = pixel_nll(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
+        backend=backend,
+    )
+    counted = valid = ~is_void(target, int(ignore_index))
+    if by_class is not None:
+        counted = _of_labels(by_class, target, ignore_index, nll.dtype)
+        losses = nll * counted
+    with torch.no_grad():
+        keep = int(min_kept * int(valid.sum())) if isinstance(min_kept, float) else min_kept * len(target)
+        hard = _hardest(losses, valid, keep) if thresh is None else _below(nll, valid, thresh, keep)
+    return _reduced(losses * hard, reduction, counted * hard)
+
+
+def _below(nll: Tensor, valid: Tensor, thresh: float, keep: int) -> Tensor:
+    """Whether each pixel's pi is below ``thresh``, or below that of the ``keep``-th pixel from the hardest.
+
+    That pixel is counted from 0. If there are fewer valid pixels, it is the easiest one.
+    """
+    limit = nll.masked_fill(~valid, torch.inf).amin() if nll.numel() else nll.sum()
+    if keep < nll.numel():
+        limit = limit.maximum(_kth_largest(nll, keep + 1))
+    return nll > limit.clamp(max=-math.log(thresh))
+
+
+def _hardest(losses: Tensor, valid: Tensor, keep: int) -> Tensor:
+    """1 for the ``keep`` largest losses of valid pixels, else 0. Pixels equal to the last share its place."""
+    keep = min(keep, losses.numel())
+    if keep == 0:
+        return torch.zeros_like(losses)
+    last = _kth_largest(losses, keep)  # void pixels have loss 0, as the easiest pixels
+    larger, equal = losses > last, valid & (losses == last)
+    return larger + equal * ((keep - larger.sum()) / equal.sum().clamp(min=1)).clamp(max=1)
+
+
+def _kth_largest(values: Tensor, k: int) -> Tensor:
+    values = values.flatten()
+    if values.is_cuda:  # kthvalue uses a single block there
+        return values.topk(k, sorted=False).values.amin()
+    return values.kthvalue(values.numel() - k + 1).values
+
+
+def poly1_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None = None,
+    *,
+    epsilon: SupportsFloat = 1.0,
+    ignore_index: SupportsIndex = -100,
+    reduction: Reduction = "mean",
+    upsample: Upsample | None = None,
+    align_corners: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The Poly-1 loss w_y (-log pi + epsilon (1 - pi)).
+
+    Leng, Tan, Liu, Cubuk, Shi, Cheng and Anguelov, "PolyLoss", ICLR 2022, Eq. 5. With ``epsilon=0`` it is
+    cross-entropy.
+
+    Args:
+        logits: as in `pixel_nll`.
+        target: as in `pixel_nll`.
+        weight: (C,) class weights: a tensor, a list or a NumPy array. None means ones.
+        epsilon: the factor of the first polynomial term.
+        ignore_index: as in `pixel_nll`.
+        reduction: "mean": the summed loss divided by the summed weight of the valid pixels, 0 if that is 0.
+            "sum": the summed loss. "none": the loss of each pixel, 0 for void pixels.
+        upsample: as in `pixel_nll`.
+        align_corners: as in `pixel_nll`.
+        backend: as in `pixel_nll`.
+
+    Returns:
+        The loss, (), or the shape of ``target`` with ``reduction="none"``. It is float64 for float64 logits,
+            else float32.
+
+    Raises:
+        ValueError: as in `pixel_nll`. ``epsilon`` is not finite.
+        TypeError: as in `pixel_nll`.
+        RuntimeError: as in `pixel_nll`.
+        NotImplementedError: as in `pixel_nll`.
+
+    Examples:
+        >>> import ial_cuda, torch
+        >>> logits = torch.randn(1, 3, 16, 16, requires_grad=True)
+        >>> labels = torch.randint(3, (1, 16, 16))
+        >>> ial_cuda.poly1_cross_entropy(logits, labels, epsilon=1).backward()
+    """
+    factor = as_finite(epsilon, "epsilon")
+    check_choice(reduction, "reduction", REDUCTIONS)
+    by_class = _class_values(weight, "weight", logits)
+    nll = pixel_nll(
+        logits,
+        target,
+        ignore_index=ignore_index,
+        upsample=upsample,
+        align_corners=align_corners,
+        backend=backend,
+    )
+    losses = nll.sub(torch.expm1(-nll), alpha=factor)
+    counted = ~is_void(target, int(ignore_index))
+    if by_class is not None:
+        counted = _of_labels(by_class, target, ignore_index, nll.dtype)
+        losses = losses * counted
+    return _reduced(losses, reduction, counted)
+
+
+# ---- class weights and reductions -----------------------------------------------------------------------
+
+
+def _class_values(values: ClassWeights | None, name: str, logits: Tensor) -> Tensor | None:
+    """A value for each class, (C,), on the logits' device."""
+    if values is None:
+        return None
+    check_logits(logits)
+    checked = class_weight(values, logits.shape[1] if logits.dim() > 1 else None, name)
+    assert checked is not None
+    if checked is values and checked.device != logits.device:
+        raise ValueError(f"{name} is on {checked.device}, expected {logits.device} like logits")
+    return checked.to(logits.device)
+
+
+def _of_labels(by_class: Tensor, target: Tensor, ignore_index: SupportsIndex, dtype: torch.dtype) -> Tensor:
+    """The value of each pixel's class, 0 for labels that are void or no class."""
+    classes, labels = len(by_class), target.long()
+    is_class = (labels >= 0) & (labels < classes) & (labels != int(ignore_index))
+    table = torch.cat([by_class.to(dtype), by_class.new_zeros(1, dtype=dtype)])
+    return table[labels.where(is_class, classes)]
+
+
+def _reduced(losses: Tensor, reduction: Reduction, counted: Tensor) -> Tensor:
+    """``counted``: what each pixel adds to the divisor of the mean."""
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    total = counted.sum().to(losses.dtype)
+    return losses.sum() * torch.where(total != 0, 1 / total, 0)
