@@ -206,7 +206,7 @@ class _Focal(torch.autograd.Function):
         ctx.save_for_backward(nll)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (nll,) = ctx.saved_tensors
         q = _one_minus_pi(nll)
         slope = torch.addcmul(q, 1 - q, nll, value=ctx.gamma)  # l' = q^(gamma - 1) (q + gamma pi n)
@@ -298,7 +298,7 @@ def ohem_cross_entropy(
         counted = _of_labels(by_class, target, ignore_index, nll.dtype)
         losses = nll * counted
     with torch.no_grad():
-        keep = int(min_kept * int(valid.sum())) if isinstance(min_kept, float) else min_kept * len(target)
+        keep = int(min_kept * int(valid.sum())) if isinstance(min_kept, float) else min_kept * target.shape[0]
         hard = _hardest(losses, valid, keep) if thresh is None else _below(nll, valid, thresh, keep)
     return _reduced(losses * hard, reduction, counted * hard)
 

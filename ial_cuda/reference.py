@@ -163,5 +163,7 @@ def importance_aware_loss(
         total_weight = pixels.w.sum() if divisor is None else divisor.to(pi.dtype)
         loss = ial.sum() * torch.where(total_weight != 0, 1 / total_weight, 0)
     loss = loss.masked_fill(pixels.bad.any(), torch.nan)
-    f_all = torch.stack(f, dim=1) if f else pi.new_zeros(1 if options.factor_scope == "batch" else len(pi), 0)
+    f_all = (
+        torch.stack(f, dim=1) if f else pi.new_zeros(1 if options.factor_scope == "batch" else pi.shape[0], 0)
+    )
     return loss, f_all, torch.stack(S, dim=1), torch.stack(count, dim=1)
