@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 import ial_cuda
-from ial_cuda import CrossEntropyLoss, backends
+from ial_cuda import CrossEntropyLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -42,8 +42,6 @@ WITH_EXAMPLES = [page for page in PAGES if examples(page)]
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=name_of)
 def test_examples_run(page, tmp_path, monkeypatch):
     """The blocks of a page, in order, in one namespace."""
-    if name_of(page) == "docs/own-loss.md" and backends.get("cpu").missing:
-        pytest.skip(backends.get("cpu").missing)
     if "PIL" in page.read_text(encoding="utf-8"):
         pytest.importorskip("PIL")
     monkeypatch.chdir(tmp_path)
