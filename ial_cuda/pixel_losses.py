@@ -173,6 +173,7 @@ def focal_loss(
     if exponent < 0:
         raise ValueError(f"gamma is {gamma!r}, expected a number that is at least 0")
     check_choice(reduction, "reduction", REDUCTIONS)
+    void_label = as_label(ignore_index, "ignore_index")
     by_class = _class_values(alpha, "alpha", logits)
     nll = pixel_nll(
         logits,
@@ -184,8 +185,8 @@ def focal_loss(
     )
     losses = _Focal.apply(nll, exponent)
     if by_class is not None:
-        losses = losses * _of_labels(by_class, target, ignore_index, losses.dtype)
-    return _reduced(losses, reduction, ~is_void(target, int(ignore_index)))
+        losses = losses * _of_labels(by_class, target, void_label, losses.dtype)
+    return _reduced(losses, reduction, ~is_void(target, void_label))
 
 
 class _Focal(torch.autograd.Function):
@@ -209,10 +210,11 @@ class _Focal(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (nll,) = ctx.saved_tensors
         q = _one_minus_pi(nll)
-        slope = torch.addcmul(q, 1 - q, nll, value=ctx.gamma)  # l' = q^(gamma - 1) (q + gamma pi n)
+        # l' = q^(gamma - 1) (q + gamma pi n). In this order at most four maps are alive.
+        grad = grad * torch.addcmul(q, 1 - q, nll, value=ctx.gamma)
         power = q ** (ctx.gamma - 1)
         del q
-        return grad * (power * slope), None
+        return grad * power, None
 
 
 def _one_minus_pi(nll: Tensor) -> Tensor:
@@ -284,6 +286,7 @@ def ohem_cross_entropy(
             f"min_kept is {min_kept!r}, expected an integer from 0 on, or a float above 0 and at most 1"
         )
     check_choice(reduction, "reduction", REDUCTIONS)
+    void_label = as_label(ignore_index, "ignore_index")
     by_class = _class_values(weight, "weight", logits)
     nll = losses = pixel_nll(
         logits,
@@ -293,35 +296,48 @@ def ohem_cross_entropy(
         align_corners=align_corners,
         backend=backend,
     )
-    counted = valid = ~is_void(target, int(ignore_index))
+    weights = None
     if by_class is not None:
-        counted = _of_labels(by_class, target, ignore_index, nll.dtype)
-        losses = nll * counted
+        weights = _of_labels(by_class, target, void_label, nll.dtype)
+        losses = nll * weights
     with torch.no_grad():
-        keep = int(min_kept * int(valid.sum())) if isinstance(min_kept, float) else min_kept * target.shape[0]
-        hard = _hardest(losses, valid, keep) if thresh is None else _below(nll, valid, thresh, keep)
-    return _reduced(losses * hard, reduction, counted * hard)
+        if isinstance(min_kept, float):
+            keep = int(min_kept * int((~is_void(target, void_label)).count_nonzero()))
+        else:
+            keep = min_kept * target.shape[0]
+        if thresh is None:
+            hard = _hardest(losses, target, void_label, keep)
+        else:
+            hard = _below(nll, target, void_label, thresh, keep)
+    return _reduced(losses * hard, reduction, hard if weights is None else weights * hard)
 
 
-def _below(nll: Tensor, valid: Tensor, thresh: float, keep: int) -> Tensor:
-    """Whether each pixel's pi is below ``thresh``, or below that of the ``keep``-th pixel from the hardest.
+# In the helpers, void pixels have loss 0, like the easiest pixels. Masks of them are not kept: a map and what
+# kthvalue allocates are four maps, more than any other step.
+
+
+def _below(nll: Tensor, target: Tensor, void_label: int, thresh: float, keep: int) -> Tensor:
+    """1 if a pixel's pi is below ``thresh``, or below that of the ``keep``-th pixel from the hardest, else 0.
 
     That pixel is counted from 0. If there are fewer valid pixels, it is the easiest one.
     """
-    limit = nll.masked_fill(~valid, torch.inf).amin() if nll.numel() else nll.sum()
+    if nll.numel() == 0:
+        return torch.zeros_like(nll)
+    limit = nll.masked_fill(is_void(target, void_label), torch.inf).amin()
     if keep < nll.numel():
         limit = limit.maximum(_kth_largest(nll, keep + 1))
-    return nll > limit.clamp(max=-math.log(thresh))
+    return (nll > limit.clamp(max=-math.log(thresh))).to(nll.dtype)
 
 
-def _hardest(losses: Tensor, valid: Tensor, keep: int) -> Tensor:
+def _hardest(losses: Tensor, target: Tensor, void_label: int, keep: int) -> Tensor:
     """1 for the ``keep`` largest losses of valid pixels, else 0. Pixels equal to the last share its place."""
     keep = min(keep, losses.numel())
     if keep == 0:
         return torch.zeros_like(losses)
-    last = _kth_largest(losses, keep)  # void pixels have loss 0, as the easiest pixels
-    larger, equal = losses > last, valid & (losses == last)
-    return larger + equal * ((keep - larger.sum()) / equal.sum().clamp(min=1)).clamp(max=1)
+    last = _kth_largest(losses, keep)
+    larger, equal = losses > last, (losses == last) & ~is_void(target, void_label)
+    share = (keep - larger.count_nonzero()).to(losses.dtype) / equal.count_nonzero().clamp(min=1)
+    return larger.to(losses.dtype).masked_fill_(equal, share.clamp(max=1))
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
@@ -378,6 +394,7 @@ def poly1_cross_entropy(
     """
     factor = as_finite(epsilon, "epsilon")
     check_choice(reduction, "reduction", REDUCTIONS)
+    void_label = as_label(ignore_index, "ignore_index")
     by_class = _class_values(weight, "weight", logits)
     nll = pixel_nll(
         logits,
@@ -388,9 +405,9 @@ def poly1_cross_entropy(
         backend=backend,
     )
     losses = nll.sub(torch.expm1(-nll), alpha=factor)
-    counted = ~is_void(target, int(ignore_index))
+    counted = ~is_void(target, void_label)
     if by_class is not None:
-        counted = _of_labels(by_class, target, ignore_index, nll.dtype)
+        counted = _of_labels(by_class, target, void_label, nll.dtype)
         losses = losses * counted
     return _reduced(losses, reduction, counted)
 
@@ -410,19 +427,20 @@ def _class_values(values: ClassWeights | None, name: str, logits: Tensor) -> Ten
     return checked.to(logits.device)
 
 
-def _of_labels(by_class: Tensor, target: Tensor, ignore_index: SupportsIndex, dtype: torch.dtype) -> Tensor:
+def _of_labels(by_class: Tensor, target: Tensor, void_label: int, dtype: torch.dtype) -> Tensor:
     """The value of each pixel's class, 0 for labels that are void or no class."""
     classes, labels = len(by_class), target.long()
-    is_class = (labels >= 0) & (labels < classes) & (labels != int(ignore_index))
+    is_class = (labels >= 0) & (labels < classes) & (labels != void_label)
     table = torch.cat([by_class.to(dtype), by_class.new_zeros(1, dtype=dtype)])
     return table[labels.where(is_class, classes)]
 
 
 def _reduced(losses: Tensor, reduction: Reduction, counted: Tensor) -> Tensor:
-    """``counted``: what each pixel adds to the divisor of the mean."""
+    """``counted``: what each pixel adds to the divisor of the mean, a number or whether it counts."""
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    total = counted.sum().to(losses.dtype)
+    # The sum of a mask would copy it to int64.
+    total = (counted.count_nonzero() if counted.dtype == torch.bool else counted.sum()).to(losses.dtype)
     return losses.sum() * torch.where(total != 0, 1 / total, 0)
