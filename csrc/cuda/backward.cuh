@@ -44,6 +44,13 @@ struct ComputedFor {
     IAL_D void write() const { *computed_for = value(); }
 };
 
+// The grad_stats [levels, kStats] of an image. For a null pointer, those of the sum of one level's S.
+static __device__ const double kUnitGradStats[kStats] = {1};
+template <typename T>
+IAL_D const double* image_grad_stats(const Operands<T>& problem, const double* grad_stats, int64_t image) {
+    return grad_stats ? grad_stats + image * problem.levels * kStats : kUnitGradStats;
+}
+
 // Fills by_class[C] from the grad_stats [levels, kStats] of an image, times `scale`. The caller must
 // synchronise the block afterwards.
 template <int Threads, typename T, typename A>
@@ -120,7 +127,7 @@ IAL_D void differentiate_tile(Tile& tile, const Staging<typename Tile::T>& stagi
 
 // Grid: images x blocks. Images, and the tiles of a block, are processed in reverse order, because L2 still
 // holds what reduce read last. grad may be the logits: a thread reads its tile, or the classes of a pass,
-// before it writes them. grad_stats: [images, levels, kStats].
+// before it writes them. grad_stats: [images, levels, kStats], or null.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     reduce_backward_kernel(const __grid_constant__ Problem<typename Tile::T> problem,
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     const size_t staged_bytes = problem.staged ? staging_bytes<T>(problem.classes) : 0;
     const Staging<T> staging(ial_shared, problem.classes);
     auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared + staged_bytes);
-    load_classes<kThreads>(problem, grad_stats + image * problem.levels * kStats, incoming.value(), by_class);
+    load_classes<kThreads>(problem, image_grad_stats(problem, grad_stats, image), incoming.value(), by_class);
     __syncthreads();
 
     Tile tile(problem);

@@ -335,4 +335,26 @@ struct Chunk {
     }
 };
 
+// Minimum blocks per multiprocessor of the kernels that take one chunk after another.
+template <typename Chunk>
+constexpr int kReduceBlocks = Chunk::kSmooth ? 3 : 4;
+
+// Calls body(chunk) for each chunk of the thread, in a grid-stride loop over the chunks of an image. They are
+// numbered row by row.
+template <typename Chunk, typename Class, typename Body>
+IAL_D void for_chunks(const UpsampledProblem<typename Chunk::T>& problem, int64_t image, int block,
+                      const Class* by_class, const Body& body) {
+    Chunk chunk(problem);
+    const int parts_y = problem.parts_y, parts_x = problem.parts_x;
+    const int64_t columns = (problem.upsampling.x.coarse + 1) * parts_x;
+    const int64_t chunks = (problem.upsampling.y.coarse + 1) * parts_y * columns;
+    const int64_t step = int64_t(problem.blocks) * kThreads;
+    for (int64_t i = int64_t(block) * kThreads + threadIdx.x; i < chunks; i += step) {
+        const int64_t row = i / columns, column = i % columns;
+        chunk.read(image, row / parts_y - 1, row % parts_y, column / parts_x - 1, column % parts_x);
+        chunk.softmax(by_class);
+        body(chunk);
+    }
+}
+
 }  // namespace ial::gpu

@@ -15,8 +15,11 @@ struct Kernels {
 
     static void reduce(const Launcher& launcher, const Inputs& inputs, const Tensor& stats);
 
-    static void reduce_backward(const Launcher& launcher, const Inputs& inputs, const Tensor& grad_stats,
+    // grad_stats as in reduce_backward_kernel.
+    static void reduce_backward(const Launcher& launcher, const Inputs& inputs, const double* grad_stats,
                                 const Incoming<A>& incoming, const Tensor& grad);
+
+    static void pixel_nll(const Launcher& launcher, const Inputs& inputs, const Tensor& map);
 
     // One level. Writes `to`, and to `divisor` what the loss is divided by.
     static void one_pass(const Launcher& launcher, const Inputs& inputs, const Combine& combine,
@@ -40,7 +43,7 @@ void Kernels<T, Launcher>::reduce(const Launcher& launcher, const Inputs& inputs
 
 template <typename T, typename Launcher>
 void Kernels<T, Launcher>::reduce_backward(const Launcher& launcher, const Inputs& inputs,
-                                           const Tensor& grad_stats, const Incoming<A>& incoming,
+                                           const double* grad_stats, const Incoming<A>& incoming,
                                            const Tensor& grad) {
     const bool exact = inputs.exact();
     if (inputs.align_corners) {
@@ -50,6 +53,16 @@ void Kernels<T, Launcher>::reduce_backward(const Launcher& launcher, const Input
     }
     Call<T> call(inputs, grad);
     call.with_tile(ReduceBackward<T, Launcher>{launcher, call, grad_stats, incoming, exact, grad});
+}
+
+template <typename T, typename Launcher>
+void Kernels<T, Launcher>::pixel_nll(const Launcher& launcher, const Inputs& inputs, const Tensor& map) {
+    if (inputs.align_corners) {
+        UpsampledCall<T> call(inputs, inputs.logits);
+        return call.with_chunk(PixelNllUpsampled<T, Launcher>{launcher, call, map});
+    }
+    Call<T> call(inputs, inputs.logits);
+    call.with_tile(PixelNll<T, Launcher>{launcher, call, map});
 }
 
 template <typename T, typename Launcher>

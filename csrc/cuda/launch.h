@@ -11,6 +11,7 @@
 #include "../inputs.h"
 #include "backward.cuh"
 #include "combine.cuh"
+#include "pixel_nll.cuh"
 
 // A Launcher runs kernels: on a CUDA stream (cuda/stream.h), or in the emulator of the tests. It is
 // constructed from a tensor on its device and has
@@ -232,7 +233,7 @@ struct ReduceBackward {
 
     const Launcher& launcher;
     Call<T>& call;
-    const Tensor& grad_stats;
+    const double* grad_stats;
     Incoming<A> incoming;
     bool exact;
     const Tensor& grad;
@@ -244,9 +245,35 @@ struct ReduceBackward {
         const auto kernel = reduce_backward_kernel<Tile>;
         problem.blocks =
             choose_blocks(launcher, kernel, shared, problem.layout.batch, call.template threads<Tile>());
-        launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem,
-                 grad_stats.const_data_ptr<double>(), incoming, exact,
-                 static_cast<T*>(grad.mutable_data_ptr()));
+        launcher(kernel, dim3(problem.layout.batch * problem.blocks), kThreads, shared, problem, grad_stats,
+                 incoming, exact, static_cast<T*>(grad.mutable_data_ptr()));
+    }
+};
+
+// -------------------------------------------------------------------------------------------------
+// pixel_nll
+
+template <typename Launcher, typename Problem>
+void launch_pixel_nll(const Launcher& launcher, void (*kernel)(Problem, typename Problem::A*),
+                      Problem& problem, size_t staged_bytes, int64_t threads, const Tensor& map) {
+    using A = typename Problem::A;
+    const size_t shared = staged_bytes + problem.classes * sizeof(ReduceClass<A>);
+    const int64_t images = map.size(0);
+    problem.blocks = choose_blocks(launcher, kernel, shared, images, threads);
+    launcher(kernel, dim3(images * problem.blocks), kThreads, shared, problem,
+             map.template mutable_data_ptr<A>());
+}
+
+template <typename T, typename Launcher>
+struct PixelNll {
+    const Launcher& launcher;
+    Call<T>& call;
+    const Tensor& map;
+
+    template <typename Tile>
+    void run() const {
+        launch_pixel_nll(launcher, pixel_nll_kernel<Tile>, call.problem, call.staged_bytes(),
+                         call.template threads<Tile>(), map);
     }
 };
 

@@ -48,12 +48,12 @@ struct Operators {
     static Tensor reduce_backward(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS,
                                   std::optional<bool> align_corners) {
         Tensor grad = at::empty_like(logits);
-        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, grad_stats, nullptr, grad);
+        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, &grad_stats, nullptr, grad);
         return grad;
     }
 
     static void reduce_backward_(const Tensor& logits, const Tensor& grad_stats, IAL_PIXEL_PARAMETERS) {
-        write_grad({logits, IAL_PIXEL_ARGUMENTS}, grad_stats, nullptr, logits);
+        write_grad({logits, IAL_PIXEL_ARGUMENTS}, &grad_stats, nullptr, logits);
     }
 
     static void rescale_(const Tensor& grad, const Tensor& grad_loss, const Tensor& computed_for,
@@ -67,7 +67,27 @@ struct Operators {
                           " on ", computed_for.device(), ", expected one value of Double on ",
                           logits.device());
         const Rescaling rescaling{grad_loss, computed_for, expected};
-        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, grad_stats, &rescaling, grad);
+        write_grad({logits, IAL_PIXEL_ARGUMENTS, align_corners}, &grad_stats, &rescaling, grad);
+    }
+
+    static Tensor pixel_nll(const Tensor& logits, IAL_NLL_PARAMETERS) {
+        const NllInputs nll(logits, std::nullopt, IAL_NLL_ARGUMENTS);
+        check_limits(logits.size(0), logits.size(1), nll.inputs.levels());
+        const Launcher launcher(logits);
+        const Tensor map = nll.empty_map();
+        if (map.numel() == 0) return map;
+        AT_DISPATCH_FLOATING_TYPES_AND2(
+            at::kHalf, at::kBFloat16, logits.scalar_type(), "ial_cuda::pixel_nll", [&] {
+                Kernels<typename Native<scalar_t>::type, Launcher>::pixel_nll(launcher, nll.inputs, map);
+            });
+        return map;
+    }
+
+    static Tensor pixel_nll_backward(const Tensor& logits, const Tensor& grad_nll, IAL_NLL_PARAMETERS) {
+        const NllInputs nll(logits, grad_nll, IAL_NLL_ARGUMENTS);
+        Tensor grad = at::empty_like(logits);
+        write_grad(nll.inputs, nullptr, nullptr, grad);
+        return grad;
     }
 
     static std::tuple<Tensor, Tensor> combine(const Tensor& stats, IAL_COMBINE_PARAMETERS,
@@ -140,6 +160,8 @@ struct Operators {
         m.impl("combine_backward", combine_backward);
         m.impl("loss_and_grad", loss_and_grad);
         m.impl("rescale_", rescale_);
+        m.impl("pixel_nll", pixel_nll);
+        m.impl("pixel_nll_backward", pixel_nll_backward);
     }
 
  private:
@@ -149,10 +171,11 @@ struct Operators {
         const OptionalTensor& expected;
     };
 
-    static void write_grad(const Inputs& inputs, const Tensor& grad_stats, const Rescaling* rescaling,
+    // Without grad_stats, dL/dS is 1 and the other derivatives are 0.
+    static void write_grad(const Inputs& inputs, const Tensor* grad_stats, const Rescaling* rescaling,
                            const Tensor& grad) {
         inputs.check();
-        inputs.check_grad_stats(grad_stats);
+        if (grad_stats) inputs.check_grad_stats(*grad_stats);
         inputs.check_grad(grad);
         check_limits(inputs.logits.size(0), inputs.logits.size(1), inputs.levels());
         const Launcher launcher(grad);
@@ -170,7 +193,9 @@ struct Operators {
                     if (rescaling->expected)
                         incoming.expected = rescaling->expected->template mutable_data_ptr<double>();
                 }
-                Kernels<T, Launcher>::reduce_backward(launcher, inputs, grad_stats, incoming, grad);
+                const double* const derivatives =
+                    grad_stats ? grad_stats->template const_data_ptr<double>() : nullptr;
+                Kernels<T, Launcher>::reduce_backward(launcher, inputs, derivatives, incoming, grad);
             });
     }
 

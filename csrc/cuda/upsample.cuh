@@ -8,11 +8,7 @@
 namespace ial::gpu {
 
 // -------------------------------------------------------------------------------------------------
-// reduce, with the grid and `partial` of sum_levels(). The chunks of an image are numbered row by row.
-
-// Minimum blocks per multiprocessor.
-template <typename Chunk>
-constexpr int kReduceBlocks = Chunk::kSmooth ? 3 : 4;
+// reduce, with the grid and `partial` of sum_levels().
 
 template <typename Chunk>
 __global__ void __launch_bounds__(kThreads, kReduceBlocks<Chunk>)
@@ -21,18 +17,7 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<Chunk>)
     extern __shared__ __align__(16) unsigned char ial_shared[];
     sum_levels(problem, ial_shared, block_levels, partial,
                [&](int64_t image, int block, const auto* by_class, const auto& add) {
-                   Chunk chunk(problem);
-                   const int parts_y = problem.parts_y, parts_x = problem.parts_x;
-                   const int64_t columns = (problem.upsampling.x.coarse + 1) * parts_x;
-                   const int64_t chunks = (problem.upsampling.y.coarse + 1) * parts_y * columns;
-                   const int64_t step = int64_t(problem.blocks) * kThreads;
-                   for (int64_t i = int64_t(block) * kThreads + threadIdx.x; i < chunks; i += step) {
-                       const int64_t row = i / columns, column = i % columns;
-                       chunk.read(image, row / parts_y - 1, row % parts_y, column / parts_x - 1,
-                                  column % parts_x);
-                       chunk.softmax(by_class);
-                       add(chunk);
-                   }
+                   for_chunks<Chunk>(problem, image, block, by_class, add);
                });
 }
 
@@ -134,7 +119,7 @@ IAL_D void differentiate_cells(const UpsampledProblem<typename Chunk::T>& proble
     }
 }
 
-// Grid: images x rectangles. grad_stats: [images, levels, kStats].
+// Grid: images x rectangles. grad_stats as in reduce_backward_kernel.
 template <typename Chunk>
 __global__ void __launch_bounds__(kCellThreads, 2)
     reduce_backward_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
@@ -146,7 +131,7 @@ __global__ void __launch_bounds__(kCellThreads, 2)
     if (incoming.is_done()) return;
     const int64_t image = blockIdx.x / grid.rectangles();
     auto* const by_class = reinterpret_cast<BackwardClass<A>*>(ial_shared);
-    load_classes<kCellThreads>(problem, grad_stats + image * problem.levels * kStats, incoming.value(),
+    load_classes<kCellThreads>(problem, image_grad_stats(problem, grad_stats, image), incoming.value(),
                                by_class);
     __syncthreads();
     differentiate_cells<Chunk>(problem, grid, reinterpret_cast<A*>(by_class + problem.classes), grad,

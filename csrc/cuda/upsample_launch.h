@@ -19,6 +19,12 @@ struct UpsampledCall {
         arguments.fill(problem);
     }
 
+    // The chunks of an image.
+    int64_t chunks() const {
+        return (problem.upsampling.y.coarse + 1) * problem.parts_y * (problem.upsampling.x.coarse + 1) *
+               problem.parts_x;
+    }
+
     // Calls launch.run<Chunk>() with the Chunk that fits the cells. 4 x 4 pixels would not fit the registers
     // in double or with label smoothing.
     template <typename Launch>
@@ -52,10 +58,19 @@ struct ReduceUpsampled {
 
     template <typename Chunk>
     void run() const {
-        UpsampledProblem<T>& problem = call.problem;
-        const int64_t chunks = (problem.upsampling.y.coarse + 1) * problem.parts_y *
-                               (problem.upsampling.x.coarse + 1) * problem.parts_x;
-        launch_reduce(launcher, reduce_upsampled_kernel<Chunk>, problem, 0, chunks, stats);
+        launch_reduce(launcher, reduce_upsampled_kernel<Chunk>, call.problem, 0, call.chunks(), stats);
+    }
+};
+
+template <typename T, typename Launcher>
+struct PixelNllUpsampled {
+    const Launcher& launcher;
+    UpsampledCall<T>& call;
+    const Tensor& map;
+
+    template <typename Chunk>
+    void run() const {
+        launch_pixel_nll(launcher, pixel_nll_upsampled_kernel<Chunk>, call.problem, 0, call.chunks(), map);
     }
 };
 
@@ -88,7 +103,7 @@ struct ReduceBackwardUpsampled {
 
     const Launcher& launcher;
     UpsampledCall<T>& call;
-    const Tensor& grad_stats;
+    const double* grad_stats;
     Incoming<A> incoming;
     bool exact;
     const Tensor& grad;
@@ -99,7 +114,7 @@ struct ReduceBackwardUpsampled {
         size_t shared = 0;
         const CellGrid grid = choose_cells<Chunk>(problem, &shared);
         launcher(reduce_backward_upsampled_kernel<Chunk>, dim3(problem.upsampling.batch * grid.rectangles()),
-                 kCellThreads, shared, problem, grid, grad_stats.const_data_ptr<double>(), incoming, exact,
+                 kCellThreads, shared, problem, grid, grad_stats, incoming, exact,
                  static_cast<T*>(grad.mutable_data_ptr()));
     }
 };
