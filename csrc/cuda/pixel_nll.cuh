@@ -6,18 +6,20 @@
 
 namespace ial::gpu {
 
-// The value of pixel j of a tile. 0 for a pixel without a class, but NaN if its label, at `label`, is not
-// ignore_index.
+// The value of pixel j of a tile, or 0 if it has no class.
 template <typename Tile>
-IAL_D typename Tile::A pixel_nll(const Tile& tile, int j, const ReduceClass<typename Tile::A>* by_class,
-                                 int64_t label) {
-    using A = typename Tile::A;
-    const auto& problem = tile.problem;
-    const A nll = cross_entropy(tile, j, by_class[tile.labels.class_or_any(j)].weight);
-    if (tile.labels.has(j)) return nll;
-    const bool bad =
-        tile.labels.bad && load_label(problem.target, problem.label, label) != problem.ignore_index;
-    return bad ? A(NAN) : A(0);
+IAL_D typename Tile::A pixel_nll(const Tile& tile, int j, const ReduceClass<typename Tile::A>* by_class) {
+    const auto nll = cross_entropy(tile, j, by_class[tile.labels.class_or_any(j)].weight);
+    return tile.labels.has(j) ? nll : 0;
+}
+
+// Sets `to` to NaN if the label at offset `at` is neither a class nor ignore_index. A tile with such a label
+// reads its labels again, so that the other tiles need not know which label it is.
+template <typename T, typename A>
+IAL_D void mark_bad_label(const Operands<T>& problem, int64_t at, A* to) {
+    bool bad = false;
+    class_of(load_label(problem.target, problem.label, at), problem.classes, problem.ignore_index, &bad);
+    if (bad) *to = NAN;
 }
 
 // Grid: images x blocks. The map is stored in the caches, because the next operation reads it.
@@ -40,12 +42,16 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     for (int64_t i = 0; i < loop.count; ++i) {
         const int64_t pixel = loop.pixel(i);
         read_tile(tile, staging, image, pixel, by_class, [&] {
-            const int64_t label = layout.offset(layout.target, image, pixel);
+            A* const to = map + image * layout.pixels + pixel;
             Pack<A, Tile::V> nll;
 #pragma unroll
+            for (int j = 0; j < Tile::V; ++j) nll.lane[j] = pixel_nll(tile, j, by_class);
+            store_pack(to, nll);
+            if (!tile.labels.bad) return;
+            const int64_t labels = layout.offset(layout.target, image, pixel);
+            IAL_ROLLED
             for (int j = 0; j < Tile::V; ++j)
-                nll.lane[j] = pixel_nll(tile, j, by_class, label + j * layout.target.pixel);
-            store_pack(map + image * layout.pixels + pixel, nll);
+                mark_bad_label(problem, labels + j * layout.target.pixel, to + j);
         });
     }
 }
@@ -56,21 +62,28 @@ __global__ void __launch_bounds__(kThreads, kReduceBlocks<Chunk>)
     pixel_nll_upsampled_kernel(const __grid_constant__ UpsampledProblem<typename Chunk::T> problem,
                                typename Chunk::A* map) {
     using A = typename Chunk::A;
+    constexpr int S = Chunk::S;
     extern __shared__ __align__(16) unsigned char ial_shared[];
     auto* const by_class = reinterpret_cast<ReduceClass<A>*>(ial_shared);
     load_classes<kThreads>(problem, 0, by_class);
     __syncthreads();
 
-    const Upsampling& up = problem.upsampling;
     const int64_t image = blockIdx.x / problem.blocks;
+    const Upsampling& up = problem.upsampling;
+    const Image to{up.y.fine * up.x.fine, 0, up.x.fine, 1};
     for_chunks<Chunk>(problem, image, blockIdx.x % problem.blocks, by_class, [&](const Chunk& chunk) {
+        const auto& y = chunk.y;
+        const auto& x = chunk.x;
 #pragma unroll
-        for (int j = 0; j < Chunk::V; ++j) {
-            if (j / Chunk::S >= chunk.y.count || j % Chunk::S >= chunk.x.count) continue;
-            const int64_t y = chunk.y.first + j / Chunk::S, x = chunk.x.first + j % Chunk::S;
-            map[(image * up.y.fine + y) * up.x.fine + x] =
-                pixel_nll(chunk, j, by_class, up.target.offset(image, y, x));
-        }
+        for (int j = 0; j < Chunk::V; ++j)
+            if (j / S < y.count && j % S < x.count)
+                map[to.offset(image, y.first + j / S, x.first + j % S)] = pixel_nll(chunk, j, by_class);
+        if (!chunk.labels.bad) return;
+        IAL_ROLLED
+        for (int i = 0; i < y.count; ++i) IAL_ROLLED
+        for (int j = 0; j < x.count; ++j)
+            mark_bad_label(problem, up.target.offset(image, y.first + i, x.first + j),
+                           map + to.offset(image, y.first + i, x.first + j));
     });
 }
 
