@@ -22,7 +22,7 @@ IAL_D void mark_bad_label(const Operands<T>& problem, int64_t at, A* to) {
     if (bad) *to = NAN;
 }
 
-// Grid: images x blocks. The map is stored in the caches, because the next operation reads it.
+// Grid: images x blocks.
 template <typename Tile>
 __global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
     pixel_nll_kernel(const __grid_constant__ Problem<typename Tile::T> problem, typename Tile::A* map) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kThreads, kTileBlocks<Tile>)
             Pack<A, Tile::V> nll;
 #pragma unroll
             for (int j = 0; j < Tile::V; ++j) nll.lane[j] = pixel_nll(tile, j, by_class);
-            store_pack(to, nll);
+            stream_pack(to, nll);
             if (!tile.labels.bad) return;
             const int64_t labels = layout.offset(layout.target, image, pixel);
             IAL_ROLLED
