@@ -7,6 +7,7 @@ import math
 import pytest
 import simt
 import torch
+import torch.nn.functional as F
 from cases import (
     DTYPES,
     HIERARCHY,
@@ -74,6 +75,41 @@ def test_every_tile_of_one_pass(backend, dtype, classes, layout):
 def test_every_tile_with_label_smoothing(backend, dtype, classes, layout, levels):
     logits, target = tiled(dtype, classes, layout)
     check(backend, logits, target, levelled(classes, levels), ignore_index=-1, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("backend", [b for b in LAUNCHED if b not in ONE_LAUNCH])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "coarse, x2", "coarse, x4"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_every_tile_of_pixel_nll(backend, dtype, classes, layout, smoothing):
+    """The map is that of PyTorch, with NaN where a label is bad. The gradient has the bits of
+    reduce_backward."""
+    operators, device = backends.get(backend).operators(), device_of(backend)
+    logits, target = (tensor.to(device) for tensor in tiled(dtype, classes, layout))
+    fine, corners = logits.double(), None
+    if layout.startswith("coarse"):
+        logits, corners = logits[..., ::2, :: int(layout[-1])], False
+        fine = F.interpolate(logits.double(), target.shape[1:], mode="bilinear")
+    target[1, 1, 7], target[1, 2, 11:13] = classes, -7
+    is_class, bad = (target >= 0) & (target < classes), (target < -1) | (target >= classes)
+    weight = torch.linspace(0.5, 1.5, classes, dtype=torch.float64, device=device)
+    options = {"reduction": "none", "label_smoothing": smoothing}
+    expected = F.cross_entropy(fine, target.where(is_class, -100), weight, **options)
+
+    with poisoned():
+        nll = operators.pixel_nll(logits, target, weight, -1, smoothing, corners)
+    assert torch.equal(nll.isnan(), bad) and (nll[target == -1] == 0).all()
+    # differences of logits, rounded a few times
+    atol = 4 * torch.finfo(nll.dtype).eps * float(fine.max() - fine.min())
+    torch.testing.assert_close(nll[~bad].double(), expected[~bad], rtol=0, atol=atol)
+
+    incoming = torch.randn(target.shape, generator=torch.Generator().manual_seed(1)).to(nll)
+    with poisoned():
+        grad = operators.pixel_nll_backward(logits, incoming, target, weight, -1, smoothing, corners)
+    unit = torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64, device=device).expand(2, 1, 5).contiguous()
+    pixels = (target, weight, incoming, [0] * classes, -1, "exact", smoothing)
+    assert torch.equal(grad, operators.reduce_backward(logits, unit, *pixels, corners))
 
 
 @pytest.mark.parametrize("backend", ONE_LAUNCH)

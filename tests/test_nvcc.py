@@ -66,6 +66,8 @@ def tiles(kernel: str) -> Iterator[str]:
         "combine_backward",
         "loss_and_grad",
         "rescale_",
+        "pixel_nll",
+        "pixel_nll_backward",
     ],
 )
 def test_operators_have_a_cuda_kernel(operator):
@@ -91,7 +93,7 @@ def only(usage: dict[str, str], beginning: str) -> tuple[str, str]:
 def test_no_spills():
     """ptxas spills to the stack. Without a frame, tiles of every dtype and class count are in registers."""
     for arch, usage in resources().items():
-        for kernel in ("reduce", "reduce_backward", "one_pass", "cooperative"):
+        for kernel in ("reduce", "reduce_backward", "pixel_nll", "one_pass", "cooperative"):
             for tile in tiles(kernel):
                 _, line = only(usage, tile)
                 assert " STACK:0 " in line and " LOCAL:0 " in line, f"{arch}: {tile}: {line}"
@@ -99,7 +101,7 @@ def test_no_spills():
         assert len(others) >= 5 and all(" STACK:0 " in line for line in others)
 
 
-@pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "one_pass"])
+@pytest.mark.parametrize("kernel", ["reduce", "reduce_backward", "pixel_nll", "one_pass"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_warps_of_a_multiprocessor(kernel, dtype):
     """For the 19 classes of Cityscapes: three blocks of float, four of half precision, five of it on sm_90.
@@ -113,7 +115,12 @@ def test_warps_of_a_multiprocessor(kernel, dtype):
         assert 65536 // (128 * registers) >= (3 if dtype == "f" else half), f"{arch}: {line}"
 
 
-UPSAMPLING = ["reduce_upsampled", "reduce_backward_upsampled", "one_pass_upsampled"]
+UPSAMPLING = [
+    "reduce_upsampled",
+    "reduce_backward_upsampled",
+    "pixel_nll_upsampled",
+    "one_pass_upsampled",
+]
 CHUNKS = [
     *((dtype, side, False) for dtype in DTYPES for side in (2, 4)),
     *((dtype, 2, True) for dtype in DTYPES),
@@ -153,17 +160,31 @@ def test_four_pixels_a_load_and_a_store(kernel, dtype, bits):
         assert len(stores) + of_expected == len(re.findall(r"\bSTG\.", code)), "a narrower store"
 
 
+def count(kernel: str, dtype: str, access: str, bits: int) -> int:
+    """The instructions in all architectures that access so many bits, but not past L1."""
+    return len(re.findall(rf"\b{access}\.{bits}(?!\.STRONG)", machine_code(kernel, dtype)))
+
+
 @pytest.mark.parametrize(("dtype", "bits"), BITS.items())
 def test_one_pass_reads_and_writes_once(dtype, bits):
     """As many vectors of logits as in reduce, one for each class of a tile, and as many of the gradient as in
     reduce_backward. The other wide loads are labels, sums past L1, and the divisor and `expected`."""
-
-    def count(kernel: str, access: str) -> int:
-        return len(re.findall(rf"\b{access}\.{bits}(?!\.STRONG)", machine_code(kernel, dtype)))
-
     doubles = 2 * machine_code("one_pass", dtype).count("Function :") if bits == 64 else 0
-    assert count("one_pass", r"LDG\.E") == count("reduce", r"LDG\.E") + doubles > 0
-    assert count("one_pass", r"STG\.E\.EF") == count("reduce_backward", r"STG\.E\.EF") > 0
+    assert count("one_pass", dtype, r"LDG\.E", bits) == count("reduce", dtype, r"LDG\.E", bits) + doubles > 0
+    stores = count("one_pass", dtype, r"STG\.E\.EF", bits)
+    assert stores == count("reduce_backward", dtype, r"STG\.E\.EF", bits) > 0
+
+
+@pytest.mark.parametrize(("dtype", "bits"), BITS.items())
+def test_pixel_nll_reads_and_writes_once(dtype, bits):
+    """Each class of a tile is loaded once, and its four pixels are stored together, in float. The other store
+    is that of a bad label."""
+    code = machine_code("pixel_nll", dtype)
+    architectures = code.count("Function :")
+    loads = count("pixel_nll", dtype, r"LDG\.E", bits)
+    assert 19 * architectures <= loads < 2 * 19 * architectures
+    assert len(re.findall(r"\bSTG\.E\.EF\.128\b", code)) == architectures
+    assert len(re.findall(r"\bSTG\.", code)) == 2 * architectures
 
 
 @pytest.mark.parametrize("dtype", ["f", "13__nv_bfloat16"])

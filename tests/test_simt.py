@@ -59,6 +59,10 @@ def results():
         logits = make_logits((2, 5, 40, 64), torch.float32).to(memory_format=layout)
         loss, grad, components = run("simt", logits, make_target((2, 40, 64), 5), FLAT, weight=weight)
         out += [loss, grad, *components]
+    for corners, shape in ((None, (2, 5, 40, 64)), (False, (2, 5, 9, 13))):
+        logits, target = make_logits(shape, torch.float32), make_target((2, 40, 64), 5)
+        with poisoned():
+            out.append(torch.ops.ial_simt.pixel_nll(logits, target, weight, 255, 0.0, corners))
     return torch.cat([value.double().flatten() for value in out])
 
 
