@@ -44,7 +44,7 @@ struct ComputedFor {
     IAL_D void write() const { *computed_for = value(); }
 };
 
-// The grad_stats [levels, kStats] of an image. For a null pointer, those of the sum of one level's S.
+// The grad_stats [levels, kStats] of an image. If the pointer is null, there is one level, and dL/dS is 1.
 static __device__ const double kUnitGradStats[kStats] = {1};
 template <typename T>
 IAL_D const double* image_grad_stats(const Operands<T>& problem, const double* grad_stats, int64_t image) {
