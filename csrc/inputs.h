@@ -91,8 +91,7 @@ struct NllInputs {
     NllInputs(const Tensor& logits, OptionalTensor grad_nll, IAL_NLL_PARAMETERS);
     NllInputs(const NllInputs&) = delete;
 
-    // A new map, contiguous, in the shape of the target. Inputs::layout() and upsampling() take it as `grad`
-    // if it has a class dimension, map.unsqueeze(1).
+    // A new map, contiguous, in the shape of the target.
     Tensor empty_map() const;
 };
 

@@ -441,8 +441,11 @@ void reduce_backward_bump_version(const Tensor& logits, const Tensor& grad_stats
 //                   are computed in one cooperative launch where that is possible.
 // rescale_          Turns that dL/dlogits into the gradient for grad_loss. If the last two incoming gradients
 //                   are equal, they become the expected one.
-// pixel_nll         -log pi of each pixel, weighted and smoothed, in the shape of the target. 0 without a
-// class. pixel_nll_backward  dL/dlogits, from grad_nll = dL/dpixel_nll.
+// pixel_nll         -log pi of each pixel, weighted and smoothed, in the shape of the target. It is 0 for
+// void
+//                   pixels.
+// pixel_nll_backward
+//                   dL/dlogits, from grad_nll = dL/dpixel_nll.
 TORCH_LIBRARY_FRAGMENT(IAL_LIBRARY, m) {
     // Lets the compiler choose the strides. Otherwise it copies the channels_last logits of its convolutions.
     const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};

@@ -45,8 +45,8 @@ def prepare(
     pixel_weight: Tensor | None,
     options: Options,
     name: str,
-) -> tuple[backends.Backend, Tensor, Tensor | None]:
-    """Checks the tensors. Returns the backend, the target and the class weights on the logits' device.
+) -> tuple[backends.Backend, Tensor | None]:
+    """Checks the tensors. Returns the backend and the class weights on the logits' device.
 
     ``name``: of the logits in errors.
     """
@@ -57,10 +57,16 @@ def prepare(
         weights = weights.to(logits.device)
     coarse = options.upsample is not None
     check_inputs(logits, target, weights, pixel_weight, classes, upsample=coarse, name=name)
-    backend = backends.choose(options.backend, logits.device)
+    return backends.choose(options.backend, logits.device), weights
+
+
+def with_checked_labels(
+    logits: Tensor, target: Tensor, backend: backends.Backend, options: Options
+) -> Tensor:
+    """``target``, after a check of its labels if the kernels have none or IAL_CUDA_DEBUG asks for it."""
     if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else backend.library is None:
-        target = checked_target(target, classes, options.void_label)
-    return backend, target, weights
+        target = checked_target(target, options.hierarchy.num_classes, options.void_label)
+    return target
 
 
 def pixel_arguments(tensors: tuple[Tensor | None, ...], options: Options) -> tuple[object, ...]:

@@ -18,6 +18,7 @@ from .calls import (
     pixel_arguments,
     prepare,
     raise_of_labels,
+    with_checked_labels,
 )
 from .hierarchy import HierarchyLike
 from .options import (
@@ -246,7 +247,7 @@ def compute_loss(
     name: str = "logits",
 ) -> Tensor | tuple[Tensor, Components]:
     """`importance_aware_loss` with validated options. ``name``: of the logits in errors."""
-    backend, target, class_weights = prepare(logits, target, weight, pixel_weight, options, name)
+    backend, class_weights = prepare(logits, target, weight, pixel_weight, options, name)
     total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device, name)
     transformed = is_transformed()
     inplace = options.inplace and not transformed
@@ -254,6 +255,8 @@ def compute_loss(
         check_inplace(logits, target, class_weights, pixel_weight, name=name)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
+    target = with_checked_labels(logits, target, backend, options)
+
     if backend.library is None:
         loss, f, S, count = reference.importance_aware_loss(
             logits, target, options, weight=class_weights, pixel_weight=pixel_weight, divisor=total

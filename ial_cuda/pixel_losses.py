@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import as_finite, as_float, as_int, as_label, check_choice
-from .calls import FLAT, as_image, of_classes, prepare, raise_of_labels
+from .calls import FLAT, as_image, of_classes, prepare, raise_of_labels, with_checked_labels
 from .options import REDUCTIONS, Backend, Options, Reduction, Upsample
 from .validation import ClassWeights, check_logits, class_weight, is_void
 
@@ -98,7 +98,8 @@ def compute_pixel_nll(
     """`pixel_nll` times ``pixel_weight``, with validated options. Their hierarchy is replaced."""
     check_logits(logits, name)
     options = of_classes(options, logits.shape[1] if logits.dim() > 1 else 1)
-    backend, target, weights = prepare(logits, target, weight, pixel_weight, options, name)
+    backend, weights = prepare(logits, target, weight, pixel_weight, options, name)
+    target = with_checked_labels(logits, target, backend, options)
     if backend.library is None:
         nll = reference.pixel_nll(logits, target, options, weight=weights)
     else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .calls import pixel_arguments, prepare
+from .calls import pixel_arguments, prepare, with_checked_labels
 from .hierarchy import HierarchyLike
 from .options import Backend, Gradient, Options, Upsample
 from .validation import ClassWeights
@@ -110,7 +110,8 @@ def compute_level_statistics(
     options: Options,
 ) -> Tensor:
     """`level_statistics` with validated options, (N, g, 5)."""
-    backend, target, weights = prepare(logits, target, weight, pixel_weight, options, "logits")
+    backend, weights = prepare(logits, target, weight, pixel_weight, options, "logits")
+    target = with_checked_labels(logits, target, backend, options)
     if backend.library is None:
         return reference.level_statistics(logits, target, options, weight=weights, pixel_weight=pixel_weight)
     stats: Tensor = backend.operators().reduce(
