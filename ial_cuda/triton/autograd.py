@@ -1,4 +1,4 @@
-"""The derivatives of the operators. Those of reduce and combine are operators without derivatives."""
+"""The derivatives of the operators. They are operators too, without derivatives of their own."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .operators import (
     combine,
     combine_backward,
     loss_and_grad,
+    pixel_nll,
+    pixel_nll_backward,
     reduce,
     reduce_backward,
     reduce_backward_,
@@ -114,6 +116,17 @@ def _is_traced(grad_loss: Tensor) -> bool:
     return wrapped or torch._C._len_torch_dispatch_stack() > 0
 
 
+def _save_pixel_nll(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, target, weight, *ctx.options = inputs
+    ctx.save_for_backward(logits, target, weight)
+
+
+def _differentiate_pixel_nll(ctx: Any, grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+    logits, *others = ctx.saved_tensors
+    grad = pixel_nll_backward(logits, grad_nll, *others, *ctx.options)
+    return grad, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     pass
 
@@ -174,6 +187,8 @@ _register(reduce_backward_, _save_written)
 _register(combine_backward)
 _register(loss_and_grad, _save_loss_and_grad, _differentiate_loss_and_grad)
 _register(rescale_, _save_written)
+_register(pixel_nll, _save_pixel_nll, _differentiate_pixel_nll)
+_register(pixel_nll_backward)
 
 
 def _bump_versions(keyset: Any, *args: Any) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels for full-resolution logits.
 
-They are reduce, the sum of its partial sums, reduce_backward, and for one level the sums and the gradient in
-one pass.
+They are reduce, the sum of its partial sums, reduce_backward, for one level the sums and the gradient in one
+pass, and the negative log-likelihood of each pixel.
 
 A program owns a tile of (THREADS, LANES) pixels. If the strides allow it, the LANES of a thread are adjacent,
 16 bytes of a row, and loads are vectorised. A sum over LANES stays in the thread. reduce_backward and the
@@ -32,6 +32,7 @@ from .pixels import (
     load_weights,
     one_level_gradient,
     pixel_gradient,
+    pixel_nll,
     softmax,
     store_sums,
     to_int64,
@@ -241,7 +242,7 @@ def sum_kernel(
 @triton.jit
 def reduce_backward_kernel(
     logits_ptr,
-    grad_stats_ptr,  # [N, G, STATS] of float64
+    grad_stats_ptr,  # [N, G, STATS] of float64; None for one level with dL/dS = 1
     scale_ptr,  # a factor of grad_stats, or None
     computed_for_ptr,  # the factor that the gradient is already for, or None
     expected_ptr,
@@ -314,8 +315,11 @@ def reduce_backward_kernel(
         CHUNK,
         DIMS,
     )
-    row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
-    gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
+    if grad_stats_ptr is None:
+        gradient = one_level_gradient(1, pixel, weights, C, SMOOTHING)
+    else:
+        row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
+        gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
 
     to = grad_ptr + n * grad_batch
     to += _offset(p, P, DIMS, sizes, (grad_stride0, grad_stride1, grad_stride2, grad_stride3))
@@ -444,3 +448,63 @@ def one_pass_kernel(
             logits, to, to_int64(grad_channel), label, valid, pixel[0], gradient, weight_ptr, C, CHUNK
         )
     store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)
+
+
+# ---- pixel_nll ------------------------------------------------------------------------------------------
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def pixel_nll_kernel(
+    logits_ptr,
+    target_ptr,  # [N, P]
+    weight_ptr,  # [C] or None
+    nll_ptr,  # [N, P]
+    P,
+    ignore_index,
+    size0,
+    size1,
+    size2,
+    batch,
+    channel,
+    stride0,
+    stride1,
+    stride2,
+    stride3,
+    C: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from P to stride3
+    SMOOTHING: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DIMS: tl.constexpr,
+    THREADS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Grid (N tiles,)."""
+    P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3 = join(
+        (P, ignore_index, size0, size1, size2, batch, channel, stride0, stride1, stride2, stride3), HIGH
+    )
+    tiles = num_tiles(P, THREADS * LANES)
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    p, inside = _pixels(tl.program_id(0) % tiles, P, THREADS, LANES, VECTOR)
+    _, valid, bad, weights, _, pixel = _read_tile(
+        logits_ptr,
+        target_ptr,
+        weight_ptr,
+        None,
+        n,
+        p,
+        inside,
+        P,
+        ignore_index,
+        (size0, size1, size2),
+        batch,
+        channel,
+        (stride0, stride1, stride2, stride3),
+        C,
+        SMOOTHING,
+        CHUNK,
+        DIMS,
+    )
+    nll = pixel_nll(pixel, weights, bad, C, SMOOTHING)
+    tl.store(nll_ptr + n * P + p, tl.where(valid | bad, nll, 0), mask=inside)

@@ -26,7 +26,7 @@ _PROGRAMS = 4
 
 
 class Inputs(NamedTuple):
-    """The arguments that reduce, reduce_backward and loss_and_grad share."""
+    """The arguments that the operators of the logits share."""
 
     logits: Tensor
     target: Tensor
@@ -183,6 +183,16 @@ def _upsampled(inputs: Inputs) -> _Pixels:
     return _Pixels((*low, *y, *x, patches, x_patches), constants, cells, patches)
 
 
+def _tiles(inputs: Inputs) -> tuple[_Pixels, int]:
+    """The pixels or cells of an image, and the tiles of reduce and pixel_nll that cover them."""
+    if inputs.align_corners is None:
+        config, image = kernels.REDUCE_CONFIG, _full_size(inputs)
+    else:
+        config, image = upsample.REDUCE_CONFIG, _upsampled(inputs)
+    size = config.kwargs["THREADS"] * image.constants.get("LANES", 1)
+    return image, image.patches * triton.cdiv(image.size, size)
+
+
 # ---- reduce, its backward, and one pass -----------------------------------------------------------------
 
 
@@ -191,18 +201,12 @@ def reduce(inputs: Inputs) -> Tensor:
     logits, images, levels = inputs.logits, inputs.logits.shape[0], inputs.levels
     if logits.numel() == 0:
         return logits.new_zeros((images, levels, STATS), dtype=torch.float64)
-    if inputs.align_corners is None:
-        kernel, config, image = kernels.reduce_kernel, kernels.REDUCE_CONFIG, _full_size(inputs)
-    else:
-        kernel, config, image = upsample.upsampled_reduce_kernel, upsample.REDUCE_CONFIG, _upsampled(inputs)
-    tiles = image.patches * triton.cdiv(
-        image.size, config.kwargs["THREADS"] * image.constants.get("LANES", 1)
-    )
+    image, tiles = _tiles(inputs)
     blocks = _programs(logits, tiles, images)
     groups = triton.cdiv(levels, pixels.REGISTER_LEVELS)
     partial = logits.new_empty((images, levels, STATS, blocks), dtype=torch.float64)
     launch_kernel(
-        kernel,
+        kernels.reduce_kernel if inputs.align_corners is None else upsample.upsampled_reduce_kernel,
         logits,
         (images * blocks, groups),
         logits,
@@ -253,10 +257,11 @@ class Incoming(NamedTuple):
 
 
 def reduce_backward(
-    inputs: Inputs, grad_stats: Tensor, grad: Tensor, incoming: Incoming | None = None
+    inputs: Inputs, grad_stats: Tensor | None, grad: Tensor, incoming: Incoming | None = None
 ) -> None:
     """Writes dL/dlogits to ``grad``, which may be the logits if they are not upsampled.
 
+    Without ``grad_stats`` there is one level, and dL/dS is 1.
     With ``incoming``, grad_stats is multiplied by it. ``grad`` is kept if it was computed for that number.
     """
     logits, images = inputs.logits, inputs.logits.shape[0]
@@ -390,6 +395,32 @@ def _partial_weight(inputs: Inputs) -> Tensor:
         LANES=lanes,
     )
     return partial
+
+
+# ---- pixel_nll ------------------------------------------------------------------------------------------
+
+
+def pixel_nll(inputs: Inputs) -> Tensor:
+    """-log pi of each pixel, in the shape of the target. Its backward is reduce_backward."""
+    logits, (target, weight, _) = inputs.logits, inputs.tensors
+    nll = logits.new_empty(inputs.target.shape, dtype=inputs.arithmetic)
+    if nll.numel() == 0:
+        return nll
+    image, tiles = _tiles(inputs)
+    launch_kernel(
+        kernels.pixel_nll_kernel if inputs.align_corners is None else upsample.upsampled_pixel_nll_kernel,
+        logits,
+        (logits.shape[0] * tiles,),
+        logits,
+        target,
+        weight,
+        nll,
+        *image.arguments,
+        C=len(inputs.class_levels),
+        SMOOTHING=inputs.label_smoothing,
+        **image.constants,
+    )
+    return nll
 
 
 # ---- combine and its backward ---------------------------------------------------------------------------

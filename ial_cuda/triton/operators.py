@@ -51,6 +51,14 @@ def _check_no_overlap(written: Tensor) -> None:
         )
 
 
+def _check_grad_nll(grad_nll: Tensor, target: Tensor, device: torch.device) -> None:
+    if grad_nll.shape != target.shape or not grad_nll.is_floating_point() or grad_nll.device != device:
+        raise ValueError(
+            f"grad_nll has shape {tuple(grad_nll.shape)} of {grad_nll.dtype} on {grad_nll.device}, expected "
+            f"{tuple(target.shape)} of a floating type on {device} like logits"
+        )
+
+
 def _check_doubles(name: str, tensor: Tensor | None, count: int, device: torch.device) -> None:
     if tensor is not None and (
         tensor.numel() != count
@@ -264,6 +272,51 @@ def loss_and_grad(
         grad = logits.new_empty((0,))
         grad_stats, computed_for = (problem.stats.new_empty((0,)) for _ in range(2))
     return loss, factors, problem.stats, grad_stats, grad, computed_for
+
+
+@triton_op("ial_triton::pixel_nll", mutates_args=())
+def pixel_nll(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    align_corners: bool | None = None,
+) -> Tensor:
+    return launch.pixel_nll(_nll_inputs(logits, target, weight, ignore_index, label_smoothing, align_corners))
+
+
+@triton_op("ial_triton::pixel_nll_backward", mutates_args=())
+def pixel_nll_backward(
+    logits: Tensor,
+    grad_nll: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    align_corners: bool | None = None,
+) -> Tensor:
+    inputs = _nll_inputs(logits, target, weight, ignore_index, label_smoothing, align_corners)
+    _check_grad_nll(grad_nll, target, logits.device)
+    grad = torch.empty_like(logits)
+    launch.reduce_backward(inputs._replace(pixel_weight=grad_nll), None, grad)
+    return grad
+
+
+def _nll_inputs(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    align_corners: bool | None,
+) -> Inputs:
+    """The checked arguments, as those of one level. In the backward pass grad_nll is the pixel_weight."""
+    class_levels = [0] * (logits.shape[1] if logits.dim() >= 2 else 0)
+    pixels = (target, weight, None, class_levels, ignore_index, "exact", label_smoothing)
+    inputs = Inputs(logits, *pixels, align_corners)
+    _check(inputs)
+    return inputs
 
 
 # Without fakes, tracing would run the kernels: on meta tensors, or in the interpreter.

@@ -206,6 +206,17 @@ def reciprocal(x):
         return 1 / x
 
 
+@triton.jit
+def pixel_nll(pixel, weights, bad, C: tl.constexpr, SMOOTHING: tl.constexpr):
+    """-log pi of each pixel, weighted and smoothed. NaN for a bad label."""
+    max, sum, own = pixel[0], pixel[1], pixel[2]
+    w, v = weights
+    nll = w * (tl.log(sum) - (own - max))
+    if SMOOTHING != 0:
+        nll = (1 - SMOOTHING) * nll + SMOOTHING / C * v * (pixel[4] * tl.log(sum) - pixel[3])
+    return tl.where(bad, float("nan"), nll)
+
+
 # ---- the sums of reduce ---------------------------------------------------------------------------------
 
 
@@ -246,12 +257,9 @@ def add_pixels(
     A bad label makes S_0 of its image NaN. No gradient needs S_0.
     """
     max, sum, own = pixel[0], pixel[1], pixel[2]
-    w, v = weights
+    w = weights[0]
     pi = tl.exp(own - max) * reciprocal(sum)
-    s = w * (tl.log(sum) - (own - max))
-    if SMOOTHING != 0:
-        s = (1 - SMOOTHING) * s + SMOOTHING / C * v * (pixel[4] * tl.log(sum) - pixel[3])
-    s = tl.where(bad, float("nan"), s)
+    s = pixel_nll(pixel, weights, bad, C, SMOOTHING)
     terms = (s, pi * pi, (1 - pi) * (1 - pi), valid.to(w.dtype), w)
     added = ()
     for k in tl.static_range(GROUP):

@@ -1,6 +1,7 @@
 """The Triton kernels for coarse logits, which are interpolated inside the kernel.
 
-They are reduce, reduce_backward, and for one level the sums and the gradient in one pass.
+They are reduce, reduce_backward, for one level the sums and the gradient in one pass, and the negative
+log-likelihood of each pixel.
 
 csrc/bilinear.h defines the positions of pixels between coarse logits. Cells are numbered differently here:
 cell i of a line is the interval between logits i - 1 and i. Cell 0 has the pixels before the first logit,
@@ -45,6 +46,7 @@ from .pixels import (
     load_weights,
     one_level_gradient,
     pixel_gradient,
+    pixel_nll,
     reciprocal,
     softmax,
     store_sums,
@@ -371,7 +373,7 @@ def _add_gradient(
 @triton.jit
 def upsampled_reduce_backward_kernel(
     logits_ptr,
-    grad_stats_ptr,  # [N, G, STATS] of float64
+    grad_stats_ptr,  # [N, G, STATS] of float64; None for one level with dL/dS = 1
     scale_ptr,  # a factor of grad_stats, or None
     computed_for_ptr,  # the factor that the gradient is already for, or None
     expected_ptr,
@@ -444,8 +446,11 @@ def upsampled_reduce_backward_kernel(
         )
         logits = (corners, to_int64(channel), fy, fx)
         pixel, safe = _upsampled_softmax(_BACKWARD_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A)
-        row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
-        gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
+        if grad_stats_ptr is None:
+            gradient = one_level_gradient(1, pixel, weights, C, SMOOTHING)
+        else:
+            row_ptr = grad_stats_ptr + n * (G * STATS) + level_of(label, LEVELS, BITS) * STATS
+            gradient = pixel_gradient(row_ptr, scale_ptr, pixel, weights, C, SMOOTHING, EXACT)
         _add_gradient(halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C)
 
 
@@ -588,3 +593,62 @@ def upsampled_one_pass_kernel(
                 halves, patch, row, h, logits, safe, label, valid, pixel[0], gradient, weight_ptr, C
             )
     store_sums(sums, partial_ptr, n, block, blocks, tl.program_id(1), 1, 1)
+
+
+# ---- pixel_nll ------------------------------------------------------------------------------------------
+
+
+@triton.autotune([REDUCE_CONFIG], key=[])
+@triton.jit
+def upsampled_pixel_nll_kernel(
+    logits_ptr,
+    target_ptr,  # [N, H, W]
+    weight_ptr,  # [C] or None
+    nll_ptr,  # [N, H, W]
+    ignore_index,
+    batch,
+    channel,
+    row_stride,
+    stride,
+    h,
+    H,
+    step_y,
+    origin_y,
+    unit_y,
+    w,
+    W,
+    step_x,
+    origin_x,
+    unit_x,
+    patches,
+    x_patches,
+    C: tl.constexpr,
+    HIGH: tl.constexpr,  # of the ints from ignore_index to stride
+    SMOOTHING: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Grid (N tiles,). Patches of the same cells are neighbours, since they share sectors of the map."""
+    ignore_index, batch, channel, row_stride, stride = join(
+        (ignore_index, batch, channel, row_stride, stride), HIGH
+    )
+    A: tl.constexpr = nll_ptr.dtype.element_ty
+    cells = (to_int64(h) + 1) * (w + 1)
+    tiles = tl.cdiv(cells, THREADS) * patches
+    n, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    row, column, exists = _cells(tile // patches * THREADS, cells, w + 1, THREADS, WIDE)
+    y_axis, x_axis = (h, H, step_y, origin_y, unit_y), (w, W, step_x, origin_x, unit_x)
+    # Not by _read_patch: the positions must not be a result of a function that takes the pointers.
+    p, inside, fy, fx = _pixels(
+        y_axis, x_axis, row, column, exists, tile % patches, x_patches, ROWS, COLUMNS, A
+    )
+    p += n * H * W
+    label, valid, bad = classify(target_ptr, p, inside, ignore_index, C)
+    weights = load_weights(weight_ptr, None, p, label, valid, A)
+    corners = _corners(logits_ptr + n * batch, row, column, h, w, row_stride, stride)
+    logits = (corners, to_int64(channel), fy, fx)
+    pixel, _ = _upsampled_softmax(_REDUCE_CHUNK, logits, label, valid, weight_ptr, C, SMOOTHING, A)
+    nll = pixel_nll(pixel, weights, bad, C, SMOOTHING)
+    tl.store(nll_ptr + p, tl.where(valid | bad, nll, 0), mask=inside)
