@@ -235,11 +235,10 @@ def same(a, b):
 def judge(backend, logits, target, hierarchy, expected, scale, /, **options):
     """The rule of `check` for one result whose rounding is relative to `scale`."""
     loss, grad, (f, F, S, count) = run(backend, logits, target, hierarchy, **options)
-    arithmetic = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    arithmetic = arithmetic_of(logits)
     eager_loss, eager_grad, (eager_f, eager_F, eager_S, _) = run(
         "reference", logits.to(arithmetic), target, hierarchy, **options
     )
-    ulps = 64 if arithmetic == torch.float64 else 4
     assert loss.dtype == arithmetic
     assert grad.dtype == logits.dtype and grad.shape == logits.shape
 
@@ -250,31 +249,45 @@ def judge(backend, logits, target, hierarchy, expected, scale, /, **options):
         ("F", F, eager_F, expected.F),
         ("S", S, eager_S, expected.S),
     ):
-        assert tuple(ours.shape) == true.shape, name
-        if true.size == 0:
-            continue
-        limits = torch.finfo(ours.dtype)
-        got, eager = ours.double().numpy(), eager.double().numpy()
-        both = np.isfinite(eager) & np.isfinite(true)
-        allowed = np.abs(eager[both] - true[both]).max(initial=0)
-        rounding = ulps * torch.finfo(arithmetic).eps * scale[name]
-        # Otherwise an error of the reference would allow the same error in every backend.
-        assert arithmetic == torch.float32 or allowed <= rounding, f"{name} of the reference: {allowed:.3g}"
-        allowed = allowed + rounding
-        if ours.dtype != arithmetic:
-            # Triton's interpreter, unlike a GPU, truncates to bfloat16.
-            truncates = backend == "triton" and interpreted.INTERPRETED and ours.dtype == torch.bfloat16
-            ulp = limits.eps if truncates else limits.eps / 2
-            size = np.where(np.isfinite(true), np.abs(true), 0)
-            allowed = allowed + ulp * np.maximum(1.01 * size, limits.smallest_normal)
-        overflows = np.isinf(got) & (np.abs(true) >= limits.max) & (np.sign(got) == np.sign(true))
-        alike = same(got, true) | (same(got, eager) & ~np.isfinite(eager))
-        with np.errstate(invalid="ignore"):
-            error = np.where(overflows | alike, 0, np.abs(got - true))
-        error[np.isnan(error)] = np.inf
-        worst = np.unravel_index(np.argmax(error - allowed), error.shape)
-        assert (error <= allowed).all(), (
-            f"{name} of {backend} at {worst}: {ours[worst].item()}, expected {true[worst]}, "
-            f"error {error[worst]:.3g}, allowed {np.broadcast_to(allowed, error.shape)[worst]:.3g}"
-        )
+        assert_rule(f"{name} of {backend}", ours, eager, true, scale[name], backend=backend)
     np.testing.assert_array_equal(count.numpy(), expected.count)
+
+
+def arithmetic_of(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def assert_rule(name, ours, eager, true, scale, *, backend):
+    """The rule of `check` for one tensor. `eager` has the dtype of the arithmetic.
+
+    scale: a number, or one for each element.
+    """
+    arithmetic = eager.dtype
+    assert tuple(ours.shape) == true.shape, name
+    if true.size == 0:
+        return
+    limits = torch.finfo(ours.dtype)
+    got, eager = ours.double().numpy(), eager.double().numpy()
+    both = np.isfinite(eager) & np.isfinite(true)
+    rounding = (64 if arithmetic == torch.float64 else 4) * torch.finfo(arithmetic).eps * scale
+    with np.errstate(invalid="ignore"):
+        allowed = np.where(both, np.abs(eager - true), 0)
+    # Otherwise an error of the reference would allow the same error in every backend.
+    assert arithmetic == torch.float32 or (allowed <= rounding).all(), f"{name}, eager: {allowed.max():.3g}"
+    allowed = allowed.max() + rounding
+    if ours.dtype != arithmetic:
+        # Triton's interpreter, unlike a GPU, truncates to bfloat16.
+        truncates = backend == "triton" and interpreted.INTERPRETED and ours.dtype == torch.bfloat16
+        ulp = limits.eps if truncates else limits.eps / 2
+        size = np.where(np.isfinite(true), np.abs(true), 0)
+        allowed = allowed + ulp * np.maximum(1.01 * size, limits.smallest_normal)
+    overflows = np.isinf(got) & (np.abs(true) >= limits.max) & (np.sign(got) == np.sign(true))
+    alike = same(got, true) | (same(got, eager) & ~np.isfinite(eager))
+    with np.errstate(invalid="ignore"):
+        error = np.where(overflows | alike, 0, np.abs(got - true))
+    error[np.isnan(error)] = np.inf
+    worst = np.unravel_index(np.argmax(error - allowed), error.shape)
+    assert (error <= allowed).all(), (
+        f"{name} at {worst}: {ours[worst].item()}, expected {true[worst]}, "
+        f"error {error[worst]:.3g}, allowed {np.broadcast_to(allowed, error.shape)[worst]:.3g}"
+    )

@@ -36,6 +36,30 @@ class Result:
     count: NDArray[np.int64]  # (N, g): valid pixels of each group
 
 
+def _valid(
+    logits: Array, target: NDArray[np.int64], ignore_index: int
+) -> tuple[NDArray[np.bool_], Array, NDArray[np.int64]]:
+    """Which pixels are valid, and those of all images side by side: X (C, P) and Y (P,)."""
+    C, valid = logits.shape[1], target.ravel() != ignore_index
+    Y = target.ravel()[valid]
+    assert ((Y >= 0) & (Y < C)).all(), "a label outside [0, C) that is not ignore_index"
+    return valid, np.moveaxis(logits, 1, 0).reshape(C, -1)[:, valid], Y
+
+
+def _of_logits(dX: Array, valid: NDArray[np.bool_], shape: tuple[int, ...]) -> Array:
+    """The derivative of the valid pixels (C, P) in the shape of the logits, 0 for ignored pixels."""
+    N, C, *spatial = shape
+    grad = np.zeros((C, valid.size))
+    grad[:, valid] = dX
+    return np.moveaxis(grad.reshape(C, N, *spatial), 0, 1)
+
+
+def _smoothed(q: NDArray[np.bool_], w: Array, label_smoothing: float) -> Array:
+    """W (C, P), the weight of -log p of each class. w (C, P) or (C, 1): for the class as the pixel's own."""
+    mixed = q if label_smoothing == 0 else (1 - label_smoothing) * q + label_smoothing / len(q)
+    return np.where(mixed != 0, mixed * w, 0.0)
+
+
 def _pixels(X: Array, q: NDArray[np.bool_], W: Array) -> tuple[Array, Array, Array, Array]:
     """The values of each pixel: w l (Eq. 1), w h (Eq. 18), X-bar, and its exact derivative with respect to X.
 
@@ -127,11 +151,7 @@ def importance_aware_loss(
     assert sorted(c for group in levels for c in group) == list(range(C)), "each class in exactly one level"
     level_of_class = np.array([next(k for k in range(g) if c in levels[k]) for c in range(C)])
 
-    # The valid pixels of all images side by side, each with its image, label, level and weight.
-    valid = target.ravel() != ignore_index
-    X = np.moveaxis(logits, 1, 0).reshape(C, -1)[:, valid]
-    Y = target.ravel()[valid]
-    assert ((Y >= 0) & (Y < C)).all(), "a label outside [0, C) that is not ignore_index"
+    valid, X, Y = _valid(logits, target, ignore_index)
     image = np.repeat(np.arange(N), int(np.prod(spatial)))[valid]
     level = level_of_class[Y]
     of_class = np.ones(C) if weight is None else np.asarray(weight, dtype=np.float64)
@@ -142,8 +162,7 @@ def importance_aware_loss(
     w = of_class[Y] * of_pixel
 
     q = np.arange(C)[:, None] == Y
-    mixed = q if label_smoothing == 0 else (1 - label_smoothing) * q + label_smoothing / C
-    wl, wh, X_bar, dX_bar = _pixels(X, q, np.where(mixed != 0, mixed * of_class[:, None] * of_pixel, 0.0))
+    wl, wh, X_bar, dX_bar = _pixels(X, q, _smoothed(q, of_class[:, None] * of_pixel, label_smoothing))
     if gradient == "paper":
         dX_bar = np.where(q, dX_bar, 0.0)  # Eq. 15: X-bar (1 - X-bar) at c = Y, zero elsewhere
 
@@ -172,10 +191,29 @@ def importance_aware_loss(
         )
 
     loss = IAL if reduction == "none" else np.asarray(IAL.sum() * scale if divisor != 0 else 0.0)
-    grad = np.zeros((C, valid.size))
-    grad[:, valid] = dX
-    grad = np.moveaxis(grad.reshape(C, N, *spatial), 0, 1)
-    return Result(loss, grad, f, f + alpha, S, count)
+    return Result(loss, _of_logits(dX, valid, logits.shape), f, f + alpha, S, count)
+
+
+@np.errstate(invalid="ignore", over="ignore")
+def pixel_nll(
+    logits: ArrayLike,
+    target: ArrayLike,
+    grad_nll: ArrayLike,
+    *,
+    weight: ArrayLike | None = None,
+    ignore_index: int = 255,
+    label_smoothing: float = 0.0,
+) -> tuple[Array, Array]:
+    """w l of each pixel, (N, *spatial), and d sum(grad_nll * w l) / d logits. Both are 0 if ignored."""
+    logits, target = np.asarray(logits, dtype=np.float64), np.asarray(target).astype(np.int64)
+    valid, X, Y = _valid(logits, target, ignore_index)
+    q = np.arange(len(X))[:, None] == Y
+    w = np.ones(len(X)) if weight is None else np.asarray(weight, dtype=np.float64)
+    wl, wh, _, _ = _pixels(X, q, _smoothed(q, w[:, None], label_smoothing))
+    nll = np.zeros(target.shape)
+    nll.ravel()[valid] = wl
+    incoming = np.asarray(grad_nll, dtype=np.float64).ravel()[valid]
+    return nll, _of_logits(incoming * wh, valid, logits.shape)  # Eq. 19
 
 
 def interpolation(coarse: int, fine: int, align_corners: bool) -> Array:
