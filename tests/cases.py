@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,6 +60,13 @@ OPTIONS = {
     "factor_scope": ["image", "batch"],
     "gradient": ["exact", "paper"],
 }
+
+#: What the kernels raise for derivatives that they lack. The texts are written once in C++, once in Python.
+DOUBLE = re.escape(
+    'ial_cuda: double backward is not implemented; use backend="reference" where gradients of gradients '
+    "are needed"
+)
+JVP = re.escape("ial_cuda: forward-mode derivatives (jvp) are not implemented; backend='reference' has them")
 
 
 def make_target(shape, num_classes, *, ignore_index=255, ignored=0.15, dtype=torch.int64, seed=0):
