@@ -94,11 +94,11 @@ def level_statistics(
         align_corners=align_corners,
         backend=backend,
     )
-    return LevelStatistics(
-        *compute_level_statistics(logits, target, weight, pixel_weight, options).unbind(-1)
-    )
+    stats = compute_level_statistics(logits, target, weight, pixel_weight, options).unbind(-1)
+    return LevelStatistics(*(stats[i] for i in range(5)))  # a proxy of torch.fx cannot be unpacked
 
 
+# torch.fx.symbolic_trace keeps this call as one node: a proxy has nothing that the function could check.
 torch.fx.wrap("compute_level_statistics")
 
 
