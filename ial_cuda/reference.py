@@ -106,13 +106,14 @@ def level_statistics(
     pixels = _pixels(logits, target, options, weight, pixel_weight)
     level, pi = _level(pixels, options), _pi(pixels, options)
     values = (pixels.ce, pi**2, (1 - pi) ** 2, pixels.is_class.to(pi.dtype), pixels.w)
+    # float64: float32 cannot represent the number of pixels of an image with more than 2^24
     stats = torch.stack(
         [
-            torch.stack([_total(value, level == k) for value in values], dim=1)
+            torch.stack([_total(value.double(), level == k) for value in values], dim=1)
             for k in range(options.hierarchy.num_levels)
         ],
         dim=1,
-    ).double()
+    )
     bad = torch.zeros_like(stats, dtype=torch.bool)
     bad[:, 0, 0] = pixels.bad.any(dim=1)
     return stats.masked_fill(bad, torch.nan)
