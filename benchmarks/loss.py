@@ -60,7 +60,7 @@ def measure(case: Case, settings: Settings) -> Report:
     providers = [*make_ours(case, variants=True), *make_peers(case, compiled=settings.compile)]
     plain = case.loss == CROSS_ENTROPY and not (case.rows or case.label_smoothing)
     if plain and case.shape in SHAPES[case.device]:
-        providers += make_libraries(case.device)
+        providers += make_libraries(case)
     parts = operator_parts(case, inputs) if plain or case.loss == IAL else {}
     return measure_case(case, providers, inputs, settings, parts=parts)
 

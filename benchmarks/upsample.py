@@ -16,7 +16,7 @@ from .harness.cli import devices, make_parser, run
 from .harness.inputs import CROSS_ENTROPY, IAL, Case, Inputs
 from .harness.libraries import make_libraries
 from .harness.plots import draw_resolution
-from .harness.providers import DTYPES, interpolated, make_ours, make_peers
+from .harness.providers import DTYPES, make_ours, make_peers
 from .harness.report import Report
 
 CLASSES, SCALE = 19, 4
@@ -38,7 +38,7 @@ def measure(case: Case, settings: Settings, *, with_libraries: Sequence[tuple[in
     torch.compiler.reset()  # torch compiles a function for eight sizes only
     providers = [*make_ours(case, variants=True), *make_peers(case, compiled=settings.compile)]
     if case.loss == CROSS_ENTROPY and case.shape in with_libraries:
-        providers += make_libraries(case.device, "F.interpolate + ", interpolated)
+        providers += make_libraries(case)
     return measure_case(case, providers, Inputs(case), settings)
 
 

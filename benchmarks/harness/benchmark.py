@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from rich.progress import Progress
 
-from .inputs import IAL, Case, Inputs
+from .inputs import CROSS_ENTROPY, Case, Inputs
 from .machine import describe_gpu_state
 from .measure import (
     CAPTURE,
@@ -136,9 +136,14 @@ class Timing:
 def memory(case: Case, provider: Provider, inputs: Inputs) -> dict[str, float | None]:
     """The peak memory of a step in MiB, without the gradient at full size, which every provider returns."""
     step = provider.step(inputs)
-    extra = peak_bytes(step, inputs.logits()) - (inputs.written.nbytes if case.scale == 1 else 0)
+    peak = peak_bytes(step, inputs.logits())
+    beside_gradient = peak - inputs.written.nbytes
     process = peak_process_bytes(step, inputs.logits()) if case.scale > 1 else None
-    return {"extra_mib": mib(extra), "process_mib": mib(process)}
+    return {
+        "extra_mib": mib(beside_gradient if case.scale == 1 else peak),
+        "extra_maps": round(beside_gradient / (4 * case.pixels), 2),
+        "process_mib": mib(process),
+    }
 
 
 # ---- the roofline: memory alone ----------------------------------------------------------------------------
@@ -157,14 +162,14 @@ def copy_parts(case: Case, inputs: Inputs) -> dict[str, Part]:
 
 
 def floor(case: Case, copies: Mapping[str, Part]) -> Part:
-    """What the loss must move of the logits: a copy and, with several levels, one more read."""
-    needed = list(copies.values()) if case.loss == IAL else [copies[COPY]]
+    """What the loss must move of the logits: a copy and, except for cross-entropy, one more read."""
+    needed = [copies[COPY]] if case.loss == CROSS_ENTROPY else list(copies.values())
     return Part(lambda logits: [part.step(logits) for part in needed], sum(part.moved for part in needed))
 
 
 def least_bytes(case: Case, inputs: Inputs, provider: Provider) -> int:
-    """Cross-entropy: 1 read and 1 write of the logits, 1 read of the labels. IAL: one more read of both."""
-    reads = 2 if case.loss == IAL else 1
+    """Cross-entropy: 1 read and 1 write of the logits, 1 read of the labels. Others: 1 more read of both."""
+    reads = 1 if case.loss == CROSS_ENTROPY else 2
     return (reads + 1) * inputs.written.nbytes + reads * inputs.targets[provider.labels].nbytes
 
 

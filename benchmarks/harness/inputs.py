@@ -20,6 +20,8 @@ from ial_cuda import CAMVID, CITYSCAPES, Hierarchy, median_frequency_weights
 from .measure import Result, output_of
 
 CROSS_ENTROPY, IAL = "cross-entropy", "IAL"
+#: Losses that are functions of each pixel's -log π.
+FOCAL, TOP_K, THRESHOLD = "focal loss", "OHEM by top-k", "OHEM by threshold"
 IGNORE_INDEX = 255
 #: The paper's hierarchies, by their number of classes.
 HIERARCHIES = {hierarchy.num_classes: hierarchy for hierarchy in (CITYSCAPES, CAMVID)}
@@ -33,7 +35,7 @@ CHECKED_TILES, CHECKED_LOGITS = 16, 96 << 20
 class Case:
     """A loss, and the logits and labels that it is computed from."""
 
-    loss: str  # CROSS_ENTROPY or IAL
+    loss: str  # such as CROSS_ENTROPY
     device: str
     dtype: torch.dtype  # of the logits
     shape: tuple[int, int, int, int]  # of the logits, (N, C, h, w)

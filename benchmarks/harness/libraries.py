@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import IGNORE_INDEX
-from .providers import Loss, Provider, cross_entropy
+from .inputs import CROSS_ENTROPY, FOCAL, IGNORE_INDEX, Case
+from .providers import Loss, Provider, cross_entropy, interpolated, interpolation
 from .report import first_line
 
 #: γ of the focal losses: the default of Lin et al. (2017) and of the libraries.
@@ -26,17 +26,13 @@ def unweighted_cross_entropy(logits: Tensor, target: Tensor, _: Tensor) -> Tenso
     return total / target.numel()
 
 
-def focal(divisor: Callable[[Tensor, Tensor], Tensor | int]) -> Loss:
-    """-Σ (1 − π)^γ log π over the valid pixels, divided by ``divisor(logits, valid)``."""
-
-    def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
-        valid = target != IGNORE_INDEX
-        own = target.where(valid, 0).unsqueeze(1)
-        log_pi = F.log_softmax(logits, dim=1).gather(1, own).squeeze(1)
-        terms = -((1 - log_pi.exp()) ** GAMMA) * log_pi
-        return terms.where(valid, 0).sum() / divisor(logits, valid)
-
-    return loss
+def focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+    """The mean of -(1 − π)^γ log π over the valid pixels."""
+    valid = target != IGNORE_INDEX
+    own = target.where(valid, 0).unsqueeze(1)
+    log_pi = F.log_softmax(logits, dim=1).gather(1, own).squeeze(1)
+    terms = -((1 - log_pi.exp()) ** GAMMA) * log_pi
+    return terms.where(valid, 0).sum() / valid.sum()
 
 
 def one_against_all_focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
@@ -115,9 +111,35 @@ def _monai_focal(package: Any) -> Loss:
     return lambda logits, target, _: criterion(logits, target.unsqueeze(1))
 
 
+def _smp_softmax_focal(package: Any) -> Loss:
+    """F.nll_loss ignores -100 there. The library's own mean divides by all pixels, void included."""
+
+    def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+        valid = target != IGNORE_INDEX
+        total = package.softmax_focal_loss_with_logits(logits, target.where(valid, -100), GAMMA, "sum")
+        return total / valid.sum()
+
+    return loss
+
+
 def _kornia_focal(package: Any) -> Loss:
-    options = dict(alpha=None, gamma=GAMMA, reduction="mean", ignore_index=IGNORE_INDEX)
-    return lambda logits, target, _: package.focal_loss(logits, target, **options)
+    """The library's own mean divides by all logits."""
+    options = dict(alpha=None, gamma=GAMMA, reduction="sum", ignore_index=IGNORE_INDEX)
+
+    def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+        return package.focal_loss(logits, target, **options) / (target != IGNORE_INDEX).sum()
+
+    return loss
+
+
+def _torchvision_focal(package: Any) -> Loss:
+    def loss(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
+        valid = (target != IGNORE_INDEX).unsqueeze(1)
+        own = torch.zeros_like(logits).scatter_(1, target.unsqueeze(1).where(valid, 0), 1)
+        terms = package.sigmoid_focal_loss(logits, own, alpha=-1, gamma=GAMMA)
+        return (terms * valid).sum() / (valid.sum() * logits.shape[1])
+
+    return loss
 
 
 class Library(NamedTuple):
@@ -128,39 +150,39 @@ class Library(NamedTuple):
     make: Callable[[Any], Loss]  # of the module
     eager: Loss
     devices: tuple[str, ...] = ("cpu", "cuda")
+    objective: str = CROSS_ENTROPY
 
 
-#: Focal losses are different objectives, shown for cost only. Some losses have no class weights.
+SMP = "segmentation_models_pytorch.losses"
+#: Some losses have no class weights. The focal losses of sigmoids are other objectives, shown for cost only.
 LIBRARIES = (
     Library("FlagGems cross-entropy", "flag_gems", _flag_gems, cross_entropy, ("cuda",)),
     Library("quack cross-entropy", "quack.cross_entropy", _quack, cross_entropy, ("cuda",)),
     Library("Liger cross-entropy", "liger_kernel.transformers", _liger, cross_entropy, ("cuda",)),
+    Library("smp SoftCrossEntropyLoss", SMP, _smp_cross_entropy, unweighted_cross_entropy),
+    Library("kornia focal_loss", "kornia.losses", _kornia_focal, focal, objective=FOCAL),
+    Library("MONAI FocalLoss", "monai.losses", _monai_focal, focal, objective=FOCAL),
+    Library("smp softmax focal", f"{SMP}._functional", _smp_softmax_focal, focal, objective=FOCAL),
+    Library("smp FocalLoss (sigmoids)", SMP, _smp_focal, one_against_all_focal, objective=FOCAL),
     Library(
-        "smp SoftCrossEntropyLoss",
-        "segmentation_models_pytorch.losses",
-        _smp_cross_entropy,
-        unweighted_cross_entropy,
+        "torchvision sigmoid_focal_loss",
+        "torchvision.ops",
+        _torchvision_focal,
+        one_against_all_focal,
+        objective=FOCAL,
     ),
-    Library("smp FocalLoss", "segmentation_models_pytorch.losses", _smp_focal, one_against_all_focal),
-    Library("MONAI FocalLoss", "monai.losses", _monai_focal, focal(lambda _, valid: valid.sum())),
-    Library("kornia focal_loss", "kornia.losses", _kornia_focal, focal(lambda logits, _: logits.numel())),
 )
 
 
-def make_libraries(
-    device: str, prefix: str = "", after: Callable[[Loss], Loss] = lambda loss: loss
-) -> list[Provider]:
-    """Each library's loss, with a reason where it cannot be used here.
-
-    Args:
-        prefix: of the names.
-        after: applied to each loss, such as `interpolated`.
-    """
+def make_libraries(case: Case) -> list[Provider]:
+    """Each library's loss, with a reason where it cannot be used here."""
     providers = []
-    for name, module, make, eager, on in LIBRARIES:
+    for name, module, make, eager, on, objective in LIBRARIES:
+        if objective != case.loss:
+            continue
         package = module.partition(".")[0]
         missing, loss = None, eager
-        if device not in on:
+        if case.device not in on:
             missing = f"runs on {', '.join(on)} only"
         else:
             try:
@@ -170,5 +192,6 @@ def make_libraries(
                     loss = make(importlib.import_module(module))
             except Exception as error:  # whatever a package does when it is imported
                 missing = f"{package} cannot be used: {type(error).__name__}: {first_line(error)}"
-        providers.append(Provider(prefix + name, after(loss), after(eager), missing=missing, captured=False))
+        whole = (interpolated(case, given) for given in (loss, eager))
+        providers.append(Provider(interpolation(case) + name, *whole, missing=missing, captured=False))
     return providers

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .inputs import CROSS_ENTROPY, Case, name_of
 from .machine import describe_hardware
-from .providers import COMPILED
+from .providers import COMPILED, INTERPOLATE
 from .report import COPY, FLOOR, Report, Row
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -27,11 +27,9 @@ BLUE, VERMILION, ORANGE, GREEN, PURPLE, SKY, BLACK = (
     "#000000",
 )
 GREY = "#7F7F7F"
-#: By the beginning of a provider's name, without "F.interpolate + "; the first that fits.
+#: By the beginning of a provider's name, without `INTERPOLATE`; the first that fits.
 COLOURS = {
-    f"F.cross_entropy{COMPILED}": ORANGE,
-    "F.cross_entropy": VERMILION,
-    f"reference{COMPILED}": ORANGE,
+    "F.": VERMILION,
     "reference": VERMILION,
     "ial_cuda triton": SKY,
     "ial_cuda cuda_one_launch": PURPLE,
@@ -40,6 +38,7 @@ COLOURS = {
     "smp": GREEN,
     "kornia": PURPLE,
     "MONAI": SKY,
+    "mmsegmentation": GREEN,
     FLOOR: BLACK,
     "copy_": BLACK,
 }
@@ -50,10 +49,12 @@ MOST_PEERS = 3  # in a picture of lines
 
 def short(name: str) -> str:
     """A provider's name without what comes before every peer's loss."""
-    return name.removeprefix("F.interpolate + ")
+    return name.removeprefix(INTERPOLATE)
 
 
 def colour(name: str) -> str:
+    if name.endswith(COMPILED) and not name.startswith("ial_cuda"):
+        return ORANGE
     return next((value for key, value in COLOURS.items() if short(name).startswith(key)), GREY)
 
 
@@ -218,12 +219,11 @@ def draw_speed_ups(reports: Sequence[Report], machine: Mapping[str, Any], file: 
     figure, axes = make_figure(7 * len(reports), 4.2, 1, len(reports))
     for panel, report in zip(axes[0], reports, strict=True):
         ours = report.providers[0]
-        rows = [ours, *(row for row in fastest([report]) if "ocal" not in row.name)]
-        rows = [row for row in rows if row.median_ms is not None]
+        rows = [row for row in (ours, *fastest([report])) if row.median_ms is not None]
         texts = [f"{row.ratio:.1f}×  ({short_number(row.median_ms)} ms)" for row in rows]
         draw_bars(panel, [row.name for row in rows], [row.ratio for row in rows], texts)
         panel.set(title=str(report.case), xlabel="time / time of ial_cuda")
-    note = "Loss and gradient, medians of interleaved rounds. Focal losses, other objectives, are left out."
+    note = "Loss and gradient, medians of interleaved rounds."
     title = "Time of the loss and its gradient"
     return [save(figure, title, machine, reports[0].case.device, note, file)]
 

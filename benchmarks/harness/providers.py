@@ -21,6 +21,7 @@ from .inputs import CROSS_ENTROPY, IAL, IGNORE_INDEX, Case, Inputs, hierarchy_of
 from .measure import Result, TwoPartStep
 
 LAMBDA, ALPHA = 0.5, 1.0
+INTERPOLATE = "F.interpolate + "
 IN_PLACE, TWO_PASSES, COMPILED, UINT8 = ", in place", ", two passes", ", compiled", ", uint8 labels"
 #: The dtypes that matter most in training.
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
@@ -140,8 +141,10 @@ def reference_loss(logits: Tensor, target: Tensor, weight: Tensor, **options: An
     return reference.importance_aware_loss(logits, target, given, weight=weight)[0]
 
 
-def interpolated(loss: Loss) -> Loss:
-    """The loss of logits that are first interpolated to the labels' size."""
+def interpolated(case: Case, loss: Loss) -> Loss:
+    """The loss of logits that are first interpolated to the labels' size, where the case's are coarse."""
+    if case.scale == 1:
+        return loss
 
     def of_coarse(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         fine = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False)
@@ -163,20 +166,27 @@ def of_case(case: Case, loss: Loss) -> Loss:
 
 def make_peers(case: Case, *, compiled: bool, dynamic: bool = False) -> list[Provider]:
     """The case's loss in plain PyTorch, as it is and, if ``compiled``, under torch.compile."""
-    prefix = "F.interpolate + " if case.scale > 1 else ""
     if case.loss == CROSS_ENTROPY:
         smoothing = {"label_smoothing": case.label_smoothing} if case.label_smoothing else {}
-        name, labels, captured = "F.cross_entropy", torch.int64, True  # it takes int64 labels only
-        eager = of_case(case, partial(cross_entropy, **smoothing))
-        eager = interpolated(eager) if case.scale > 1 else eager
+        eager = interpolated(case, of_case(case, partial(cross_entropy, **smoothing)))
+        peer = Provider("F.cross_entropy", eager, eager)  # it takes int64 labels only
     else:
-        name, labels, captured = "reference", case.labels, False  # it copies its levels from the host
         eager = partial(reference_loss, **({"upsample": "bilinear"} if case.scale > 1 else {}))
-    peers = [Provider(prefix + name, eager, eager, labels, captured=captured)]
-    if compiled:
-        loss = compile_anew(eager, dynamic=dynamic)
-        peers.append(replace(peers[0], name=peers[0].name + COMPILED, loss=loss, compiled=True))
-    return peers
+        # It copies its levels from the host.
+        peer = Provider("reference", eager, eager, case.labels, captured=False)
+    peer = replace(peer, name=interpolation(case) + peer.name)
+    return [peer, *([compiled_form(peer, dynamic=dynamic)] if compiled else [])]
+
+
+def interpolation(case: Case) -> str:
+    """What comes before the names of peers in the case."""
+    return INTERPOLATE if case.scale > 1 else ""
+
+
+def compiled_form(provider: Provider, *, dynamic: bool = False) -> Provider:
+    """The provider under torch.compile."""
+    loss = compile_anew(provider.loss, dynamic=dynamic)
+    return replace(provider, name=provider.name + COMPILED, loss=loss, compiled=True)
 
 
 def compile_anew(function: Callable[..., Any], *, dynamic: bool = False, fullgraph: bool = False) -> Any:

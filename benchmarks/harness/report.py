@@ -34,7 +34,8 @@ class Row:
     gb_per_s: float | None = None  # the bytes that the loss must move at least, over the median
     copy_percent: float | None = None  # gb_per_s over that of copy_ in the same run
     extra_mib: float | None = None  # peak memory beside logits and labels; full size: beside the gradient too
-    process_mib: float | None = None  # the same by the growth of the process
+    extra_maps: float | None = None  # peak memory beside the gradient too, in maps of 4 bytes a pixel
+    process_mib: float | None = None  # extra_mib by the growth of the process
     failed: str | None = None  # why the result is wrong or there is none; such a row is not timed
     skipped: str | None = None  # why it was not tried
     no_graph: str | None = None  # why there is no graph
@@ -79,6 +80,7 @@ COLUMNS = (
     ("GB/s", "gb_per_s", 1),
     ("% of copy", "copy_percent", 0),
     ("process MiB", "process_mib", 1),
+    ("extra maps", "extra_maps", 1),
 )
 
 
