@@ -11,11 +11,13 @@ from collections.abc import Sequence
 QUICK = {
     "loss": ("--quick", "--rounds", "20", "--seconds", "8"),
     "upsample": ("--quick", "--rounds", "10", "--seconds", "5", "--no-compile"),
+    "pixel_losses": ("--quick", "--rounds", "10", "--seconds", "5", "--no-compile"),
     "sweep": ("--quick", "--rounds", "10", "--seconds", "2", "--no-compile"),
 }
 FULL = {
     "loss": ("--rounds", "20"),
     "upsample": ("--rounds", "10", "--seconds", "10"),
+    "pixel_losses": ("--rounds", "10", "--seconds", "10"),
     "step": ("--rounds", "10"),
     "sweep": ("--largest", "4096"),
 }

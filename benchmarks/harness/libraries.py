@@ -38,9 +38,10 @@ def focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
 def one_against_all_focal(logits: Tensor, target: Tensor, _: Tensor) -> Tensor:
     """The mean over classes and valid pixels of the binary focal loss of each class against the rest."""
     valid = target != IGNORE_INDEX
-    own = F.one_hot(target.where(valid, 0), logits.shape[1]).movedim(-1, 1).to(logits.dtype)
-    nll = F.binary_cross_entropy_with_logits(logits, own, reduction="none")
-    terms = (1 - torch.exp(-nll)) ** GAMMA * nll
+    own = F.one_hot(target.where(valid, 0), logits.shape[1]).movedim(-1, 1)
+    nll = F.binary_cross_entropy_with_logits(logits, own.to(logits.dtype), reduction="none")
+    pi = torch.where(own.bool(), logits.sigmoid(), 1 - logits.sigmoid())
+    terms = (1 - pi) ** GAMMA * nll
     return terms.where(valid.unsqueeze(1), 0).sum() / (valid.sum() * logits.shape[1])
 
 

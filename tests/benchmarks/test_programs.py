@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from ial_cuda import backends
 
 loss = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench]")
 import benchmarks.__main__ as everything  # noqa: E402
-from benchmarks import step, sweep, upsample  # noqa: E402
+from benchmarks import pixel_losses, step, sweep, upsample  # noqa: E402
 from benchmarks.harness import measure, providers, report  # noqa: E402
-from benchmarks.harness.inputs import IAL, Case  # noqa: E402
+from benchmarks.harness.inputs import FOCAL, IAL, THRESHOLD, TOP_K, Case, Inputs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
@@ -119,6 +120,41 @@ def test_coarse_logits(tmp_path):
     assert (tmp_path / "upsample.png").exists()
 
 
+def test_losses_of_pixels(tmp_path):
+    only = ["--only", "float32", "--size", "64x128", "--output", str(tmp_path)]
+    assert pixel_losses.main([*TINY, *only]) == 0
+    cases = {case["input"]: case["providers"] for case in cases_of(tmp_path, "pixel_losses")}
+    sizes = ("1x19x64x128", "1x19x16x32 to 64x128")
+    assert list(cases) == [
+        f"{loss}, {size} float32 on cpu" for size in sizes for loss in (FOCAL, TOP_K, THRESHOLD)
+    ]
+    for name, (ours, plain, *others) in cases.items():
+        assert not [row for row in (ours, plain, *others) if row["failed"]], name
+        assert ours["name"] == "ial_cuda cpu" and ours["extra_maps"] < plain["extra_maps"] / 5
+    row = cases[f"{TOP_K}, 1x19x64x128 float32 on cpu"][1]
+    assert row["extra_maps"] * 4 * 64 * 128 == pytest.approx(row["extra_mib"] * 2**20, rel=0.01)
+    assert (tmp_path / "pixel_losses.png").exists()
+
+
+@pytest.mark.parametrize("loss", [TOP_K, THRESHOLD])
+def test_peers_of_ohem_keep_the_hardest_pixels(loss):
+    case = Case(loss, "cpu", torch.float64, (1, 19, 16, 32), 4)
+    inputs = Inputs(case)
+    target = inputs.targets[torch.int64]
+    logits = providers.interpolated(case, lambda logits, *_: logits)(inputs.source, target, inputs.weight)
+    keep, thresh = pixel_losses.pixels_to_keep(case, inputs), pixel_losses.THRESHOLDS[loss]
+    nll = torch.nn.functional.cross_entropy(logits, target, ignore_index=255, reduction="none")
+    losses = nll[target != 255].sort(descending=True).values
+    gaps = losses[:-1] - losses[1:]
+    assert 0.15 < keep / len(losses) < 0.26
+    assert gaps[keep - 1] == gaps[int(0.15 * len(losses)) : int(0.25 * len(losses)) - 1].max()
+    below = 0 if thresh is None else int((losses > -math.log(thresh)).sum())
+    for kept in (keep, 10):  # with 10, the threshold decides
+        for peer in (pixel_losses.ohem, pixel_losses.ohem_by_sampler):
+            found = peer(kept, thresh, logits, target, inputs.weight)
+            torch.testing.assert_close(found, losses[: max(kept, below)].mean())
+
+
 def test_a_training_step(tmp_path, monkeypatch):
     monkeypatch.setitem(step.SIZES, "cpu", (16, 32))
     assert step.main([*TINY, "--output", str(tmp_path)]) == 0
@@ -172,12 +208,14 @@ def test_all_programs_run(monkeypatch):
     assert [command[2] for command in commands] == [
         "benchmarks.loss",
         "benchmarks.upsample",
+        "benchmarks.pixel_losses",
         "benchmarks.sweep",
     ]
     assert everything.main(["--full"]) == 0
-    assert [command[2] for command in commands[3:]] == [
+    assert [command[2] for command in commands[4:]] == [
         "benchmarks.loss",
         "benchmarks.upsample",
+        "benchmarks.pixel_losses",
         "benchmarks.step",
         "benchmarks.sweep",
     ]
