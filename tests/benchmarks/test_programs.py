@@ -149,7 +149,7 @@ def test_peers_of_ohem_keep_the_hardest_pixels(loss):
     assert 0.15 < keep / len(losses) < 0.26
     assert gaps[keep - 1] == gaps[int(0.15 * len(losses)) : int(0.25 * len(losses)) - 1].max()
     below = 0 if thresh is None else int((losses > -math.log(thresh)).sum())
-    for kept in (keep, 10):  # with 10, the threshold decides
+    for kept in (10, keep, len(losses) - 10):  # from the threshold alone to the number alone
         for peer in (pixel_losses.ohem, pixel_losses.ohem_by_sampler):
             found = peer(kept, thresh, logits, target, inputs.weight)
             torch.testing.assert_close(found, losses[: max(kept, below)].mean())
