@@ -22,6 +22,8 @@ from .measure import Result, output_of
 CROSS_ENTROPY, IAL = "cross-entropy", "IAL"
 #: Losses that are functions of each pixel's -log π.
 FOCAL, TOP_K, THRESHOLD = "focal loss", "OHEM by top-k", "OHEM by threshold"
+#: Another objective: a sigmoid for each class against the rest.
+SIGMOID_FOCAL = "focal loss of sigmoids"
 IGNORE_INDEX = 255
 #: The paper's hierarchies, by their number of classes.
 HIERARCHIES = {hierarchy.num_classes: hierarchy for hierarchy in (CITYSCAPES, CAMVID)}

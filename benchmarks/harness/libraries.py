@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import CROSS_ENTROPY, FOCAL, IGNORE_INDEX, Case
+from .inputs import CROSS_ENTROPY, FOCAL, IGNORE_INDEX, SIGMOID_FOCAL, Case
 from .providers import Loss, Provider, cross_entropy, interpolated, interpolation
 from .report import first_line
 
@@ -155,7 +155,7 @@ class Library(NamedTuple):
 
 
 SMP = "segmentation_models_pytorch.losses"
-#: Some losses have no class weights. The focal losses of sigmoids are other objectives, shown for cost only.
+#: Some losses have no class weights.
 LIBRARIES = (
     Library("FlagGems cross-entropy", "flag_gems", _flag_gems, cross_entropy, ("cuda",)),
     Library("quack cross-entropy", "quack.cross_entropy", _quack, cross_entropy, ("cuda",)),
@@ -164,13 +164,13 @@ LIBRARIES = (
     Library("kornia focal_loss", "kornia.losses", _kornia_focal, focal, objective=FOCAL),
     Library("MONAI FocalLoss", "monai.losses", _monai_focal, focal, objective=FOCAL),
     Library("smp softmax focal", f"{SMP}._functional", _smp_softmax_focal, focal, objective=FOCAL),
-    Library("smp FocalLoss (sigmoids)", SMP, _smp_focal, one_against_all_focal, objective=FOCAL),
+    Library("smp FocalLoss", SMP, _smp_focal, one_against_all_focal, objective=SIGMOID_FOCAL),
     Library(
         "torchvision sigmoid_focal_loss",
         "torchvision.ops",
         _torchvision_focal,
         one_against_all_focal,
-        objective=FOCAL,
+        objective=SIGMOID_FOCAL,
     ),
 )
 

@@ -18,7 +18,7 @@ loss = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench]")
 import benchmarks.__main__ as everything  # noqa: E402
 from benchmarks import pixel_losses, step, sweep, upsample  # noqa: E402
 from benchmarks.harness import measure, providers, report  # noqa: E402
-from benchmarks.harness.inputs import FOCAL, IAL, THRESHOLD, TOP_K, Case, Inputs  # noqa: E402
+from benchmarks.harness.inputs import FOCAL, IAL, SIGMOID_FOCAL, THRESHOLD, TOP_K, Case, Inputs  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     backends.get("cpu").missing is not None, reason=f"cpu: {backends.get('cpu').missing}"
@@ -125,9 +125,8 @@ def test_losses_of_pixels(tmp_path):
     assert pixel_losses.main([*TINY, *only]) == 0
     cases = {case["input"]: case["providers"] for case in cases_of(tmp_path, "pixel_losses")}
     sizes = ("1x19x64x128", "1x19x16x32 to 64x128")
-    assert list(cases) == [
-        f"{loss}, {size} float32 on cpu" for size in sizes for loss in (FOCAL, TOP_K, THRESHOLD)
-    ]
+    names = [f"{loss}, {size} float32 on cpu" for size in sizes for loss in (FOCAL, TOP_K, THRESHOLD)]
+    assert list(cases) == [*names, f"{SIGMOID_FOCAL}, {sizes[0]} float32 on cpu"]
     for name, (ours, plain, *others) in cases.items():
         assert not [row for row in (ours, plain, *others) if row["failed"]], name
         assert ours["name"] == "ial_cuda cpu" and ours["extra_maps"] < plain["extra_maps"] / 5
