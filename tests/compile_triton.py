@@ -36,6 +36,21 @@ triton.runtime.driver.set_active(SimpleNamespace(get_current_target=lambda: NVID
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 
+def record() -> list[Launch]:
+    """A list that receives the launches from now on."""
+    seen: list[Launch] = []
+    launch.launch_kernel = lambda kernel, like, grid, *arguments, **constants: seen.append(
+        (kernel, arguments, constants)
+    )
+    return seen
+
+
+def pixels_of(logits: torch.Tensor, ratio: int | None) -> tuple[tuple[int, ...], bool | None]:
+    """The shape of the target, and align_corners."""
+    spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
+    return (logits.shape[0], *spatial), None if ratio is None else False
+
+
 def launches(
     logits: torch.Tensor,
     ratio: int | None = None,
@@ -46,19 +61,14 @@ def launches(
 ) -> list[Launch]:
     """The launches of a step of the loss, with class weights. With a ratio, logits are coarse."""
     classes = logits.shape[1]
-    spatial = logits.shape[2:] if ratio is None else tuple(ratio * size for size in logits.shape[2:])
-    align_corners = None if ratio is None else False
-    pixels = (logits.shape[0], *spatial)
+    pixels, align_corners = pixels_of(logits, ratio)
     target = logits.new_empty(pixels, dtype=torch.uint8)
     weights = [logits.new_empty(size, dtype=torch.float32) for size in (classes, pixels)]
     if not pixel_weights:
         weights[1] = None
     rest = (target, *weights, [c % levels for c in range(classes)], 255, "exact", smoothing)
     options = (None, [0.5, 0.25, 0.5][: levels - 1], 1.0, "mean", "mean", "image")
-    seen: list[Launch] = []
-    launch.launch_kernel = lambda kernel, like, grid, *arguments, **constants: seen.append(
-        (kernel, arguments, constants)
-    )
+    seen = record()
     expected = logits.new_empty(2, dtype=torch.float64)
     loss, _, stats, grad_stats, grad, computed_for = operators.loss_and_grad(
         logits, *rest, *options, align_corners, expected
@@ -69,6 +79,23 @@ def launches(
     else:
         grad_stats = operators.combine_backward(stats, loss, *options)
         operators.reduce_backward(logits, grad_stats, *rest, align_corners)
+    return seen
+
+
+def nll_launches(
+    logits: torch.Tensor,
+    labels: torch.dtype,
+    ratio: int | None = None,
+    *,
+    smoothing: float = 0.0,
+    class_weights: bool = True,
+) -> list[Launch]:
+    """The launches of pixel_nll and its backward. With a ratio, logits are coarse."""
+    pixels, align_corners = pixels_of(logits, ratio)
+    weight = logits.new_empty(logits.shape[1], dtype=torch.float32) if class_weights else None
+    rest = (logits.new_empty(pixels, dtype=labels), weight, 255, smoothing, align_corners)
+    seen = record()
+    operators.pixel_nll_backward(logits, operators.pixel_nll(logits, *rest), *rest)
     return seen
 
 
@@ -154,6 +181,19 @@ def cases() -> Iterator[tuple[str, list[Launch], dict[str, GPUTarget]]]:
     yield "upsampled 4 one level smooth", launches(coarse, 4, levels=1, smoothing=0.1), hopper
     for dtype in (torch.float32, torch.float64):
         yield f"{dtype} upsampled 4", launches(coarse.to(dtype), 4), hopper
+    for dtype, labels in (
+        (bfloat16, torch.uint8),
+        (torch.float32, torch.int32),
+        (torch.float16, torch.int64),
+        (torch.float64, torch.uint8),
+    ):
+        logits = cityscapes.to(dtype)
+        for ratio, name in ((None, f"{dtype} pixel_nll"), (4, f"{dtype} upsampled 4 pixel_nll")):
+            targets = NVIDIA | AMD if dtype == bfloat16 else hopper
+            yield name, nll_launches(logits, labels, ratio), targets
+            yield f"{name} smooth", nll_launches(logits, labels, ratio, smoothing=0.1), hopper
+    yield "pixel_nll", nll_launches(cityscapes, torch.uint8, class_weights=False), hopper
+    yield "upsampled 4 pixel_nll", nll_launches(coarse, torch.uint8, 4, class_weights=False), hopper
 
 
 def jobs() -> Iterator[tuple[str, list[str], tuple[ASTSource, GPUTarget, dict[str, int]]]]:
@@ -167,7 +207,7 @@ def jobs() -> Iterator[tuple[str, list[str], tuple[ASTSource, GPUTarget, dict[st
             writes = written(launched)
             for target, gpu in targets.items():
                 for name, source, options in sources(launched, gpu):
-                    if re.search("reduce|one_pass", name):
+                    if re.search("reduce|one_pass|pixel_nll", name):
                         tuned = name.endswith((" 64", " 256"))
                         if tuned and (target, case) != ("sm_90", "torch.bfloat16 C=32"):
                             continue

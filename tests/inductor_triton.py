@@ -1,6 +1,6 @@
 """Generates Inductor's code for the Triton operators. No GPU is needed.
 
-python -m tests.inductor_triton prints the types and values of each kernel's arguments as JSON, by case.
+python -m tests.inductor_triton prints the types and values of each launch's arguments as JSON, by case.
 Tensors are fake, the GPU's properties are constants below, and the code is not run.
 """
 
@@ -68,17 +68,20 @@ GraphLowering.compile_to_module = stop
 def write(
     size: tuple[int, int], *, ratio: int | None, ignore_index: int, smoothing: float, dynamic: bool
 ) -> str:
-    """Inductor's code for the operators of one step. With a ratio the logits are coarse."""
+    """Inductor's code for the operators of a step and of pixel_nll. With a ratio the logits are coarse."""
     operators = backends.get("triton").operators()
     align_corners = None if ratio is None else False
     options = (None, (0.5, 0.5, 0.5), 1.0, "mean", "mean", "image")
 
-    def step(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rest = (target, None, None, CITYSCAPES.class_levels, ignore_index, "exact", smoothing)
         stats = operators.reduce(logits, *rest, False, align_corners)
         loss, _ = operators.combine(stats, *options, torch.float32)
         grad_stats = operators.combine_backward(stats, loss, *options)
-        return loss, operators.reduce_backward(logits, grad_stats, *rest, align_corners)
+        grad = operators.reduce_backward(logits, grad_stats, *rest, align_corners)
+        nll_rest = (target, None, ignore_index, smoothing, align_corners)
+        nll = operators.pixel_nll(logits, *nll_rest)
+        return loss, grad, operators.pixel_nll_backward(logits, nll, *nll_rest)
 
     torch._dynamo.reset()
     with (
@@ -110,12 +113,12 @@ def plain(name: str) -> str:
     return re.sub(r"_\d+$", "", name)
 
 
-def arguments(code: str) -> dict[str, dict[str, Any]]:
-    """The types in the signature of each kernel that the code launches, and the values passed."""
-    sources, launched = kernels(code), {}
+def arguments(code: str) -> list[dict[str, Any]]:
+    """The kernels that the code launches in order, the types in their signatures, and the values passed."""
+    sources, launched = kernels(code), []
     for name, values in re.findall(r"(\w+_kernel_\d+)\.run\((.*), stream=", code):
         types = ast.literal_eval(re.search(r"'signature': (\{.*?\})", sources[name])[1])
-        launched[plain(name)] = {"types": types, "values": values}
+        launched.append({"kernel": plain(name), "types": types, "values": values})
     return launched
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import KERNELS, ONE_AND_FOUR, check, check_upsampled, device_of, make_logits, make_target
 
 from ial_cuda import Hierarchy, backends, importance_aware_loss
@@ -65,6 +66,8 @@ WRITTEN = {
     "upsampled_reduce_backward_kernel": {"halves_ptr"},
     "upsampled_one_pass_kernel": _ONE_PASS | {"halves_ptr"},
     "add_halves_kernel": {"grad_ptr"},
+    "pixel_nll_kernel": {"nll_ptr"},
+    "upsampled_pixel_nll_kernel": {"nll_ptr"},
 }
 
 
@@ -116,6 +119,11 @@ def kernels_of(upsampled: bool) -> list[str]:
     return [f"{prefix}reduce_kernel", *small, f"{prefix}reduce_backward_kernel"]
 
 
+def kernels_of_pixel_nll(upsampled: bool) -> list[str]:
+    prefix = "upsampled_" * upsampled
+    return [f"{prefix}pixel_nll_kernel", f"{prefix}reduce_backward_kernel"]
+
+
 # torch.compile traces with fake tensors, which run no kernel.
 TRACE = """
 import dataclasses
@@ -137,29 +145,36 @@ def compiler(graph, inputs):
         assert "ial_triton" not in str(node.target)
     return graph
 
-def step(logits, target):
+def loss(logits, target):
     options = dict(lambdas=(0.1, 0.2, 0.3), ignore_index=-(2**40), backend="triton") | {options}
     return importance_aware_loss(2 * logits, target, CITYSCAPES, **options)
+
+operators = backends.get("triton").operators()
+
+def pixel_nll(logits, target):
+    align_corners = None if logits.shape[2:] == target.shape[1:] else False
+    return operators.pixel_nll(2 * logits, target, None, -(2**40), 0.1, align_corners).square().sum()
 
 with FakeTensorMode():
     logits = torch.empty(2, 19, *{size}, requires_grad=True)
     target = torch.empty(2, 32, 64, dtype=torch.uint8)
     backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
-    torch.compile(step, fullgraph=True, dynamic={dynamic}, backend=backend)(logits, target).backward()
+    torch.compile({step}, fullgraph=True, dynamic={dynamic}, backend=backend)(logits, target).backward()
 """
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("upsampled", [False, True], ids=["", "upsampled"])
-def test_torch_compile_sees_the_kernels(dynamic, upsampled):
-    trace = TRACE.replace("{dynamic}", str(dynamic))
+@pytest.mark.parametrize("step", ["loss", "pixel_nll"])
+def test_torch_compile_sees_the_kernels(dynamic, upsampled, step):
+    trace = TRACE.replace("{dynamic}", str(dynamic)).replace("{step}", step)
     trace = trace.replace("{options}", str({"upsample": "bilinear"} if upsampled else {"inplace": True}))
     names = python("-c", trace.replace("{size}", str((8, 16) if upsampled else (32, 64)))).split()
-    assert names == kernels_of(upsampled)
+    assert names == (kernels_of if step == "loss" else kernels_of_pixel_nll)(upsampled)
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> dict[str, dict[str, Any]]:
+def written(tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     cache = str(tmp_path_factory.mktemp("inductor"))
     return json.loads(
         python("-m", "tests.inductor_triton", TORCHINDUCTOR_CACHE_DIR=cache, CUDA_VISIBLE_DEVICES="")
@@ -172,12 +187,13 @@ def written(tmp_path_factory) -> dict[str, dict[str, Any]]:
 def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dynamic):
     """Sizes, strides and the ignored index may be huge. The small cases are compiled, too."""
     launched = written[" ".join([size, *["upsampled"] * upsampled, *["dynamic"] * dynamic])]
-    assert list(launched) == kernels_of(upsampled)
-    for name, launch in launched.items():
+    names = [launch["kernel"] for launch in launched]
+    assert names == kernels_of(upsampled) + kernels_of_pixel_nll(upsampled)
+    for launch in launched:
         types = {type for type in launch["types"].values() if not type.startswith("*")}
-        assert types <= {"i32", "constexpr"}, f"{name}: {launch['types']}"
+        assert types <= {"i32", "constexpr"}, launch
         numbers = [int(number) for number in re.findall(r"-?\d+", launch["values"])]
-        assert all(abs(number) <= 2**31 for number in numbers), f"{name}: {launch['values']}"
+        assert all(abs(number) <= 2**31 for number in numbers), launch
 
 
 def test_triton_is_imported_on_first_use():
@@ -233,24 +249,22 @@ def test_cells_with_several_patches_and_several_programs(backend, monkeypatch, a
 
 @RUNS
 def test_positions_beyond_32_bits(backend):
-    """The loss only, against integer positions: F.interpolate has an error of 0.01 in a line this long."""
+    """No gradient, against integer positions: F.interpolate has an error of 0.01 in a line this long."""
     coarse, fine = 40_001, 33_000
     logits, target = make_logits((1, 2, 1, coarse)), make_target((1, 1, fine), 2)
     at = (2 * torch.arange(fine) + 1) * coarse - fine
     cell, beyond = at // (2 * fine), (at % (2 * fine)).double() / (2 * fine)
     line = logits[0, :, 0].T
-    expected = importance_aware_loss(
-        torch.lerp(line[cell], line[cell + 1], beyond[:, None]), target.flatten(), FLAT
-    )
-    loss = importance_aware_loss(
-        logits.to(device_of(backend)),
-        target.to(device_of(backend)),
-        FLAT,
-        upsample="bilinear",
-        backend=backend,
-    )
+    upsampled = torch.lerp(line[cell], line[cell + 1], beyond[:, None])
+    expected = importance_aware_loss(upsampled, target.flatten(), FLAT)
+    logits, labels = logits.to(device_of(backend)), target.to(device_of(backend))
+    loss = importance_aware_loss(logits, labels, FLAT, upsample="bilinear", backend=backend)
     # In float64 eps is 2.2e-16. A sum of 33 000 terms loses two digits.
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-13, atol=0)
+    nll = backends.get(backend).operators().pixel_nll(logits, labels, None, 255, 0.0, False)
+    expected = F.cross_entropy(upsampled, target.flatten(), reduction="none", ignore_index=255)
+    # Logits of up to 15 have an error of 1e-15 after the interpolation.
+    torch.testing.assert_close(nll.cpu().flatten(), expected, rtol=1e-13, atol=1e-14)
 
 
 @RUNS
@@ -290,6 +304,11 @@ def test_strides_beyond_32_bits(need_gpu_memory, backend, dim, upsampled):
     expected_results = operators.loss_and_grad(dense, *options, torch.ones(2).double().to(device))
     results = operators.loss_and_grad(logits, *options, torch.ones(2).double().to(device))
     assert all(map(torch.equal, results, expected_results))
+    nll_rest = (target, None, 255, 0.1, corners)
+    nll = operators.pixel_nll(logits, *nll_rest)
+    assert torch.equal(nll, operators.pixel_nll(dense, *nll_rest))
+    expected_grad = operators.pixel_nll_backward(dense, nll, *nll_rest)
+    assert torch.equal(operators.pixel_nll_backward(logits, nll, *nll_rest), expected_grad)
     if not upsampled:
         operators.reduce_backward_(logits, grad_stats, *rest)
         assert torch.equal(logits, expected)
@@ -400,10 +419,9 @@ def test_the_expected_gradient_is_the_last_two(backend, size, pixels):
         torch.testing.assert_close(expected[1].item(), float(incoming), rtol=0, atol=0, equal_nan=True)
 
 
-@RUNS
-@SIZES
-@pytest.mark.parametrize("given", ["mean", "sum", "divisor"])
-def test_launches_of_a_step(backend, size, pixels, given, monkeypatch):
+@pytest.fixture
+def recorded(monkeypatch) -> list[str]:
+    """The names of the kernels launched in a test."""
     from ial_cuda.triton import launch
 
     names, launch_kernel = [], launch.launch_kernel
@@ -413,6 +431,13 @@ def test_launches_of_a_step(backend, size, pixels, given, monkeypatch):
         launch_kernel(kernel, *arguments, **constants)
 
     monkeypatch.setattr(launch, "launch_kernel", record)
+    return names
+
+
+@RUNS
+@SIZES
+@pytest.mark.parametrize("given", ["mean", "sum", "divisor"])
+def test_launches_of_a_step(backend, size, pixels, given, recorded):
     upsampled = size != pixels[1:]
     logits = make_logits((2, 5, *size), torch.float32).to(device_of(backend)).requires_grad_()
     importance_aware_loss(
@@ -425,8 +450,44 @@ def test_launches_of_a_step(backend, size, pixels, given, monkeypatch):
         backend=backend,
     ).backward()
     prefix = "upsampled_" * upsampled
-    assert names == [
+    assert recorded == [
         *["weight_kernel"] * (given == "mean"),
         *[f"{prefix}one_pass_kernel", "sum_kernel", "combine_kernel"],
         *[f"{prefix}reduce_backward_kernel", *["add_halves_kernel"] * upsampled],  # these return at once
     ]
+
+
+# ---- pixel_nll ------------------------------------------------------------------------------------------
+
+
+@RUNS
+@SIZES
+@pytest.mark.parametrize(
+    ("dtype", "smoothing"), [(torch.float64, 0.1), (torch.float32, 0.0), (torch.float16, 0.1)], ids=str
+)
+def test_pixel_nll_is_one_level_of_each_pixel(backend, size, pixels, dtype, smoothing, small_patches):
+    operators, logits, rest, corners = one_level(backend, size, pixels, dtype, smoothing)
+    target, weight, pixel_weight, *_ = rest
+    nll = operators.pixel_nll(logits, target, weight, 255, smoothing, corners)
+    upsampled = logits.double()
+    if corners is not None:
+        upsampled = F.interpolate(upsampled, pixels[1:], mode="bilinear")
+    expected = F.cross_entropy(
+        upsampled, target, weight.double(), reduction="none", ignore_index=255, label_smoothing=smoothing
+    )
+    # Logits of up to 15 with three roundings, in the interpolation and the softmax, times a weight of 2.5.
+    rounding = 15 * 3 * 2.5 * torch.finfo(nll.dtype).eps
+    torch.testing.assert_close(nll.double(), expected, rtol=0, atol=rounding)
+    assert (nll[target == 255] == 0).all()
+
+    grad = operators.pixel_nll_backward(logits, pixel_weight, target, weight, 255, smoothing, corners)
+    grad_stats = double(1, 0, 0, 0, 0, like=logits).expand(2, 1, 5).contiguous()
+    assert torch.equal(grad, operators.reduce_backward(logits, grad_stats, *rest, corners))
+
+
+@RUNS
+@SIZES
+def test_launches_of_pixel_nll(backend, size, pixels, recorded):
+    operators, logits, rest, corners = one_level(backend, size, pixels, torch.float32)
+    operators.pixel_nll(logits.requires_grad_(), *rest[:2], 255, 0.1, corners).sum().backward()
+    assert recorded == kernels_of_pixel_nll(corners is not None)
