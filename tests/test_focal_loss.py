@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from cases import BACKENDS, DTYPES
 from formulas import FAST, VOID, WEIGHT, assert_close, ours, problem
 
-from ial_cuda import focal_loss, poly1_cross_entropy
+from ial_cuda import focal_loss, pixel_nll, poly1_cross_entropy
 
 # ---- saturated pixels -----------------------------------------------------------------------------------
 
@@ -30,19 +30,20 @@ def test_saturated_pixels(backend, gamma, dtype):
 
 
 @pytest.mark.parametrize("backend", FAST)
-@pytest.mark.parametrize("margin", [5.0, 10.0, 15.0, 30.0])
+@pytest.mark.parametrize("margin", [5.0, 10.0, 15.0])
 @pytest.mark.parametrize("gamma", [0.5, 2])
-def test_certain_pixels_keep_their_precision(backend, margin, gamma):
-    """1 - pi is a difference of numbers near 1. It must come from -log pi, without cancellation."""
-    logits = torch.tensor([[margin, 0.0]], dtype=torch.float64)
-    loss, grad = ours(backend, focal_loss, logits, torch.tensor([0]), gamma=gamma)
-    q = 1 / (1 + np.exp(margin))
-    n = np.log1p(np.exp(-margin))
-    # -log pi itself is rounded at 1 + q: a relative error of half an ulp over q.
-    tolerance = (1 + gamma) * torch.finfo(torch.float64).eps / q + 1e-14
-    np.testing.assert_allclose(loss.item(), q**gamma * n, rtol=tolerance)
+def test_certain_pixels_keep_the_precision_of_the_map(backend, margin, gamma):
+    """1 - pi is a difference of numbers near 1, so it is computed from -log pi without cancellation."""
+    logits, target = torch.tensor([[margin, 0.0]]), torch.tensor([0])
+    loss, grad = ours(backend, focal_loss, logits, target, gamma=gamma)
+    nll, grad_nll = ours(backend, pixel_nll, logits, target)
+    n = nll.item()
+    q = -np.expm1(-n)
     slope = q ** (gamma - 1) * (q + gamma * (1 - q) * n)
-    np.testing.assert_allclose(grad.tolist(), [[-slope * q, slope * q]], rtol=2 * tolerance)
+    # Ten operations of float32, each of half an ulp. The error of cancellation is eps / q, 100 times as large.
+    precision = dict(rtol=5 * torch.finfo(torch.float32).eps)
+    np.testing.assert_allclose(loss.item(), q**gamma * n, **precision)
+    np.testing.assert_allclose(grad, slope * grad_nll, **precision)
 
 
 # ---- other libraries: x logits, y labels, v whether a pixel is valid, g gamma ---------------------------

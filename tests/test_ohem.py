@@ -30,6 +30,16 @@ def test_equal_pixels_share_the_last_place(backend, keep):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("keep", [2, 5, 9, 50])
+def test_void_takes_no_place_of_pixels_with_loss_zero(backend, keep):
+    """Of ten pixels three have a loss, four are valid and have loss 0, three are void."""
+    logits, target = torch.zeros(1, 2, 10), torch.zeros(1, 10, dtype=torch.int64)
+    logits[0, 0] = torch.tensor([1.0, 2, 3, 1000, 1000, 1000, 1000, 0, 0, 0])
+    target[0, 7:] = VOID
+    check(backend, ohem_cross_entropy, logits, target, thresh=None, min_kept=keep)
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("keep", [3, 10, 50])
 def test_equal_pixels_at_the_threshold_are_dropped(backend, keep):
     """As by mmsegmentation, which keeps what is strictly below."""
