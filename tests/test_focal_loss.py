@@ -40,10 +40,11 @@ def test_certain_pixels_keep_the_precision_of_the_map(backend, margin, gamma):
     n = nll.item()
     q = -np.expm1(-n)
     slope = q ** (gamma - 1) * (q + gamma * (1 - q) * n)
-    # Ten operations of float32, each of half an ulp. The error of cancellation is eps / q, 100 times as large.
+    # Ten operations, each of half an ulp. The error of cancellation is eps / q, 100 times as large.
     precision = dict(rtol=5 * torch.finfo(torch.float32).eps)
     np.testing.assert_allclose(loss.item(), q**gamma * n, **precision)
-    np.testing.assert_allclose(grad, slope * grad_nll, **precision)
+    # Of the other class: the gradient of the own class, p - 1, has that error in the map already.
+    np.testing.assert_allclose(grad[0, 1], slope * grad_nll[0, 1], **precision)
 
 
 # ---- other libraries: x logits, y labels, v whether a pixel is valid, g gamma ---------------------------
