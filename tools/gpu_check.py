@@ -35,7 +35,7 @@ WORKERS, TRITON_WORKERS = max(2, min(8, (CORES - 4) // 2)), max(2, min(12, CORES
 #: More lost contexts than one fault causes. The time limit of the stage ends the rest.
 MOST_RESTARTS = 200
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-BENCHMARKS = ("loss", "upsample", "step", "sweep")
+BENCHMARKS = ("loss", "upsample", "pixel_losses", "step", "sweep")
 #: The stages of each call. `bench` begins with the smoke tests too, before anything is timed.
 STAGES = {
     "check": ("build", "info", "smoke", "cuda", "triton", *SANITIZERS),
@@ -290,21 +290,23 @@ def bench_plan(found: Found, output: Path) -> list[list[Stage]]:
     if found.capability:
         arguments = {
             # After these minutes no case begins, so that the programs draw their pictures in time.
-            "loss": ["--rounds", "100", "--seconds", "5", "--minutes", "2"],
-            "upsample": ["--rounds", "100", "--seconds", "5", "--minutes", "1.5"],
+            "loss": ["--rounds", "100", "--seconds", "5", "--minutes", "1.6"],
+            "upsample": ["--rounds", "100", "--seconds", "5", "--minutes", "1.2"],
+            "pixel_losses": ["--rounds", "50", "--seconds", "3", "--minutes", "0.8"],
             "step": ["--rounds", "50"],
-            "sweep": ["--rounds", "30", "--seconds", "1", "--minutes", "1.5"],
+            "sweep": ["--rounds", "30", "--seconds", "1", "--minutes", "1.2"],
         }
         common = ["--device", "cuda"]
     else:
         arguments = {
             "loss": ["--shape", "1x19x32x64", "2x11x24x40"],
             "upsample": ["--size", "64x128"],
+            "pixel_losses": ["--size", "64x128"],
             "step": [],
             "sweep": ["--largest", "64"],
         }
         common = ["--device", "cpu", "--rounds", "2", "--no-compile"]
-    seconds = {"loss": 180, "upsample": 130, "step": 60, "sweep": 130}
+    seconds = {"loss": 150, "upsample": 110, "pixel_losses": 70, "step": 60, "sweep": 110}
     return [[benchmark(name, [*common, *arguments[name]], seconds[name], output)] for name in BENCHMARKS]
 
 
