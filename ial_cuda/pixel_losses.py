@@ -85,6 +85,7 @@ def pixel_nll(
 
 # torch.fx.symbolic_trace keeps this call as one node: a proxy has nothing that the function could check.
 torch.fx.wrap("compute_pixel_nll")
+torch.fx.wrap("is_void")  # it would take the dtype of a proxy for uint8
 
 
 def compute_pixel_nll(

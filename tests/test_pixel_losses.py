@@ -261,6 +261,13 @@ def test_torch_func(backend, loss_of):
             assert_close(grads[i], torch.autograd.grad(value, leaf)[0])
 
 
+@pytest.mark.parametrize("backend", FAST)
+def test_symbolic_trace_of_poly1(backend):
+    logits, target = (tensor.to(device_of(backend)) for tensor in problem(ignore_index=-100))
+    traced = torch.fx.symbolic_trace(lambda x, y: poly1_cross_entropy(x, y, backend=backend))
+    assert torch.equal(traced(logits, target), poly1_cross_entropy(logits, target, backend=backend))
+
+
 # ---- errors ---------------------------------------------------------------------------------------------
 
 LOGITS, TARGET = problem()
