@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import as_finite, as_float, as_int, as_label, check_choice
+from .arguments import as_finite, as_float, as_int, as_label
 from .calls import FLAT, as_image, of_classes, prepare, raise_of_labels, with_checked_labels
-from .options import REDUCTIONS, Backend, Options, Reduction, Upsample
+from .options import Backend, Options, Reduction, Upsample
 from .validation import ClassWeights, check_logits, class_weight, is_void
 
 
@@ -84,8 +84,8 @@ def pixel_nll(
 
 
 # torch.fx.symbolic_trace keeps this call as one node: a proxy has nothing that the function could check.
-torch.fx.wrap("compute_pixel_nll")
-torch.fx.wrap("is_void")  # it would take the dtype of a proxy for uint8
+for _function in ("compute_pixel_nll", "compute_focal_loss", "compute_ohem_cross_entropy", "compute_poly1"):
+    torch.fx.wrap(_function)
 
 
 def compute_pixel_nll(
@@ -98,7 +98,9 @@ def compute_pixel_nll(
 ) -> Tensor:
     """`pixel_nll` times ``pixel_weight``, with validated options. Their hierarchy is replaced."""
     check_logits(logits, name)
-    options = of_classes(options, logits.shape[1] if logits.dim() > 1 else 1)
+    if logits.dim() < 2 or logits.shape[1] == 0:
+        raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (N, C, *spatial) with C above 0")
+    options = of_classes(options, logits.shape[1])
     backend, weights = prepare(logits, target, weight, pixel_weight, options, name)
     target = with_checked_labels(logits, target, backend, options)
     if backend.library is None:
@@ -174,21 +176,19 @@ def focal_loss(
     exponent = as_finite(gamma, "gamma")
     if exponent < 0:
         raise ValueError(f"gamma is {gamma!r}, expected a number that is at least 0")
-    check_choice(reduction, "reduction", REDUCTIONS)
-    void_label = as_label(ignore_index, "ignore_index")
+    options = _options(ignore_index, reduction, upsample, align_corners, backend)
+    return compute_focal_loss(logits, target, exponent, alpha, options)
+
+
+def compute_focal_loss(
+    logits: Tensor, target: Tensor, gamma: float, alpha: ClassWeights | None, options: Options
+) -> Tensor:
+    """`focal_loss` with validated options."""
     by_class = _class_values(alpha, "alpha", logits)
-    nll = pixel_nll(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        upsample=upsample,
-        align_corners=align_corners,
-        backend=backend,
-    )
-    losses = _Focal.apply(nll, exponent)
+    losses: Tensor = _Focal.apply(compute_pixel_nll(logits, target, None, None, options), gamma)
     if by_class is not None:
-        losses = losses * _of_labels(by_class, target, void_label, losses.dtype)
-    return _reduced(losses, reduction, ~is_void(target, void_label))
+        losses = losses * _of_labels(by_class, target, options.void_label, losses.dtype)
+    return _reduced(losses, options.reduction, ~is_void(target, options.void_label))
 
 
 def _focal(nll: Tensor, gamma: float) -> Tensor:
@@ -244,7 +244,8 @@ def ohem_cross_entropy(
 
     Shrivastava, Gupta and Girshick, CVPR 2016, introduced OHEM. The pixels are chosen as by mmsegmentation's
     ``OHEMPixelSampler``. Sort the valid pixels of the batch by pi. With k pixels to keep, a pixel is hard if
-    its pi is below ``thresh``, or below that of pixel k, counted from 0.
+    its pi is below ``thresh``, or below that of pixel k, counted from 0. If there is no pixel k, the last one
+    takes its place.
 
     Args:
         logits: as in `pixel_nll`.
@@ -255,7 +256,8 @@ def ohem_cross_entropy(
             result does not depend on their order.
         min_kept: the number of pixels to keep. An int is the number for each image: the batch keeps
             min_kept * N. A float above 0 and at most 1 is a fraction of the valid pixels, rounded down. It
-            reads their number, which synchronises with a GPU.
+            reads their number, which synchronises with a GPU, and excludes vmap and fullgraph compilation.
+            Logits (M, C) are M images of one pixel: use a fraction there.
         ignore_index: as in `pixel_nll`.
         reduction: "mean": the summed loss divided by the summed weight of the hard pixels, 0 if that is 0.
             "sum": the summed loss. "none": the loss of each pixel, 0 for those that are not hard.
@@ -284,23 +286,31 @@ def ohem_cross_entropy(
         thresh = as_float(thresh, "thresh")
         if not 0 < thresh <= 1:
             raise ValueError(f"thresh is {thresh!r}, expected None or a number above 0 and at most 1")
-    if not isinstance(min_kept, float):
-        min_kept = as_int(min_kept, "min_kept")
-    if not (0 < min_kept <= 1 if isinstance(min_kept, float) else min_kept >= 0):
+    number: int | float
+    try:
+        number = as_int(min_kept, "min_kept")
+    except TypeError:
+        number = as_float(min_kept, "min_kept")
+    if not (0 < number <= 1 if isinstance(number, float) else number >= 0):
         raise ValueError(
             f"min_kept is {min_kept!r}, expected an integer from 0 on, or a float above 0 and at most 1"
         )
-    check_choice(reduction, "reduction", REDUCTIONS)
-    void_label = as_label(ignore_index, "ignore_index")
+    options = _options(ignore_index, reduction, upsample, align_corners, backend)
+    return compute_ohem_cross_entropy(logits, target, weight, thresh, number, options)
+
+
+def compute_ohem_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    thresh: float | None,
+    min_kept: int | float,
+    options: Options,
+) -> Tensor:
+    """`ohem_cross_entropy` with validated options."""
+    void_label = options.void_label
     by_class = _class_values(weight, "weight", logits)
-    nll = losses = pixel_nll(
-        logits,
-        target,
-        ignore_index=ignore_index,
-        upsample=upsample,
-        align_corners=align_corners,
-        backend=backend,
-    )
+    nll = losses = compute_pixel_nll(logits, target, None, None, options)
     weights = None
     if by_class is not None:
         weights = _of_labels(by_class, target, void_label, nll.dtype)
@@ -314,7 +324,7 @@ def ohem_cross_entropy(
             hard = _hardest(losses, target, void_label, keep)
         else:
             hard = _below(nll, target, void_label, thresh, keep)
-    return _reduced(losses * hard, reduction, hard if weights is None else weights * hard)
+    return _reduced(losses * hard, options.reduction, hard if weights is None else weights * hard)
 
 
 # In the helpers, void pixels have loss 0, like the easiest pixels. Masks of them are not kept: a map and what
@@ -398,26 +408,42 @@ def poly1_cross_entropy(
         >>> ial_cuda.poly1_cross_entropy(logits, labels, epsilon=1).backward()
     """
     factor = as_finite(epsilon, "epsilon")
-    check_choice(reduction, "reduction", REDUCTIONS)
-    void_label = as_label(ignore_index, "ignore_index")
+    options = _options(ignore_index, reduction, upsample, align_corners, backend)
+    return compute_poly1(logits, target, weight, factor, options)
+
+
+def compute_poly1(
+    logits: Tensor, target: Tensor, weight: ClassWeights | None, epsilon: float, options: Options
+) -> Tensor:
+    """`poly1_cross_entropy` with validated options."""
     by_class = _class_values(weight, "weight", logits)
-    nll = pixel_nll(
-        logits,
-        target,
-        ignore_index=ignore_index,
+    nll = compute_pixel_nll(logits, target, None, None, options)
+    losses = nll + epsilon * (1 - torch.exp(-nll))
+    counted = ~is_void(target, options.void_label)
+    if by_class is not None:
+        counted = _of_labels(by_class, target, options.void_label, nll.dtype)
+        losses = losses * counted
+    return _reduced(losses, options.reduction, counted)
+
+
+# ---- options, class weights and reductions --------------------------------------------------------------
+
+
+def _options(
+    ignore_index: SupportsIndex,
+    reduction: Reduction,
+    upsample: Upsample | None,
+    align_corners: bool,
+    backend: Backend,
+) -> Options:
+    return Options(
+        FLAT,
+        ignore_index=as_label(ignore_index, "ignore_index"),
+        reduction=reduction,
         upsample=upsample,
         align_corners=align_corners,
         backend=backend,
     )
-    losses = nll + factor * (1 - torch.exp(-nll))
-    counted = ~is_void(target, void_label)
-    if by_class is not None:
-        counted = _of_labels(by_class, target, void_label, nll.dtype)
-        losses = losses * counted
-    return _reduced(losses, reduction, counted)
-
-
-# ---- class weights and reductions -----------------------------------------------------------------------
 
 
 def _class_values(values: ClassWeights | None, name: str, logits: Tensor) -> Tensor | None:

@@ -188,7 +188,8 @@ def test_inductor_launches_the_kernels_with_int32(written, size, upsampled, dyna
     """Sizes, strides and the ignored index may be huge. The small cases are compiled, too."""
     launched = written[" ".join([size, *["upsampled"] * upsampled, *["dynamic"] * dynamic])]
     names = [launch["kernel"] for launch in launched]
-    assert names == kernels_of(upsampled) + kernels_of_pixel_nll(upsampled)
+    # The two gradients do not depend on each other, so their order is the compiler's.
+    assert sorted(names) == sorted(kernels_of(upsampled) + kernels_of_pixel_nll(upsampled))
     for launch in launched:
         types = {type for type in launch["types"].values() if not type.startswith("*")}
         assert types <= {"i32", "constexpr"}, launch
@@ -477,6 +478,10 @@ def test_pixel_nll_is_one_level_of_each_pixel(backend, size, pixels, dtype, smoo
     )
     # Logits of up to 15 with three roundings, in the interpolation and the softmax, times a weight of 2.5.
     rounding = 15 * 3 * 2.5 * torch.finfo(nll.dtype).eps
+    if (
+        corners is not None
+    ):  # F.interpolate rounds the positions among the coarse logits, which differ by up to 30
+        rounding += 30 * max(size) * 2.5 * torch.finfo(nll.dtype).eps
     torch.testing.assert_close(nll.double(), expected, rtol=0, atol=rounding)
     assert (nll[target == 255] == 0).all()
 
