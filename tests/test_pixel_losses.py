@@ -302,8 +302,8 @@ BAD_OF = [
     *((ohem_cross_entropy, "thresh", value, f"thresh is {value}, {THRESH}") for value in (0.0, 1.5, np.nan)),
     (ohem_cross_entropy, "thresh", "0.7", "thresh is '0.7' (str), expected a number"),
     *((ohem_cross_entropy, "min_kept", v, f"min_kept is {v}, {KEPT}") for v in (-1, 0.0, 1.5, np.nan)),
-    (ohem_cross_entropy, "min_kept", True, "min_kept is True (bool), expected an integer"),
-    (ohem_cross_entropy, "min_kept", "9", "min_kept is '9' (str), expected an integer"),
+    (ohem_cross_entropy, "min_kept", True, "min_kept is True (bool), expected a number"),
+    (ohem_cross_entropy, "min_kept", "9", "min_kept is '9' (str), expected a number"),
 ]
 CASES_OF_ERRORS = [(loss_of, name, *BAD[name]) for loss_of in LOSSES for name in BAD] + BAD_OF
 
