@@ -61,6 +61,7 @@ def op_arguments(backend):
     grad_stats = ops.combine_backward(stats, one, *pooled)
     rest = (target, weight, pixel_weight, LEVELS, 255)
     flat = (target, weight, None, [0] * 5, 255, "exact", 0.0)
+    smoothed, grad_nll = (target, weight, 255, 0.1), pixel_weight[:, :1].expand_as(pixel_weight)
     expected = torch.ones(2, device=device).double()
     leaf = logits.clone().requires_grad_()
     return {
@@ -83,6 +84,15 @@ def op_arguments(backend):
             ops.rescale_,
             (logits.clone(), incoming, one, logits, grad_stats[:, :1].contiguous(), *flat, None, expected),
         ),
+        "pixel_nll": (ops.pixel_nll, (leaf, target, None, 255, 0.0)),
+        "pixel_nll_smoothed": (ops.pixel_nll, (leaf, *smoothed)),
+        "pixel_nll_coarse": (ops.pixel_nll, (leaf[:, :, ::4, ::2], *smoothed, True)),
+        "pixel_nll_backward": (ops.pixel_nll_backward, (logits, grad_nll, target, None, 255, 0.0)),
+        "pixel_nll_backward_smoothed": (ops.pixel_nll_backward, (logits, grad_nll, *smoothed)),
+        "pixel_nll_backward_coarse": (
+            ops.pixel_nll_backward,
+            (logits[:, :, ::4, ::2], grad_nll.half(), *smoothed, False),
+        ),
     }
 
 
@@ -104,6 +114,12 @@ TRACEABLE = [b for b in BACKENDS if b.values[0] not in EMULATED]
         "loss_and_grad",
         "loss_and_grad_flat",
         "rescale_",
+        "pixel_nll",
+        "pixel_nll_smoothed",
+        "pixel_nll_coarse",
+        "pixel_nll_backward",
+        "pixel_nll_backward_smoothed",
+        "pixel_nll_backward_coarse",
     ],
 )
 def test_opcheck(backend, name):
