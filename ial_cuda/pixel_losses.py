@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .arguments import as_finite, as_float, as_int, as_label
-from .calls import FLAT, as_image, of_classes, prepare, raise_of_labels, with_checked_labels
+from .calls import FLAT, as_image, is_transformed, of_classes, prepare, raise_of_labels, with_checked_labels
 from .options import Backend, Options, Reduction, Upsample
 from .validation import ClassWeights, check_logits, class_weight, is_void
 
@@ -327,8 +327,8 @@ def compute_ohem_cross_entropy(
     return _reduced(losses * hard, options.reduction, hard if weights is None else weights * hard)
 
 
-# In the helpers, void pixels have loss 0, like the easiest pixels. Masks of them are not kept: a map and what
-# kthvalue allocates are four maps, more than any other step.
+# In the helpers, void pixels have loss 0, like the easiest pixels. No mask of them is kept beside the maps of
+# `_kth_largest`.
 
 
 def _below(nll: Tensor, target: Tensor, void_label: int, thresh: float, keep: int) -> Tensor:
@@ -356,10 +356,28 @@ def _hardest(losses: Tensor, target: Tensor, void_label: int, keep: int) -> Tens
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of non-negative numbers."""
     values = values.flatten()
     if values.is_cuda:  # kthvalue uses a single block there
         return values.topk(k, sorted=False).values.amin()
+    if not is_transformed():
+        values, k = _with_the_same_digit(values, k)
     return values.kthvalue(values.numel() - k + 1).values
+
+
+def _with_the_same_digit(values: Tensor, k: int) -> tuple[Tensor, int]:
+    """The values whose upper 16 bits are those of the k-th largest, and its place among them.
+
+    The bits of non-negative floats are ordered as the floats are. A histogram of the upper ones finds the few
+    candidates in a fifth of the time of kthvalue, and without its map of indices.
+    """
+    bits = 8 * values.itemsize
+    digits = values.view(torch.int64 if bits == 64 else torch.int32) >> (bits - 16)
+    digits &= 0x7FFF  # -0.0 and NaN may have a sign
+    from_top = digits.bincount(minlength=1 << 15).flip(0).cumsum(0)
+    place = int((from_top < k).count_nonzero())
+    above = int(from_top[place - 1]) if place > 0 else 0
+    return values[digits == (1 << 15) - 1 - place], k - above
 
 
 def poly1_cross_entropy(
