@@ -250,7 +250,7 @@ def ohem_cross_entropy(
     Args:
         logits: as in `pixel_nll`.
         target: as in `pixel_nll`.
-        weight: (C,) class weights of the loss: a tensor, a list or a NumPy array. None means ones.
+        weight: (C,) class weights, at least 0: a tensor, a list or a NumPy array. None means ones.
         thresh: all pixels with pi below this probability are hard, above 0 and at most 1. None: the k pixels
             with the largest weighted loss are hard. Pixels that are equal to the k-th share its place, so the
             result does not depend on their order.
@@ -360,7 +360,7 @@ def _kth_largest(values: Tensor, k: int) -> Tensor:
     values = values.flatten()
     if values.is_cuda:  # kthvalue uses a single block there
         return values.topk(k, sorted=False).values.amin()
-    if not is_transformed():
+    if values.device.type == "cpu" and not is_transformed():  # it needs numbers of values
         values, k = _with_the_same_digit(values, k)
     return values.kthvalue(values.numel() - k + 1).values
 
