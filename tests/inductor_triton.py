@@ -80,8 +80,9 @@ def write(
         grad_stats = operators.combine_backward(stats, loss, *options)
         grad = operators.reduce_backward(logits, grad_stats, *rest, align_corners)
         nll_rest = (target, None, ignore_index, smoothing, align_corners)
-        nll = operators.pixel_nll(logits, *nll_rest)
-        return loss, grad, operators.pixel_nll_backward(logits, nll, *nll_rest)
+        # Of the gradient, since Inductor reorders independent calls.
+        nll = operators.pixel_nll(grad, *nll_rest)
+        return loss, operators.pixel_nll_backward(grad, nll, *nll_rest)
 
     torch._dynamo.reset()
     with (
