@@ -185,7 +185,8 @@ def compute_focal_loss(
 ) -> Tensor:
     """`focal_loss` with validated options."""
     by_class = _class_values(alpha, "alpha", logits)
-    losses: Tensor = _Focal.apply(compute_pixel_nll(logits, target, None, None, options), gamma)
+    nll = compute_pixel_nll(logits, target, None, None, options)
+    losses: Tensor = (_focal if is_transformed() else _Focal.apply)(nll, gamma)
     if by_class is not None:
         losses = losses * _of_labels(by_class, target, options.void_label, losses.dtype)
     return _reduced(losses, options.reduction, ~is_void(target, options.void_label))
@@ -200,20 +201,16 @@ def _focal(nll: Tensor, gamma: float) -> Tensor:
 class _Focal(torch.autograd.Function):
     """`_focal` and its derivative, with fewer maps: one is saved, and the operations are in place.
 
-    On the CPU the memory of a new map takes longer than its arithmetic.
+    On the CPU the memory of a new map takes longer than its arithmetic. torch.compile and torch.func get
+    `_focal` itself.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(nll: Tensor, gamma: float) -> Tensor:
+    def forward(ctx: Any, nll: Tensor, gamma: float) -> Tensor:
+        ctx.save_for_backward(nll)
+        ctx.gamma = gamma
         q = nll.neg().exp_().neg_().add_(1 + torch.finfo(nll.dtype).eps)
         return q.pow_(gamma).mul_(nll)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        nll, ctx.gamma = inputs
-        ctx.save_for_backward(nll)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -317,7 +314,7 @@ def compute_ohem_cross_entropy(
         losses = nll * weights
     with torch.no_grad():
         if isinstance(min_kept, float):
-            keep = int(min_kept * int((~is_void(target, void_label)).count_nonzero()))
+            keep = int(min_kept * int(_count(~is_void(target, void_label))))
         else:
             keep = min_kept * target.shape[0]
         if thresh is None:
@@ -351,8 +348,8 @@ def _hardest(losses: Tensor, target: Tensor, void_label: int, keep: int) -> Tens
         return torch.zeros_like(losses)
     last = _kth_largest(losses, keep)
     larger, equal = losses > last, (losses == last) & ~is_void(target, void_label)
-    share = (keep - larger.count_nonzero()).to(losses.dtype) / equal.count_nonzero().clamp(min=1)
-    return larger.to(losses.dtype).masked_fill_(equal, share.clamp(max=1))
+    share = (keep - _count(larger)).to(losses.dtype) / _count(equal).clamp(min=1)
+    return torch.where(equal, share.clamp(max=1), larger.to(losses.dtype))
 
 
 def _kth_largest(values: Tensor, k: int) -> Tensor:
@@ -490,6 +487,10 @@ def _reduced(losses: Tensor, reduction: Reduction, counted: Tensor) -> Tensor:
         return losses
     if reduction == "sum":
         return losses.sum()
-    # The sum of a mask would copy it to int64.
-    total = (counted.count_nonzero() if counted.dtype == torch.bool else counted.sum()).to(losses.dtype)
+    total = (_count(counted) if counted.dtype == torch.bool else counted.sum()).to(losses.dtype)
     return losses.sum() * torch.where(total != 0, 1 / total, 0)
+
+
+def _count(mask: Tensor) -> Tensor:
+    """The number of true elements. `sum` copies the mask to int64, but has a batching rule in torch 2.11."""
+    return mask.sum() if is_transformed() else mask.count_nonzero()

@@ -129,7 +129,9 @@ def test_losses_of_pixels(tmp_path):
     assert list(cases) == [*names, f"{SIGMOID_FOCAL}, {sizes[0]} float32 on cpu"]
     for name, (ours, plain, *others) in cases.items():
         assert not [row for row in (ours, plain, *others) if row["failed"]], name
-        assert ours["name"] == "ial_cuda cpu" and ours["extra_maps"] < plain["extra_maps"] / 5
+        assert ours["name"] == "ial_cuda cpu"
+        # The histogram of OHEM has a fixed size, large beside maps of 64x128.
+        assert ours["extra_maps"] < plain["extra_maps"] / (5 if name.startswith(FOCAL) else 2)
     row = cases[f"{TOP_K}, 1x19x64x128 float32 on cpu"][1]
     assert row["extra_maps"] * 4 * 64 * 128 == pytest.approx(row["extra_mib"] * 2**20, rel=0.01)
     assert (tmp_path / "pixel_losses.png").exists()
