@@ -51,13 +51,21 @@ def prepare(
     ``name``: of the logits in errors.
     """
     classes = options.hierarchy.num_classes
-    weights = class_weight(weight, classes)
-    if weights is not None and weights is not weight:  # check_inputs raises for a tensor on another device
-        check_logits(logits, name)
-        weights = weights.to(logits.device)
+    weights = class_values(weight, classes, logits, name)
     coarse = options.upsample is not None
     check_inputs(logits, target, weights, pixel_weight, classes, upsample=coarse, name=name)
     return backends.choose(options.backend, logits.device), weights
+
+
+def class_values(
+    values: ClassWeights | None, classes: int | None, logits: Tensor, logits_name: str, name: str = "weight"
+) -> Tensor | None:
+    """`class_weight`, with a list or an array moved to the logits' device. A tensor stays where it is."""
+    checked = class_weight(values, classes, name)
+    if checked is None or checked is values:
+        return checked
+    check_logits(logits, logits_name)
+    return checked.to(logits.device)
 
 
 def with_checked_labels(

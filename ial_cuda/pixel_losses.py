@@ -15,9 +15,18 @@ from torch import Tensor
 
 from . import reference
 from .arguments import as_finite, as_float, as_int, as_label
-from .calls import FLAT, as_image, is_transformed, of_classes, prepare, raise_of_labels, with_checked_labels
+from .calls import (
+    FLAT,
+    as_image,
+    class_values,
+    is_transformed,
+    of_classes,
+    prepare,
+    raise_of_labels,
+    with_checked_labels,
+)
 from .options import Backend, Options, Reduction, Upsample
-from .validation import ClassWeights, check_logits, class_weight, is_void
+from .validation import ClassWeights, check_logits, is_void
 
 
 def pixel_nll(
@@ -463,14 +472,11 @@ def _options(
 
 def _class_values(values: ClassWeights | None, name: str, logits: Tensor) -> Tensor | None:
     """A value for each class, (C,), on the logits' device."""
-    if values is None:
-        return None
     check_logits(logits)
-    checked = class_weight(values, logits.shape[1] if logits.dim() > 1 else None, name)
-    assert checked is not None
-    if checked is values and checked.device != logits.device:
+    checked = class_values(values, logits.shape[1] if logits.dim() > 1 else None, logits, "logits", name)
+    if checked is not None and checked.device != logits.device:
         raise ValueError(f"{name} is on {checked.device}, expected {logits.device} like logits")
-    return checked.to(logits.device)
+    return checked
 
 
 def _of_labels(by_class: Tensor, target: Tensor, void_label: int, dtype: torch.dtype) -> Tensor:
