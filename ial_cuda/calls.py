@@ -18,6 +18,7 @@ from .validation import (
     check_logits,
     checked_target,
     class_weight,
+    is_dtensor,
     validate_target,
 )
 
@@ -27,7 +28,8 @@ FLAT = Hierarchy.flat(1)
 
 def of_classes(options: Options, classes: int) -> Options:
     """The options with one level of ``classes`` classes."""
-    make = _of_classes if torch.compiler.is_compiling() else _cached_of_classes
+    # A cache would keep process groups alive.
+    make = _of_classes if torch.compiler.is_compiling() or options.split else _cached_of_classes
     return make(options, classes)
 
 
@@ -50,11 +52,29 @@ def prepare(
 
     ``name``: of the logits in errors.
     """
+    if is_dtensor(logits):
+        raise TypeError(
+            f"{name} is a DTensor, expected a plain tensor: only importance_aware_loss, cross_entropy and "
+            "pixel_nll take DTensors"
+        )
+    weights = check_shapes(logits, target, weight, pixel_weight, options, name)
+    return backends.choose(options.backend, logits.device), weights
+
+
+def check_shapes(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    options: Options,
+    name: str,
+) -> Tensor | None:
+    """Checks types, dtypes, shapes and devices. Returns the class weights on the logits' device."""
     classes = options.hierarchy.num_classes
     weights = class_values(weight, classes, logits, name)
     coarse = options.upsample is not None
     check_inputs(logits, target, weights, pixel_weight, classes, upsample=coarse, name=name)
-    return backends.choose(options.backend, logits.device), weights
+    return weights
 
 
 def class_values(
@@ -72,9 +92,14 @@ def with_checked_labels(
     logits: Tensor, target: Tensor, backend: backends.Backend, options: Options
 ) -> Tensor:
     """``target``, after a check of its labels if the kernels have none or IAL_CUDA_DEBUG asks for it."""
-    if (os.environ.get("IAL_CUDA_DEBUG") == "1") if logits.is_cuda else backend.library is None:
+    if is_debugging() if logits.is_cuda else backend.library is None:
         target = checked_target(target, options.hierarchy.num_classes, options.void_label)
     return target
+
+
+def is_debugging() -> bool:
+    """Whether checks that synchronise are requested."""
+    return os.environ.get("IAL_CUDA_DEBUG") == "1"
 
 
 def pixel_arguments(tensors: tuple[Tensor | None, ...], options: Options) -> tuple[object, ...]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, overload
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import backends, reference
+from . import backends, distributed, reference
 from .arguments import as_label
 from .calls import (
     FLAT,
     as_image,
+    check_shapes,
+    is_debugging,
     is_transformed,
     of_classes,
     pixel_arguments,
@@ -20,6 +22,8 @@ from .calls import (
     raise_of_labels,
     with_checked_labels,
 )
+from .distributed import Group, Split
+from .dtensor import Shards
 from .hierarchy import HierarchyLike
 from .options import (
     Backend,
@@ -33,12 +37,14 @@ from .options import (
     Upsample,
 )
 from .pixel_losses import compute_pixel_nll
+from .statistics import level_sums
 from .validation import (
     ClassWeights,
     Divisor,
     check_inplace,
     check_logits,
     check_one_image,
+    is_dtensor,
     mean_divisor,
 )
 from .warn import warn
@@ -128,7 +134,8 @@ def importance_aware_loss(
     inplace: bool = False,
     grad_in_forward: bool = True,
     return_components: bool = False,
-    process_group: None = None,
+    process_group: Group | None = None,
+    spatial_group: Group | None = None,
 ) -> Tensor | tuple[Tensor, Components]:
     """The Importance-Aware Loss of Chen, Gong and Yang (IJCAI 2017), with its gradient for ``logits``.
 
@@ -143,7 +150,9 @@ def importance_aware_loss(
     Args:
         logits: (N, C, *spatial) of any spatial rank, float64, float32, float16 or bfloat16. All strides are
             read without a copy. Contiguous and channels_last tensors are the fastest. Half precision is
-            computed in float32. Logits (M, C) are M images of one pixel each: see ``factor_scope``.
+            computed in float32. Logits (M, C) are M images of one pixel each: see ``factor_scope``. A DTensor
+            may be sharded by images and by spatial dimensions. ``target`` and ``pixel_weight`` are then
+            DTensors, too, and the loss is one: a replica, or sharded by images with ``reduction="none"``.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
         hierarchy: the levels of the C classes, the least important level first. It takes everything that
             `Hierarchy.of` takes: the name of a preset, nested lists, or a number of classes for one level.
@@ -186,7 +195,15 @@ def importance_aware_loss(
             gradient of 1, and again in the backward pass if that is another number. The modules remember
             the number. False leaves the gradient to the backward pass.
         return_components: whether to return ``(loss, Components)``.
-        process_group: must be None. Sums over processes are not implemented.
+        process_group: None, or the `torch.distributed.ProcessGroup`, or one dimension of a `DeviceMesh`, over
+            which the images are split, as in data-parallel training. "mean" and "sum" are then over the
+            images of all ranks, and so are the factors with ``factor_scope="batch"``. Every rank gets the
+            same loss; with "none" it gets the losses of its own images. The gradient is that of the sum of
+            the losses of all ranks. DDP and FSDP divide by the number of ranks, which gives the gradient of
+            the loss. Ranks may have different numbers of images, or none. Other options must be the same on
+            all ranks. With IAL_CUDA_DEBUG=1 in the environment this is checked, which synchronises.
+        spatial_group: None, or the group or mesh dimension over which the pixels of each image are split, in
+            any way. All its ranks pass the same N images. Not with ``upsample``.
 
     Returns:
         The loss, (), or (N,) with ``reduction="none"``. It is float64 for float64 logits, else float32.
@@ -199,8 +216,8 @@ def importance_aware_loss(
             also holds under torch.compile.
         TypeError: an argument has a wrong type or dtype.
         RuntimeError: ``backend`` is missing. The message gives the reason and the remedy.
-        NotImplementedError: ``process_group`` is given. In the backward pass: a gradient of the gradient is
-            requested. Only "reference" has one, and not under torch.compile.
+        NotImplementedError: in the backward pass, a gradient of the gradient is requested. Only "reference"
+            has one, and not under torch.compile.
 
     Examples:
         >>> import ial_cuda, torch
@@ -228,6 +245,7 @@ def importance_aware_loss(
         grad_in_forward=grad_in_forward,
         return_components=return_components,
         process_group=process_group,
+        spatial_group=spatial_group,
     )
     return compute_loss(logits, target, weight, pixel_weight, divisor, options)
 
@@ -247,17 +265,78 @@ def compute_loss(
     name: str = "logits",
 ) -> Tensor | tuple[Tensor, Components]:
     """`importance_aware_loss` with validated options. ``name``: of the logits in errors."""
+    if is_dtensor(logits):
+        return _of_shards(logits, target, weight, pixel_weight, divisor, options, expected, name)
+    tensors = (logits, target, weight, pixel_weight, divisor)
+    return _of_processes(*tensors, options, options.split, expected, name)
+
+
+def _of_shards(
+    logits: Any,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    divisor: Divisor | None,
+    options: Options,
+    expected: ExpectedGradient | None,
+    name: str,
+) -> Tensor | tuple[Tensor, Components]:
+    """`compute_loss` of DTensor logits."""
+    if options.split:
+        raise ValueError(
+            f"process_group or spatial_group is given, expected None: {name} is a DTensor, whose placements "
+            "describe the split"
+        )
+    check_shapes(logits, target, weight, pixel_weight, options, name)
+    shards = Shards(logits, upsample=options.upsample is not None, name=name)
+    inputs = shards.inputs(target, weight, pixel_weight)
+    divisor = shards.local(divisor, shards.replicas, "divisor")
+    result = _of_processes(*inputs, divisor, options, shards.split, expected, name)
+    loss, components = result if isinstance(result, tuple) else (result, None)
+    images = (logits.shape[0],)
+    if options.reduction == "none":
+        loss = shards.whole(loss, shards.images, images)
+    else:
+        loss = shards.whole(loss, shards.replicas, ())
+    if components is None:
+        return loss
+    batch = options.factor_scope == "batch"
+    return loss, Components(
+        *(
+            shards.whole(part, shards.replicas, tuple(part.shape))
+            if batch and part_name in ("f", "F")
+            else shards.whole(part, shards.images, images + part.shape[1:])
+            for part_name, part in components._asdict().items()
+        )
+    )
+
+
+def _of_processes(
+    logits: Tensor,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    divisor: Divisor | None,
+    options: Options,
+    split: Split,
+    expected: ExpectedGradient | None,
+    name: str,
+) -> Tensor | tuple[Tensor, Components]:
+    """`compute_loss` of this process's part of the input."""
     backend, class_weights = prepare(logits, target, weight, pixel_weight, options, name)
     total = None if divisor is None else mean_divisor(divisor, options.reduction, logits.device, name)
     transformed = is_transformed()
-    inplace = options.inplace and not transformed
+    inplace = options.inplace and not (transformed or split.one_loss)  # a DTensor's shard may be a leaf's
     if inplace:
         check_inplace(logits, target, class_weights, pixel_weight, name=name)
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
+    in_training = logits.requires_grad and torch.is_grad_enabled()
+    if split and is_debugging() and not torch.compiler.is_compiling():
+        _check_ranks(split, logits.shape[0], class_weights, total, options, in_training)
     target = with_checked_labels(logits, target, backend, options)
 
-    if backend.library is None:
+    if backend.library is None and not split:
         loss, f, S, count = reference.importance_aware_loss(
             logits, target, options, weight=class_weights, pixel_weight=pixel_weight, divisor=total
         )
@@ -265,18 +344,19 @@ def compute_loss(
         given, rows = target, logits.dim() == 2 and _is_one_image(options)
         if rows:
             logits, target, pixel_weight = as_image(logits, target, pixel_weight)
-        in_training = logits.requires_grad and torch.is_grad_enabled()
         # loss_and_grad returns one loss for the batch and writes the gradient to new memory.
         in_forward = (
             in_training
             and options.grad_in_forward
             and options.reduction != "none"
-            and not (inplace or transformed)
+            and not (inplace or transformed or split)
         )
         state = expected.on(logits.device) if in_forward and expected is not None else None
         tensors = (logits, target, class_weights, pixel_weight)
         try:
-            loss, f, stats = _call_operators(backend, tensors, total, options, inplace, in_forward, state)
+            loss, f, stats = _call_operators(
+                backend, tensors, total, options, split, inplace, in_forward, state
+            )
         except ValueError:
             if rows:
                 raise_of_labels(given, options.hierarchy.num_classes, options)
@@ -295,6 +375,7 @@ def _call_operators(
     tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     divisor: Tensor | None,
     options: Options,
+    split: Split,
     inplace: bool,
     in_forward: bool,
     expected: Tensor | None,
@@ -303,17 +384,47 @@ def _call_operators(
 
     ``in_forward``: whether the gradient may be computed now.
     """
-    operators, logits = backend.operators(), tensors[0]
-    pixels = pixel_arguments(tensors, options)
     if in_forward:
-        loss, f, stats, *_ = operators.loss_and_grad(
-            *pixels, divisor, *options.combine_arguments, options.corners, expected, backend.one_launch
+        loss, f, stats, *_ = backend.operators().loss_and_grad(
+            *pixel_arguments(tensors, options),
+            divisor,
+            *options.combine_arguments,
+            options.corners,
+            expected,
+            backend.one_launch,
         )
-    else:
-        stats = operators.reduce(*pixels, inplace, options.corners)
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        loss, f = operators.combine(stats, divisor, *options.combine_arguments, dtype)
-    return loss, f, stats
+        return loss, f, stats
+    stats = level_sums(backend, tensors, options, inplace)
+    combine = reference.combine if backend.library is None else backend.operators().combine
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return distributed.combine(combine, stats, divisor, options.combine_arguments, dtype, split)
+
+
+#: Options that may differ between processes.
+_OF_A_PROCESS = {"hierarchy", "backend", "inplace", "grad_in_forward", "process_group", "spatial_group"}
+
+
+def _check_ranks(
+    split: Split,
+    images: int,
+    weight: Tensor | None,
+    divisor: Tensor | None,
+    options: Options,
+    in_training: bool,
+) -> None:
+    """Raises on all ranks if what must be the same on all differs."""
+    alike = {
+        "the number of classes": options.hierarchy.num_classes,
+        "class_levels": options.hierarchy.class_levels,
+        **{name: value for name, value in vars(options).items() if name not in _OF_A_PROCESS},
+        "weight": None if weight is None else weight.tolist(),
+        "divisor": None if divisor is None else divisor.item(),
+        "whether a gradient is computed": in_training,
+    }
+    for group in split.pixels:
+        distributed.check_alike(alike | {"the number of images": images}, group, "spatial_group")
+    for group in split.images:
+        distributed.check_alike(alike, group, "process_group")
 
 
 def _is_one_image(options: Options) -> bool:
@@ -375,6 +486,8 @@ def cross_entropy(
     backend: Backend = "auto",
     inplace: bool = False,
     grad_in_forward: bool = True,
+    process_group: Group | None = None,
+    spatial_group: Group | None = None,
 ) -> Tensor:
     """`torch.nn.functional.cross_entropy` for class indices, at full size or with coarse logits.
 
@@ -405,6 +518,8 @@ def cross_entropy(
         backend: as in `importance_aware_loss`.
         inplace: as in `importance_aware_loss`. No effect with ``reduction="none"``.
         grad_in_forward: as in `importance_aware_loss`. No effect with ``reduction="none"``.
+        process_group: as in `importance_aware_loss`. No effect with ``reduction="none"``.
+        spatial_group: as in `importance_aware_loss`. No effect with ``reduction="none"``.
 
     Returns:
         The loss, (), or the shape of ``target`` with ``reduction="none"``. It is float64 for float64 logits,
@@ -436,6 +551,8 @@ def cross_entropy(
         backend=backend,
         inplace=inplace,
         grad_in_forward=grad_in_forward,
+        process_group=process_group,
+        spatial_group=spatial_group,
     )
     return compute_cross_entropy(input, target, weight, pixel_weight, divisor, options)
 

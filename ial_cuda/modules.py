@@ -12,6 +12,7 @@ from typing_extensions import Self
 from . import functional
 from .arguments import as_label
 from .calls import FLAT
+from .distributed import Group
 from .functional import Components, ExpectedGradient
 from .hierarchy import Hierarchy, HierarchyLike
 from .options import (
@@ -77,6 +78,8 @@ class Loss(nn.Module):
     backend = _Option[Backend, Backend]("The name of the backend.")
     inplace = _Option[bool, bool]("Whether the gradient may overwrite the logits.")
     grad_in_forward = _Option[bool, bool]("Whether the forward pass may compute the gradient.")
+    process_group = _Option["Group | None", "Group | None"]("The group over which images are split.")
+    spatial_group = _Option["Group | None", "Group | None"]("The group over which pixels are split.")
 
     def _fitting(self, weight: object, options: Options) -> Tensor | None:
         """The class weights as a tensor. Raises if weights and options do not fit each other."""
@@ -136,12 +139,12 @@ class ImportanceAwareLoss(Loss):
         inplace: allows the backward pass to overwrite the logits with the gradient.
         grad_in_forward: allows the forward pass to compute the gradient with the loss.
         return_components: whether to return ``(loss, Components)``.
-        process_group: must be None. Sums over processes are not implemented.
+        process_group: None, or the process group or mesh dimension over which the images are split.
+        spatial_group: None, or the group or mesh dimension over which the pixels of each image are split.
 
     Raises:
         TypeError: an option has a wrong type, at construction or when it is set.
         ValueError: an option has a value that is not allowed, at construction or when it is set.
-        NotImplementedError: ``process_group`` is given.
 
     Examples:
         >>> import ial_cuda, torch
@@ -158,7 +161,6 @@ class ImportanceAwareLoss(Loss):
     factor_scope = _Option[FactorScope, FactorScope]("image or batch.")
     gradient = _Option[Gradient, Gradient]("exact or paper.")
     return_components = _Option[bool, bool]("Whether the components are returned too.")
-    process_group = _Option[None, None]("None.")
 
     def __init__(
         self,
@@ -179,7 +181,8 @@ class ImportanceAwareLoss(Loss):
         inplace: bool = False,
         grad_in_forward: bool = True,
         return_components: bool = False,
-        process_group: None = None,
+        process_group: Group | None = None,
+        spatial_group: Group | None = None,
     ) -> None:
         options = Options(
             hierarchy,
@@ -198,6 +201,7 @@ class ImportanceAwareLoss(Loss):
             grad_in_forward=grad_in_forward,
             return_components=return_components,
             process_group=process_group,
+            spatial_group=spatial_group,
         )
         super().__init__(weight, options)
 
@@ -257,6 +261,8 @@ class CrossEntropyLoss(Loss):
         backend: "auto", "cuda", "triton", "cpu" or "reference".
         inplace: allows the backward pass to overwrite the logits with the gradient.
         grad_in_forward: allows the forward pass to compute the gradient with the loss.
+        process_group: None, or the process group or mesh dimension over which the images are split.
+        spatial_group: None, or the group or mesh dimension over which the pixels of each image are split.
 
     Raises:
         TypeError: an option has a wrong type, at construction or when it is set.
@@ -282,6 +288,8 @@ class CrossEntropyLoss(Loss):
         backend: Backend = "auto",
         inplace: bool = False,
         grad_in_forward: bool = True,
+        process_group: Group | None = None,
+        spatial_group: Group | None = None,
     ) -> None:
         options = Options(
             FLAT,
@@ -293,6 +301,8 @@ class CrossEntropyLoss(Loss):
             backend=backend,
             inplace=inplace,
             grad_in_forward=grad_in_forward,
+            process_group=process_group,
+            spatial_group=spatial_group,
         )
         super().__init__(weight, options)
 

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from . import backends
 from .arguments import as_bool, as_finite, as_float, as_label, check_choice, is_scalar
+from .distributed import Group, Split, split_of
 from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
 
 Lambdas: TypeAlias = SupportsFloat | Iterable[SupportsFloat]
@@ -44,7 +45,8 @@ class OptionArguments(TypedDict, total=False):
     backend: Backend
     inplace: bool
     grad_in_forward: bool
-    process_group: None
+    process_group: Group | None
+    spatial_group: Group | None
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,6 @@ class Options:
     Raises:
         TypeError: an option has a wrong type.
         ValueError: an option has a value that is not allowed.
-        NotImplementedError: ``process_group`` is not None.
     """
 
     hierarchy: Hierarchy
@@ -72,7 +73,8 @@ class Options:
     inplace: bool = False
     grad_in_forward: bool = True
     return_components: bool = False
-    process_group: None = None
+    process_group: Group | None = None
+    spatial_group: Group | None = None
 
     if TYPE_CHECKING:
 
@@ -120,11 +122,22 @@ class Options:
                 f"inplace is True, expected False: with upsample={self.upsample!r} a gradient depends on "
                 "neighbouring logits"
             )
-        if self.process_group is not None:
-            raise NotImplementedError(
-                f"process_group is a {type(self.process_group).__name__}, expected None: sums over processes "
-                "are not implemented"
+        if self.process_group is not None or self.spatial_group is not None:
+            _ = self.split
+        if self.spatial_group is not None and self.upsample is not None:
+            raise ValueError(
+                f"spatial_group is given, expected None: with upsample={self.upsample!r} a pixel depends on "
+                "logits of other processes; interpolate the logits before, or split the images"
             )
+
+    def __deepcopy__(self, memo: object) -> Options:
+        """The same object, since it is immutable. A process group cannot be copied."""
+        return self
+
+    @property
+    def split(self) -> Split:
+        """How the input is split over processes."""
+        return split_of(self.process_group, self.spatial_group)
 
     @property
     def factor_lambdas(self) -> tuple[float, ...]:

@@ -18,6 +18,7 @@ from .arguments import as_finite, as_float, as_int, as_label
 from .calls import (
     FLAT,
     as_image,
+    check_shapes,
     class_values,
     is_transformed,
     of_classes,
@@ -25,8 +26,9 @@ from .calls import (
     raise_of_labels,
     with_checked_labels,
 )
+from .dtensor import Shards
 from .options import Backend, Options, Reduction, Upsample
-from .validation import ClassWeights, check_logits, is_void
+from .validation import ClassWeights, check_logits, is_dtensor, is_void
 
 
 def pixel_nll(
@@ -110,6 +112,8 @@ def compute_pixel_nll(
     if logits.dim() < 2 or logits.shape[1] == 0:
         raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (N, C, *spatial) with C above 0")
     options = of_classes(options, logits.shape[1])
+    if is_dtensor(logits):
+        return _of_shards(logits, target, weight, pixel_weight, options, name)
     backend, weights = prepare(logits, target, weight, pixel_weight, options, name)
     target = with_checked_labels(logits, target, backend, options)
     if backend.library is None:
@@ -131,6 +135,21 @@ def compute_pixel_nll(
     if pixel_weight is None:
         return nll
     return nll * pixel_weight.to(nll.dtype).masked_fill(is_void(target, options.void_label), 0)
+
+
+def _of_shards(
+    logits: Any,
+    target: Tensor,
+    weight: ClassWeights | None,
+    pixel_weight: Tensor | None,
+    options: Options,
+    name: str,
+) -> Tensor:
+    """`compute_pixel_nll` of DTensor logits: each process computes its pixels."""
+    check_shapes(logits, target, weight, pixel_weight, options, name)
+    shards = Shards(logits, upsample=options.upsample is not None, name=name)
+    nll = compute_pixel_nll(*shards.inputs(target, weight, pixel_weight), options, name)
+    return shards.whole(nll, shards.pixels, tuple(target.shape))
 
 
 # ---- losses of the map ----------------------------------------------------------------------------------

@@ -168,3 +168,43 @@ def importance_aware_loss(
         torch.stack(f, dim=1) if f else pi.new_zeros(1 if options.factor_scope == "batch" else pi.shape[0], 0)
     )
     return loss, f_all, torch.stack(S, dim=1), torch.stack(count, dim=1)
+
+
+def combine(
+    stats: Tensor,
+    divisor: Tensor | None,
+    lambdas: tuple[float, ...],
+    alpha: float,
+    reduction: str,
+    factor_normalization: str,
+    factor_scope: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Loss and f_t (N or 1, g-1) from the sums of `level_statistics`, which may be those of many processes.
+
+    It is the operator combine of the other backends. `importance_aware_loss` has the same equations.
+    """
+    S, P2, Q2, count, weight = stats.unbind(-1)  # each (N, g)
+    pooled = factor_scope == "batch"
+    P2, Q2, Z = (x.sum(0, keepdim=True) if pooled else x for x in (P2, Q2, count.detach()))
+
+    def from_level(x: Tensor, t: int) -> Tensor:
+        return x[:, t:].sum(1)
+
+    f = [  # Eq. 3: (pi - M_t)^2 is pi^2 at level t and (1 - pi)^2 above
+        0.5
+        * (lambdas[t] * P2[:, t] + (1 + lambdas[t]) * from_level(Q2, t + 1))
+        / (from_level(Z, t).clamp(min=1) if factor_normalization == "mean" else 1)
+        for t in range(len(lambdas))
+    ]
+    T = S[:, -1]
+    for t in reversed(range(len(lambdas))):
+        T = S[:, t] + (f[t] + alpha) * T  # Eqs. 5 to 8
+    if reduction == "none":
+        loss = T
+    elif reduction == "sum":
+        loss = T.sum()
+    else:
+        total_weight = weight.detach().sum() if divisor is None else divisor
+        loss = T.sum() * torch.where(total_weight != 0, 1 / total_weight, 0)
+    return loss.to(dtype), torch.stack(f, dim=1) if f else P2[:, :0]

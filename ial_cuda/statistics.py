@@ -7,7 +7,7 @@ from typing import NamedTuple, SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, reference
 from .calls import pixel_arguments, prepare, with_checked_labels
 from .hierarchy import HierarchyLike
 from .options import Backend, Gradient, Options, Upsample
@@ -112,9 +112,18 @@ def compute_level_statistics(
     """`level_statistics` with validated options, (N, g, 5)."""
     backend, weights = prepare(logits, target, weight, pixel_weight, options, "logits")
     target = with_checked_labels(logits, target, backend, options)
+    return level_sums(backend, (logits, target, weights, pixel_weight), options)
+
+
+def level_sums(
+    backend: backends.Backend,
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    options: Options,
+    inplace: bool = False,
+) -> Tensor:
+    """The five sums, (N, g, 5), of logits, target, class weights and pixel weights."""
     if backend.library is None:
-        return reference.level_statistics(logits, target, options, weight=weights, pixel_weight=pixel_weight)
-    stats: Tensor = backend.operators().reduce(
-        *pixel_arguments((logits, target, weights, pixel_weight), options), False, options.corners
-    )
+        logits, target, weight, pixel_weight = tensors
+        return reference.level_statistics(logits, target, options, weight=weight, pixel_weight=pixel_weight)
+    stats: Tensor = backend.operators().reduce(*pixel_arguments(tensors, options), inplace, options.corners)
     return stats

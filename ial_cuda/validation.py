@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, SupportsFloat, TypeAlias
 
@@ -48,6 +49,14 @@ Divisor: TypeAlias = SupportsFloat | Tensor
 def check_logits(logits: object, name: str = "logits") -> None:
     """Checks type and dtype only."""
     _check_tensor(name, logits, _FLOATING)
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether ``tensor`` is a `torch.distributed.tensor.DTensor`. Importing that module takes seconds."""
+    if type(tensor) is Tensor or not isinstance(tensor, Tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def class_weight(weight: object, num_classes: int | None, name: str = "weight") -> Tensor | None:
@@ -137,10 +146,15 @@ def check_inputs(
             raise ValueError(
                 f"pixel_weight has shape {tuple(pixel_weight.shape)}, expected (N, *spatial) = {expected}"
             )
-    device = logits.device
+    device, sharded = logits.device, is_dtensor(logits)
     for other, tensor in (("target", target), ("weight", weight), ("pixel_weight", pixel_weight)):
-        if tensor is not None and tensor.device != device:
+        if tensor is None:
+            continue
+        if tensor.device != device:
             raise ValueError(f"{other} is on {tensor.device}, expected {device} like {name}")
+        if is_dtensor(tensor) != sharded and not (sharded and other == "weight"):  # each rank has all weights
+            got, wanted = ("plain tensor", "DTensor") if sharded else ("DTensor", "plain tensor")
+            raise TypeError(f"{other} is a {got}, expected a {wanted} like {name}")
 
 
 def check_one_image(input: Tensor, target: Tensor, pixel_weight: Tensor | None, *, upsample: bool) -> None:

@@ -120,7 +120,7 @@ BAD = {
     "gradient": (dict(gradient="true"), ValueError, "gradient is 'true', expected one of 'exact', 'paper'"),
     "backend": (dict(backend="gpu"), ValueError, "backend is 'gpu', expected one of 'auto', 'cpu', 'cuda', "),
     "backend device": (dict(backend="cuda"), ValueError, "backend is 'cuda', expected one of 'auto', 'cpu', "),
-    "process_group": (dict(process_group=object()), NotImplementedError, "process_group is a object, expected None"),
+    "process_group": (dict(process_group="world"), TypeError, "process_group is 'world' (str), expected a ProcessGroup"),
 }  # fmt: skip
 
 

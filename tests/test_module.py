@@ -74,7 +74,8 @@ BAD = {
     "inplace": (dict(inplace="no"), TypeError, "inplace is 'no' (str), expected a bool"),
     "grad_in_forward": (dict(grad_in_forward=1), TypeError, "grad_in_forward is 1 (int), expected a bool"),
     "return_components": (dict(return_components=None), TypeError, "return_components is None (NoneType), expected a bool"),
-    "process_group": (dict(process_group=1), NotImplementedError, "process_group is a int, expected None"),
+    "process_group": (dict(process_group=1), TypeError, "process_group is 1 (int), expected a ProcessGroup or a DeviceMesh of one dimension"),
+    "spatial_group": (dict(spatial_group="spatial"), TypeError, "spatial_group is 'spatial' (str), expected a ProcessGroup"),
 }  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def test_an_unknown_option_is_an_error():
 
 def test_every_option_is_an_attribute_and_documented():
     fields = {field.name for field in dataclasses.fields(Options)}
-    assert {"hierarchy", "process_group", *OPTIONS} == fields and fields <= set(BAD)
+    assert {"hierarchy", "process_group", "spatial_group", *OPTIONS} == fields and fields <= set(BAD)
     criterion = ImportanceAwareLoss(HIERARCHY)
     text = pydoc.plain(pydoc.render_doc(ImportanceAwareLoss))
     arguments = text[text.index("Args:") : text.index("Raises:")]
