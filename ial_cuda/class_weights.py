@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from .arguments import as_bool
+from .distributed import Group, as_group, gather, require_alike
 from .hierarchy import Hierarchy, HierarchyLike, resolve_ignore_index
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 LabelMap: TypeAlias = torch.Tensor | np.ndarray[Any, Any]
 
@@ -30,6 +36,7 @@ def median_frequency_weights(
     batched: bool | None = None,
     ignore_index: int | None = None,
     count_void: bool = True,
+    process_group: Group | None = None,
 ) -> torch.Tensor:
     """Computes class weights by median frequency balancing, Eq. 2 of Chen, Gong and Yang (IJCAI 2017).
 
@@ -48,6 +55,11 @@ def median_frequency_weights(
         ignore_index: the label of void pixels. None means the hierarchy's own, else 255.
         count_void: whether "all pixels of the images" includes void pixels. With them, the 367 training
             label maps of CamVid give Column/Pole 4.7865 and Bicyclist 8.8587; without them 4.7889 and 8.8193.
+        process_group: None, or the `torch.distributed.ProcessGroup`, or one dimension of a `DeviceMesh`, over
+            which the data set is split. Each rank passes its own label maps, in any number or none. All ranks
+            get the same weights: those of one process with all label maps, bit for bit. Only the counts are
+            sent, in one gather, after a rank has read its maps. So a rank waits for the slowest one, up to
+            the timeout of the group. With NCCL, call `torch.cuda.set_device` first.
 
     Returns:
         Weights (C,), float32, on the CPU. A class in no image gets 1.0, and a UserWarning names it.
@@ -56,7 +68,11 @@ def median_frequency_weights(
         TypeError: a label map is neither a tensor nor an array, or its dtype is not an integer dtype. Or
             another argument has a wrong type.
         ValueError: a label is outside [0, C) and is not ``ignore_index``; the shape of a label map does not
-            fit ``batched``; no pixel has a class; ``hierarchy`` or ``ignore_index`` is not valid.
+            fit ``batched``; no pixel has a class; ``hierarchy`` or ``ignore_index`` is not valid. With
+            ``process_group`` also: the number of classes, ``ignore_index`` or ``count_void`` is not the same
+            on all ranks; another rank failed.
+        Exception: whatever the iterator of ``label_maps`` raises. With ``process_group``, a rank that fails
+            raises its own error, and all others a ValueError with the number of that rank and its message.
 
     Examples:
         >>> import ial_cuda, torch
@@ -64,6 +80,61 @@ def median_frequency_weights(
         >>> ial_cuda.median_frequency_weights(labels, 3)
         tensor([0.2000, 1.0000, 1.0000])
     """
+    read = partial(_read, label_maps, hierarchy, batched, ignore_index, count_void)
+    counts = read() if process_group is None else _sum(as_group(process_group, "process_group"), read)
+
+    pixels = np.array(counts.pixels, dtype=np.int64)
+    pixels_where_present = np.array(counts.pixels_where_present, dtype=np.int64)
+    present = pixels > 0
+    if not present.any():
+        raise ValueError(
+            f"label_maps has no pixel of any class in {counts.images} images, "
+            f"expected at least one label that is not ignore_index={counts.ignore_index}"
+        )
+    if not present.all():
+        absent = np.flatnonzero(~present).tolist()
+        some = f"{absent[:20]} and {len(absent) - 20} more" if len(absent) > 20 else f"{absent}"
+        warnings.warn(f"no image contains the classes {some}; their weight is 1", UserWarning, stacklevel=2)
+    frequency = pixels[present] / pixels_where_present[present]
+    weights = np.ones(counts.num_classes, dtype=np.float64)
+    weights[present] = np.median(frequency) / frequency
+    return torch.from_numpy(weights).float()
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Everything that the weights depend on, and the settings that it was counted with.
+
+    Attributes:
+        pixels: the number of pixels of each class.
+        pixels_where_present: for each class, the number of all pixels of the images that contain it.
+    """
+
+    num_classes: int
+    ignore_index: int
+    count_void: bool
+    images: int
+    pixels: list[int]
+    pixels_where_present: list[int]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What must be the same on all ranks, by its name in errors."""
+        return {
+            "the number of classes": self.num_classes,
+            "ignore_index": self.ignore_index,
+            "count_void": self.count_void,
+        }
+
+
+def _read(
+    label_maps: LabelMap | Iterable[LabelMap],
+    hierarchy: HierarchyLike,
+    batched: bool | None,
+    ignore_index: int | None,
+    count_void: bool,
+) -> _Counts:
+    """Checks the arguments and counts the pixels of this process's label maps."""
     hierarchy = Hierarchy.of(hierarchy)
     num_classes = hierarchy.num_classes
     ignore_index = resolve_ignore_index(ignore_index, num_classes, hierarchy.ignore_index)
@@ -88,21 +159,34 @@ def median_frequency_weights(
             images += 1
             pixels += counts
             pixels_where_present[counts > 0] += image.size if count_void else valid
+    return _Counts(
+        num_classes, ignore_index, count_void, images, pixels.tolist(), pixels_where_present.tolist()
+    )
 
-    present = pixels > 0
-    if not present.any():
-        raise ValueError(
-            f"label_maps has no pixel of any class in {images} images, "
-            f"expected at least one label that is not ignore_index={ignore_index}"
-        )
-    if not present.all():
-        absent = np.flatnonzero(~present).tolist()
-        some = f"{absent[:20]} and {len(absent) - 20} more" if len(absent) > 20 else f"{absent}"
-        warnings.warn(f"no image contains the classes {some}; their weight is 1", UserWarning, stacklevel=2)
-    frequency = pixels[present] / pixels_where_present[present]
-    weights = np.ones(num_classes, dtype=np.float64)
-    weights[present] = np.median(frequency) / frequency
-    return torch.from_numpy(weights).float()
+
+def _sum(group: ProcessGroup, read: Callable[[], _Counts]) -> _Counts:
+    """The counts of all ranks of a group. If ``read`` fails on a rank, all ranks raise, so none waits."""
+    try:
+        own = read()
+    except Exception as error:
+        gather(f"{type(error).__name__}: {error}", group)
+        raise
+    of_ranks: list[_Counts] = []
+    for rank, answer in enumerate(gather(own, group)):
+        if isinstance(answer, str):
+            raise ValueError(f"process_group: rank {rank} of the group failed: {answer}")
+        of_ranks.append(answer)
+    require_alike([counts.settings for counts in of_ranks], "process_group")
+    return replace(
+        own,
+        images=sum(counts.images for counts in of_ranks),
+        pixels=_add(counts.pixels for counts in of_ranks),
+        pixels_where_present=_add(counts.pixels_where_present for counts in of_ranks),
+    )
+
+
+def _add(of_ranks: Iterable[list[int]]) -> list[int]:
+    return [sum(of_class) for of_class in zip(*of_ranks, strict=True)]
 
 
 def _as_array(label_map: object, argument: str, batched: bool | None) -> np.ndarray[Any, Any]:

@@ -173,8 +173,18 @@ def combine(
 
 def check_alike(description: Mapping[str, object], group: ProcessGroup, argument: str) -> None:
     """Raises the same ValueError on all ranks of a group if their descriptions differ. It synchronises."""
+    require_alike(gather(dict(description), group), argument)
+
+
+def gather(value: object, group: ProcessGroup) -> list[Any]:
+    """The values of all ranks of a group, in their order, on every rank. It synchronises."""
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(of_ranks, dict(description), group)
+    dist.all_gather_object(of_ranks, value, group)
+    return of_ranks
+
+
+def require_alike(of_ranks: Sequence[dict[str, object]], argument: str) -> None:
+    """Raises a ValueError if the descriptions of the ranks of a group differ."""
     first = of_ranks[0]
     for rank, other in enumerate(of_ranks):
         for name in first | other:

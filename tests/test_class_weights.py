@@ -379,6 +379,11 @@ ERRORS = [
         TypeError,
         "count_void is 'no' (str), expected a bool",
     ),
+    (
+        dict(label_maps=[GOOD], process_group="data"),
+        TypeError,
+        "process_group is 'data' (str), expected a ProcessGroup or a DeviceMesh of one dimension",
+    ),
 ]
 
 
