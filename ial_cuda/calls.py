@@ -52,13 +52,18 @@ def prepare(
 
     ``name``: of the logits in errors.
     """
+    check_plain(logits, name)
+    weights = check_shapes(logits, target, weight, pixel_weight, options, name)
+    return backends.choose(options.backend, logits.device), weights
+
+
+def check_plain(logits: Tensor, name: str = "logits") -> None:
+    """Raises a TypeError for a DTensor."""
     if is_dtensor(logits):
         raise TypeError(
             f"{name} is a DTensor, expected a plain tensor: only importance_aware_loss, cross_entropy and "
             "pixel_nll take DTensors"
         )
-    weights = check_shapes(logits, target, weight, pixel_weight, options, name)
-    return backends.choose(options.backend, logits.device), weights
 
 
 def check_shapes(

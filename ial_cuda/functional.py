@@ -574,6 +574,10 @@ def compute_cross_entropy(
     if input.dim() == 0:
         raise ValueError("input has shape (), expected (N, C, *spatial), (C, *spatial) or (C,)")
     if _is_unbatched(input, target, options):
+        if options.spatial_group is not None:  # the shapes of another rank's pixels might mean a batch
+            raise ValueError(
+                f"input has shape {tuple(input.shape)}, expected (N, C, *spatial) with spatial_group"
+            )
         return _of_one_image(input, target, weight, pixel_weight, divisor, options, expected)
     options = of_classes(options, input.shape[1])
     if options.reduction == "none":

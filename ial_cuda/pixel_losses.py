@@ -18,6 +18,7 @@ from .arguments import as_finite, as_float, as_int, as_label
 from .calls import (
     FLAT,
     as_image,
+    check_plain,
     check_shapes,
     class_values,
     is_transformed,
@@ -50,7 +51,8 @@ def pixel_nll(
     their gradient stay coarse.
 
     Args:
-        logits: (N, C, *spatial), float64, float32, float16 or bfloat16, with any strides.
+        logits: (N, C, *spatial), float64, float32, float16 or bfloat16, with any strides. A DTensor may be
+            sharded by images and by spatial dimensions. ``target`` and the result are then DTensors, too.
         target: (N, *spatial) class indices, int64, int32 or uint8, on the device of ``logits``.
         weight: (C,) class weights w: a tensor, a list or a NumPy array. None means ones.
         ignore_index: the label of void pixels. Their value and their gradient are 0, whatever their logits
@@ -212,6 +214,7 @@ def compute_focal_loss(
     logits: Tensor, target: Tensor, gamma: float, alpha: ClassWeights | None, options: Options
 ) -> Tensor:
     """`focal_loss` with validated options."""
+    check_plain(logits)
     by_class = _class_values(alpha, "alpha", logits)
     nll = compute_pixel_nll(logits, target, None, None, options)
     losses: Tensor = (_focal if is_transformed() else _Focal.apply)(nll, gamma)
@@ -333,6 +336,7 @@ def compute_ohem_cross_entropy(
     options: Options,
 ) -> Tensor:
     """`ohem_cross_entropy` with validated options."""
+    check_plain(logits)
     void_label = options.void_label
     by_class = _class_values(weight, "weight", logits)
     nll = losses = compute_pixel_nll(logits, target, None, None, options)
@@ -459,6 +463,7 @@ def compute_poly1(
     logits: Tensor, target: Tensor, weight: ClassWeights | None, epsilon: float, options: Options
 ) -> Tensor:
     """`poly1_cross_entropy` with validated options."""
+    check_plain(logits)
     by_class = _class_values(weight, "weight", logits)
     nll = compute_pixel_nll(logits, target, None, None, options)
     losses = nll + epsilon * (1 - torch.exp(-nll))
