@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from ial_cuda import Hierarchy, ImportanceAwareLoss
+from ial_cuda import CrossEntropyLoss, Hierarchy, ImportanceAwareLoss
 
 from .networks import NETWORKS
 from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ALPHA, LAMBDA = 1.0, 0.5  # as in the paper
 
@@ -22,23 +25,25 @@ def make_loss(
     recipe: Recipe,
     hierarchy: Hierarchy,
     weight: Tensor | None,
-    reduction: str = "mean",
+    group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> Loss:
-    """The loss of a recipe. ``backend`` is for IAL."""
-    coarse = NETWORKS[recipe.network].coarse
+    """The loss of a recipe: the mean over the images of all processes of ``group``, f of this process's."""
+    options = {
+        "upsample": "bilinear" if NETWORKS[recipe.network].coarse else None,
+        "backend": backend,
+        "process_group": group,
+    }
     if recipe.loss == "ial":
         criterion = ImportanceAwareLoss(
             hierarchy,
             weight,
             alpha=ALPHA,
             lambdas=LAMBDA,
-            reduction=reduction,
             gradient=recipe.gradient,
             factor_normalization=recipe.factors,
-            upsample="bilinear" if coarse else None,
-            backend=backend,
             return_components=True,
+            **options,
         )
 
         def importance_aware(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,17 +52,5 @@ def make_loss(
 
         return importance_aware
 
-    def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
-        logits = logits.float()
-        if coarse:
-            logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
-        options = {"ignore_index": hierarchy.ignore_index, "reduction": reduction}
-        return F.cross_entropy(logits, labels.long(), weight, **options), None
-
-    return cross_entropy
-
-
-def total_weight(labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The summed weight of the valid pixels, (): the divisor of the mean."""
-    valid = labels[labels != ignore_index].long()
-    return valid.new_tensor(valid.numel()).float() if weight is None else weight[valid].sum()
+    cross_entropy = CrossEntropyLoss(weight, hierarchy.ignore_index, **options)
+    return lambda logits, labels: (cross_entropy(logits, labels), None)

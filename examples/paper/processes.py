@@ -1,17 +1,16 @@
-"""Training in several processes with the same result as in one process.
-
-DistributedDataParallel averages the gradients. This module adds the rest that depends on the whole batch:
-sums, batch normalization and dropout.
-"""
+"""Training in several processes, each on its part of a batch."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Processes:
@@ -21,11 +20,13 @@ class Processes:
         rank: the index of this process. Rank 0 writes files and prints.
         world: the number of processes.
         device: the device of this process.
+        group: all processes, for losses over the whole batch; None for one process.
     """
 
     def __init__(self, distributed: bool, device: str) -> None:
         """``distributed``: join the processes that torchrun started. Otherwise there is only this one."""
         self.rank, self.world, self.device = 0, 1, torch.device(device)
+        self.group: ProcessGroup | None = None
         if distributed:
             if "LOCAL_RANK" not in os.environ:
                 raise ValueError("LOCAL_RANK is not set: start distributed training with torchrun")
@@ -34,6 +35,7 @@ class Processes:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
+            self.group = dist.group.WORLD if self.world > 1 else None
 
     def __enter__(self) -> Processes:
         return self
@@ -49,77 +51,16 @@ class Processes:
         return tensor
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """The network for this process, with synchronized batch normalization, dropout and gradients."""
+        """The network with synchronized gradients and, on CUDA, batch statistics of the whole batch."""
         if self.world == 1:
             return network
-        self._replace_layers(network)
-        devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        devices = None
+        if self.device.type == "cuda":  # nn.SyncBatchNorm has no implementation for the CPU
+            network, devices = nn.SyncBatchNorm.convert_sync_batchnorm(network), [self.device]
+        return nn.parallel.DistributedDataParallel(network, device_ids=devices)
 
-    def _replace_layers(self, module: nn.Module) -> None:
-        """Replaces batch normalization and dropout. The names of the parameters stay."""
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                if self.device.type == "cuda":
-                    setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
-                else:
-                    child.__class__ = CpuSyncBatchNorm
-            elif isinstance(child, nn.Dropout | nn.Dropout2d):
-                setattr(module, name, SyncDropout(child, self.rank, self.world))
-            else:
-                self._replace_layers(child)
-
-
-class AllReduceSum(torch.autograd.Function):
-    """The sum over the processes, with the gradient of the sum of their losses."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return AllReduceSum.apply(gradient)
-
-
-class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalization over all processes on the CPU, where nn.SyncBatchNorm is not available.
-
-    All processes must have batches of the same size.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        shape = (1, -1, 1, 1)
-        pixels = dist.get_world_size() * x.numel() // x.shape[1]
-        mean = AllReduceSum.apply(x.sum((0, 2, 3))) / pixels
-        x = x - mean.view(shape)
-        variance = AllReduceSum.apply(x.square().sum((0, 2, 3))) / pixels
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * pixels / (pixels - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale.view(shape) + self.bias.view(shape)
-
-
-class SyncDropout(nn.Module):
-    """This process's part of the dropout that one process would draw for the whole batch.
-
-    Every process draws the whole mask from the same generator state. All batches must have the same size.
-    """
-
-    def __init__(self, dropout: nn.Dropout | nn.Dropout2d, rank: int, world: int) -> None:
-        super().__init__()
-        self.p, self.rank, self.world = dropout.p, rank, world
-        self.channels_only = isinstance(dropout, nn.Dropout2d)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        pixels = (1, 1) if self.channels_only else x.shape[2:]
-        mask = x.new_empty((self.world * x.shape[0], x.shape[1], *pixels)).bernoulli_(1 - self.p)
-        return x * mask[self.rank :: self.world] / (1 - self.p)
+    def broadcast_buffers(self, network: nn.Module) -> None:
+        """Gives all processes the running statistics of rank 0, which are those of the checkpoint."""
+        if self.world > 1:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
@@ -15,17 +15,12 @@ from ial_cuda import Hierarchy
 
 from ..shares import measure_shares, show_shares
 from .losses import Loss, make_loss
+from .networks import NETWORKS
 from .processes import Processes
 from .recipe import Recipe
 from .training import Training
 
 OURS = "IAL, ial_cuda"
-#: By name: the loss and the backend.
-LOSSES = {
-    OURS: ("ial", "auto"),
-    "IAL, reference": ("ial", "reference"),
-    "F.cross_entropy": ("cross-entropy", "auto"),
-}
 REGION = 16  # side of the squares of one label
 
 
@@ -40,6 +35,23 @@ def make_batch(batch: int, size: Sequence[int], hierarchy: Hierarchy) -> tuple[T
     return images, labels.to(torch.uint8).contiguous()
 
 
+def make_losses(recipe: Recipe, hierarchy: Hierarchy, weight: Tensor) -> dict[str, Loss]:
+    """IAL of a recipe with two backends, and PyTorch's cross-entropy, by name."""
+    coarse = NETWORKS[recipe.network].coarse
+
+    def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        logits = logits.float()
+        if coarse:
+            logits = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+        return F.cross_entropy(logits, labels.long(), weight, ignore_index=hierarchy.ignore_index), None
+
+    return {
+        OURS: make_loss(recipe, hierarchy, weight),
+        "IAL, reference": make_loss(recipe, hierarchy, weight, backend="reference"),
+        "F.cross_entropy": cross_entropy,
+    }
+
+
 def profile(
     recipe: Recipe, size: Sequence[int], hierarchy: Hierarchy, device: str, rounds: int, console: Console
 ) -> dict[str, Any]:
@@ -51,8 +63,7 @@ def profile(
     logits = training.logits(images).detach().requires_grad_()
     training.optimizer.zero_grad()  # gradients that the next step frees would lower its peak
     steps: dict[str, tuple[Step, Step]] = {}
-    for name, (loss, backend) in LOSSES.items():
-        criterion = make_loss(replace(recipe, loss=loss), hierarchy, weight, backend=backend)
+    for name, criterion in make_losses(recipe, hierarchy, weight).items():
 
         def step(images: Tensor, criterion: Loss = criterion) -> None:
             training.loss = criterion

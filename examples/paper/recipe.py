@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that the result of a training depends on, except the machine and the libraries.
+    """What the result of a training depends on, except machine, libraries and number of processes.
 
     Attributes:
         data: a name in `data.DATA_SETS`.

@@ -80,12 +80,13 @@ def evaluate(
     workers: int,
     keep: Path,
 ) -> Scores:
-    """The scores of a network on all images of a source. The network stays in evaluation mode.
+    """The scores of rank 0's network on all images of a source. The network stays in evaluation mode.
 
     Images are scaled down by ``scale``. The logits are interpolated to the full size of the labels. Some
     predictions are written to the folder ``keep`` as label maps.
     """
     network.eval()
+    processes.broadcast_buffers(network)
     device = processes.device
     scores = Scores(source.hierarchy).to(device)
     mine = range(processes.rank, len(source.pairs), processes.world)

@@ -19,7 +19,7 @@ from benchmarks.harness.machine import describe_machine, write_json
 from ial_cuda import Hierarchy, median_frequency_weights
 
 from .data import DATA_SETS, Batches, Source, TrainingSet, as_input
-from .losses import make_loss, total_weight
+from .losses import make_loss
 from .networks import NETWORKS
 from .processes import Processes
 from .recipe import Recipe
@@ -50,7 +50,7 @@ class Training:
         steps_per_epoch: int,
         processes: Processes,
     ) -> None:
-        self.recipe, self.processes, self.hierarchy = recipe, processes, hierarchy
+        self.recipe, self.processes = recipe, processes
         self.step, self.steps_per_epoch = 0, steps_per_epoch
         self.steps = recipe.epochs * steps_per_epoch
         self.rows: list[dict[str, Any]] = []
@@ -70,10 +70,8 @@ class Training:
             self.optimizer = torch.optim.SGD(self.network.parameters(), momentum=MOMENTUM, **options)
         self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, self.steps, POLY_POWER)
 
-        self.weight = None if weight is None else weight.to(processes.device)
-        # The mean is over the pixels of all processes: each takes its sum, see `_loss_of`.
-        reduction = "mean" if processes.world == 1 else "sum"
-        self.loss = make_loss(recipe, hierarchy, self.weight, reduction)
+        weight = None if weight is None else weight.to(processes.device)
+        self.loss = make_loss(recipe, hierarchy, weight, processes.group)
         self.scores = Scores(hierarchy).to(processes.device)
         self._start_row()
 
@@ -84,14 +82,14 @@ class Training:
 
     def take_step(self, images: Tensor, labels: Tensor) -> None:
         """A step on this process's part of a batch: images (N, h, w, 3), labels (N, h, w), both uint8."""
-        # Dropout depends on the seed and the step alone, so a checkpoint needs no generator state.
-        seed = np.random.SeedSequence((self.recipe.seed, self.step)).generate_state(1, np.uint64)
-        torch.manual_seed(int(seed[0]))
+        # Dropout depends on seed, step and rank alone, so a checkpoint needs no generator state.
+        seeds = np.random.SeedSequence((self.recipe.seed, self.step, self.processes.rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         labels = labels.to(self.processes.device, non_blocking=True)
         self.network.train()
         self.optimizer.zero_grad()
         logits = self.logits(images)
-        loss, f = self._loss_of(logits, labels)
+        loss, f = self.loss(logits, labels)
         loss.backward()
         self.optimizer.step()
         self.schedule.step()
@@ -109,15 +107,8 @@ class Training:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             return self._call(images)
 
-    def _loss_of(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-        loss, f = self.loss(logits, labels)
-        if self.processes.world > 1:
-            total = self.processes.all_reduce(total_weight(labels, self.weight, self.hierarchy.ignore_index))
-            loss = loss * (self.processes.world / total)  # DistributedDataParallel averages over processes
-        return loss, f
-
     def describe_progress(self) -> str:
-        """Loss, mean IoU and factors of this process since the last row."""
+        """The loss of all processes, and mean IoU and factors of this one, since the last row."""
         steps = self.step - self._row_start
         text = f"loss {self._loss_sum.item() / steps:.4f}, IoU {100 * self.scores.mean():.1f} %"
         if isinstance(self._f_sum, Tensor):
@@ -130,10 +121,11 @@ class Training:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        steps = (self.step - self._row_start) * self.processes.world
-        loss = self.processes.all_reduce(self._loss_sum).item() / steps
-        f = self._f_sum
-        f = (self.processes.all_reduce(f) / steps).tolist() if isinstance(f, Tensor) else None
+        steps = self.step - self._row_start
+        loss = self._loss_sum.item() / steps  # of all processes already
+        f = None
+        if isinstance(self._f_sum, Tensor):
+            f = (self.processes.all_reduce(self._f_sum) / (steps * self.processes.world)).tolist()
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} in steps {self._row_start} to {self.step - 1}")
         self.rows.append(
