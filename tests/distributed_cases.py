@@ -538,7 +538,7 @@ def check_training(backend: str) -> None:
 
 
 def check_mismatches(backend: str) -> None:
-    """With IAL_CUDA_DEBUG=1 all ranks raise the same error. It names what differs, and the group still works."""
+    """With IAL_CUDA_DEBUG=1 all ranks raise the error that names what differs, and the group still works."""
     os.environ["IAL_CUDA_DEBUG"] = "1"
     group, rank = dist.group.WORLD, dist.get_rank()
     logits, target, _ = make_input("cpu")
