@@ -5,16 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 
 import ial_cuda
-from ial_cuda import CrossEntropyLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -96,42 +92,3 @@ def test_links_to_files(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
-
-
-# ---------------------------------------------------------------- two processes: docs/guide/many-processes.md
-
-
-def make_problem():
-    """Logits of two ranks, with unlike amounts of void, and class weights."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 3, 5, 7, generator=generator)
-    labels = torch.randint(3, (2, 5, 7), generator=generator)
-    labels[1, :4] = 255
-    return logits, labels, CrossEntropyLoss([0.5, 1.0, 2.0], ignore_index=255)
-
-
-def rank_gradient(rank, folder):
-    try:
-        dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-        namespace: dict = {}
-        exec(examples(ROOT / "docs/guide/many-processes.md")[0], namespace)
-        logits, labels, criterion = make_problem()
-        own = logits[rank : rank + 1].clone().requires_grad_()
-        loss = namespace["mean_over_ranks"](criterion, own, labels[rank : rank + 1])
-        loss.backward()
-        torch.save((loss.detach(), own.grad), f"{folder}/{rank}.pt")
-        dist.destroy_process_group()
-    except Exception:
-        Path(folder, f"{rank}.txt").write_text(traceback.format_exc())
-        raise
-
-
-def test_mean_over_ranks_is_the_global_mean(tmp_path):
-    torch.multiprocessing.spawn(rank_gradient, (str(tmp_path),), nprocs=2)
-    losses, gradients = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)), strict=True)
-    logits, labels, criterion = make_problem()
-    loss = criterion(logits.requires_grad_(), labels)
-    loss.backward()
-    # Each rank has the gradient of R times its share, which DDP divides by R.
-    torch.testing.assert_close(sum(losses) / 2, loss.detach())
-    torch.testing.assert_close(torch.cat(gradients) / 2, logits.grad)

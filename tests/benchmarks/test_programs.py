@@ -16,7 +16,7 @@ from ial_cuda import backends
 
 loss = pytest.importorskip("benchmarks.loss", reason="needs ial_cuda[bench]")
 import benchmarks.__main__ as everything  # noqa: E402
-from benchmarks import pixel_losses, step, sweep, upsample  # noqa: E402
+from benchmarks import pixel_losses, processes, step, sweep, upsample  # noqa: E402
 from benchmarks.harness import measure, providers, report  # noqa: E402
 from benchmarks.harness.inputs import FOCAL, IAL, SIGMOID_FOCAL, THRESHOLD, TOP_K, Case, Inputs  # noqa: E402
 
@@ -234,3 +234,22 @@ def test_a_tiny_run_on_cuda(tmp_path):
         assert len(ours) >= 3
         for row in ours:
             assert row["graph_ms"] > 0 and row["copy_percent"] > 0 and row["no_graph"] is None, row
+
+
+def test_a_tiny_run_over_two_processes(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [*torchrun, "benchmarks.processes", "--size", "16", "32", "--rounds", "2", "--output", tmp_path]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    entropy, ial = cases_of(tmp_path, "processes")
+    assert entropy["input"] == "cross-entropy, 2x19x16x32 float32 on cpu"
+    for case in (entropy, ial):
+        names = [row["name"] for row in case["providers"]]
+        assert {"ial_cuda, process_group", "ial_cuda, spatial_group"} < set(names)
+        assert all(row["median_ms"] > 0 for row in case["providers"])
+
+
+def test_the_program_for_processes_needs_torchrun(monkeypatch, capsys):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert processes.main([]) == 1
+    assert "LOCAL_RANK is not set" in capsys.readouterr().err
