@@ -222,13 +222,15 @@ def check_dtensors(backend: str) -> None:
             if none := options.get("reduction") == "none":
                 upstream = torch.arange(1.0, 6.0, device=device)
             expected_loss, expected, expected_parts = loss_of(whole, device, options, backend, upstream)
-            (loss * distribute_tensor(upstream, mesh, loss.placements)).sum().backward()
+            scaled = (loss * distribute_tensor(upstream, mesh, loss.placements)).sum()
+            # Not backward: torch 2.11 accumulates the gradient of uneven shards as replicas.
+            (gradient,) = torch.autograd.grad(scaled, leaf)
             case = f"{placements}, {options}"
             images = [p if p == Shard(0) else Replicate() for p in placements]
             assert list(loss.placements) == (images if none else [Replicate()] * len(shape)), case
             torch.testing.assert_close(loss.full_tensor(), expected_loss, **CLOSE, msg=f"loss, {case}")
-            assert leaf.grad.placements == leaf.placements
-            torch.testing.assert_close(leaf.grad.full_tensor(), expected, **CLOSE, msg=f"gradient, {case}")
+            assert gradient.placements == leaf.placements, case
+            torch.testing.assert_close(gradient.full_tensor(), expected, **CLOSE, msg=f"gradient, {case}")
             for ours, theirs in zip(parts, expected_parts, strict=True):
                 torch.testing.assert_close(ours.full_tensor(), theirs, **CLOSE, msg=f"components, {case}")
 
