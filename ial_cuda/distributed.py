@@ -154,9 +154,7 @@ def combine(
         own = stats.sum(0, keepdim=True)
         # With "none" the losses of other images depend on the sums, too, and are nobody's replicas.
         total = _sum(own, split.images, split.one_loss and reduction != "none")
-        if (
-            reduction != "none"
-        ):  # the images share their factors, so the loss depends on the summed images alone
+        if reduction != "none":  # images that share their factors can be added
             loss, f = operator(total, divisor, *options, dtype)
             return loss, f, stats
         losses, f = operator(torch.cat([stats, total - own]), divisor, *options, dtype)
@@ -189,7 +187,7 @@ def require_alike(of_ranks: Sequence[dict[str, object]], argument: str) -> None:
     for rank, other in enumerate(of_ranks):
         for name in first | other:
             ours, theirs = first.get(name), other.get(name)
-            if ours != theirs:
+            if repr(ours) != repr(theirs):  # NaN is not equal to itself
                 raise ValueError(
                     f"{argument}: {name} is {theirs!r} on rank {rank} of the group and {ours!r} on rank 0, "
                     "expected the same on all ranks"
