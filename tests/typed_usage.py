@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import assert_type
 
 import ial_cuda
@@ -42,6 +44,15 @@ def functions(logits: Tensor, labels: Tensor, flag: bool) -> None:
     importance_aware_loss(logits, labels, CAMVID, lambdas="0.5")  # type: ignore[arg-type]
     importance_aware_loss(logits, labels, CAMVID, factor_scop="batch")  # type: ignore[call-overload]
     ial_cuda.cross_entropy(logits, labels, backend="gpu")  # type: ignore[arg-type]
+
+
+def processes(logits: Tensor, labels: Tensor, group: ProcessGroup, mesh: DeviceMesh) -> None:
+    importance_aware_loss(logits, labels, CAMVID, process_group=mesh["data"], spatial_group=group).backward()
+    criterion = CrossEntropyLoss(process_group=group)
+    criterion.spatial_group = mesh["rows"]
+    criterion.process_group = None
+    ial_cuda.median_frequency_weights(labels, 3, process_group=group)
+    importance_aware_loss(logits, labels, CAMVID, process_group="world")  # type: ignore[arg-type]
 
 
 def modules(logits: Tensor, labels: Tensor) -> None:
