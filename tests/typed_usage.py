@@ -52,7 +52,7 @@ def processes(logits: Tensor, labels: Tensor, group: ProcessGroup, mesh: DeviceM
     criterion.spatial_group = mesh["rows"]
     criterion.process_group = None
     ial_cuda.median_frequency_weights(labels, 3, process_group=group)
-    importance_aware_loss(logits, labels, CAMVID, process_group="world")  # type: ignore[arg-type]
+    importance_aware_loss(logits, labels, CAMVID, process_group="world")  # type: ignore[call-overload]
 
 
 def modules(logits: Tensor, labels: Tensor) -> None:
