@@ -137,5 +137,5 @@ def as_image(
 
 def raise_of_labels(target: Tensor, classes: int, options: Options) -> None:
     """Raises for bad labels on the CPU, with positions in the target as the caller passed it."""
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if target.device.type == "cpu" and not (is_dtensor(target) or torch.compiler.is_compiling()):
         validate_target(target, classes, options.void_label)

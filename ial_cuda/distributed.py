@@ -37,10 +37,11 @@ def as_group(group: object, argument: str) -> ProcessGroup:
             if group.ndim != 1:
                 some = names[0] if names else "NAME"
                 raise ValueError(
-                    f"{argument} is a DeviceMesh with {group.ndim} dimensions {names or ''}, expected one: "
-                    f"pass one of its dimensions, such as mesh[{some!r}]"
+                    f"{argument} is a DeviceMesh with {group.ndim} dimensions{f' {names}' if names else ''}, "
+                    f"expected one: pass one of its dimensions, such as mesh[{some!r}]"
                 )
-            group = group.get_group()
+            # A mesh has no group on a process outside it.
+            group = group.get_group() if group.get_coordinate() else dist.GroupMember.NON_GROUP_MEMBER
         if isinstance(group, dist.ProcessGroup):
             return group
         if type(group) is int and group == dist.GroupMember.NON_GROUP_MEMBER:
@@ -102,7 +103,7 @@ class _AllReduce(torch.autograd.Function):
     def forward(x: Tensor, group: ProcessGroup, one_loss: bool) -> Tensor:
         from torch.distributed import _functional_collectives as collectives  # torch.compile traces these
 
-        total: Tensor = collectives.wait_tensor(collectives.all_reduce(x, "sum", group))
+        total: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
         return total
 
     @staticmethod
@@ -111,9 +112,34 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if not ctx.one_loss:
-            gradient = _AllReduce.apply(gradient.contiguous(), ctx.group, False)
-        return gradient, None, None
+        if ctx.one_loss:
+            return _Replica.apply(gradient, ctx.group), None, None
+        return _AllReduce.apply(gradient, ctx.group, False), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, group: ProcessGroup, one_loss: bool
+    ) -> tuple[Tensor, int | None]:
+        return _AllReduce.apply(x, group, one_loss), in_dims[0]
+
+
+class _Replica(torch.autograd.Function):
+    """A process's replica of a tensor of one loss. Its derivative sums what all processes compute from it.
+
+    A gradient of the gradient needs this.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, group: ProcessGroup) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ProcessGroup], output: Tensor) -> None:
+        _, ctx.group = inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _AllReduce.apply(gradient, ctx.group, True), None
 
 
 def _sum(x: Tensor, groups: Sequence[ProcessGroup], one_loss: bool) -> Tensor:

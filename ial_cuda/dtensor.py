@@ -90,7 +90,10 @@ def _sharded_dim(logits: DTensor, placement: Placement, upsample: bool, name: st
 
     if placement.is_replicate():
         return None
-    dim = placement.dim % logits.dim() if type(placement) is Shard else None
+    dim = None
+    if type(placement) is Shard:
+        # torch.compile may make placement.dim a symbol, which Shard() does not take. range() has constants.
+        dim = next(d for d in range(logits.dim()) if d == placement.dim % logits.dim())
     if dim is None:
         expected = "Replicate(), Shard(0) or Shard(d) of a spatial dimension d >= 2"
     elif dim == 1:

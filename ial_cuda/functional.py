@@ -332,8 +332,13 @@ def _of_processes(
     if logits.dim() == 2:
         _warn_of_rows(logits, options)
     in_training = logits.requires_grad and torch.is_grad_enabled()
-    if split and is_debugging() and not torch.compiler.is_compiling():
-        _check_ranks(split, logits.shape[0], class_weights, total, options, in_training)
+    if split and not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "torch.jit.trace of a loss over processes is not supported: use torch.compile or torch.export"
+            )
+        if is_debugging():
+            _check_ranks(split, logits.shape[0], class_weights, total, options, in_training)
     target = with_checked_labels(logits, target, backend, options)
 
     if backend.library is None and not split:

@@ -181,6 +181,8 @@ def mean_divisor(divisor: object, reduction: str, device: torch.device, name: st
     """
     if reduction != "mean":
         raise ValueError(f"divisor is given, expected None: reduction is {reduction!r}, not 'mean'")
+    if is_dtensor(divisor):
+        raise TypeError(f"divisor is a DTensor, expected a plain tensor or a number like {name}")
     if isinstance(divisor, Tensor) and (
         divisor.dim() > 0 or divisor.device.type != "cpu" or device.type == "cpu"
     ):

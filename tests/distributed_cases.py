@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from cases import EMULATED, device_of, make_logits, make_target
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,6 +322,43 @@ def check_arguments(backend: str) -> None:
     torch.testing.assert_close(loss.full_tensor(), expected, **CLOSE)
 
 
+def check_groups(backend: str) -> None:
+    """What is no group of this process, or no dimension of a mesh, is an error."""
+    logits, target, _ = make_input(device_of(backend))
+    world, outside = dist.group.WORLD, (dist.get_rank() + 1) % dist.get_world_size()
+    alone = [DeviceMesh("cpu", [rank], mesh_dim_names=("one",)) for rank in range(dist.get_world_size())]
+
+    def check(message: str, **groups: object) -> None:
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            ial_cuda.importance_aware_loss(logits, target, LEVELS["four"], backend=backend, **groups)
+
+    names = ("images", "rows")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    message = (
+        f"a DeviceMesh with 2 dimensions {names}, expected one: pass one of its dimensions, such as mesh"
+    )
+    check(f"process_group is {message}['images']", process_group=mesh)
+    message = (
+        "is a DeviceMesh with 2 dimensions, expected one: pass one of its dimensions, such as mesh['NAME']"
+    )
+    check(f"spatial_group {message}", spatial_group=init_device_mesh("cpu", (2, 2)))
+    message = "is a group without this process, expected one of its own groups"
+    check(f"spatial_group {message}", spatial_group=alone[outside])
+    check(f"process_group {message}", process_group=dist.GroupMember.NON_GROUP_MEMBER)
+    message = "process_group and spatial_group share the ranks"
+    check(f"{message} [0, 1, 2, 3], expected this process alone", process_group=world, spatial_group=world)
+    ial_cuda.importance_aware_loss(
+        logits,
+        target,
+        LEVELS["four"],
+        backend=backend,
+        process_group=alone[dist.get_rank()],
+        spatial_group=world,
+    )
+    message = "spatial_group is given, expected None: with upsample='bilinear'"
+    check(message, spatial_group=world, upsample="bilinear")
+
+
 def check_dtensor_arguments(backend: str) -> None:
     """cross_entropy and pixel_nll of DTensors, coarse ones, results of layers, and bad arguments."""
     device = device_of(backend)
@@ -377,6 +414,13 @@ def check_dtensor_arguments(backend: str) -> None:
     assert "input has placements (Shard(dim=1),), expected all classes of a pixel on one rank" in error_of(
         split_classes, labels
     )
+    # One image, whose classes are its first dimension.
+    image = distribute_tensor(logits[1], mesh, [Shard(0)])
+    label = distribute_tensor(target[1], mesh, [Replicate()])
+    assert "input has placements (Shard(dim=1),), expected all classes" in error_of(image, label)
+    assert "divisor is a DTensor, expected a plain tensor or a number like input" in error_of(
+        logits, target, divisor=distribute_tensor(torch.tensor(3.0, device=device), mesh, [Replicate()])
+    )
     assert "expected whole images with upsample" in error_of(leaf, labels, upsample="bilinear")
     partial = DTensor.from_local(logits, mesh, [Partial()])
     assert "expected Replicate(), Shard(0) or Shard(d)" in error_of(partial, labels)
@@ -395,6 +439,47 @@ def check_dtensor_arguments(backend: str) -> None:
         )
 
 
+def check_derivatives(backend: str) -> None:
+    """Gradients of the gradient, two backward passes, and transforms equal those of one process."""
+    world, mesh = dist.get_world_size(), init_device_mesh("cpu", (dist.get_world_size(),))
+    logits, target, _ = make_input("cpu")
+    direction = make_logits(logits.shape, seed=2)
+    images = list(itertools.accumulate(IMAGES[world]))
+    own = slice(images[dist.get_rank()] - IMAGES[world][dist.get_rank()], images[dist.get_rank()])
+    group = dist.group.WORLD
+
+    def second(leaf: Tensor, along: Tensor, labels: Tensor, **options: object) -> Tensor:
+        leaf = leaf.detach().requires_grad_()
+        loss = ial_cuda.importance_aware_loss(leaf, labels, LEVELS["four"], backend="reference", **options)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return torch.autograd.grad((gradient * along).sum(), leaf)[0]
+
+    def gradient(leaf: Tensor, labels: Tensor, **options: object) -> Tensor:
+        def loss(x: Tensor) -> Tensor:
+            return ial_cuda.importance_aware_loss(x, labels, LEVELS["four"], backend=backend, **options)
+
+        return torch.vmap(torch.func.grad(loss))(torch.stack([leaf, 2 * leaf]))
+
+    for scope in ("image", "batch"):
+        expected = second(logits, direction, target, factor_scope=scope)
+        options = dict(factor_scope=scope, process_group=group)
+        ours = second(logits[own], direction[own], target[own], **options)
+        torch.testing.assert_close(ours / world, expected[own], **CLOSE)
+        for dim in (0, 2):
+            x, v, y = (
+                distribute_tensor(tensor, mesh, [Shard(d)])
+                for tensor, d in ((logits, dim), (direction, dim), (target, max(dim - 1, 0)))
+            )
+            ours = second(x, v, y, factor_scope=scope).full_tensor()
+            torch.testing.assert_close(ours, expected, **CLOSE)
+        expected = gradient(logits, target, factor_scope=scope)[:, own]
+        ours = gradient(logits[own], target[own], **options)
+        torch.testing.assert_close(ours / world, expected, **CLOSE)
+    criterion = ial_cuda.ImportanceAwareLoss(LEVELS["four"], process_group=group)
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace of a loss over processes"):
+        torch.jit.trace(criterion, (logits[own], target[own]))
+
+
 # ---- torch.compile, the wire, and training ---------------------------------------------------------------
 
 
@@ -407,9 +492,15 @@ def check_compiled(backend: str) -> None:
     images, rows = (slice(0, 2), slice(2, 5))[rank], (slice(0, 4), slice(4, 6))[rank]
     levels = LEVELS["four"]
 
-    def check(criterion: Callable[..., Tensor], leaf: Tensor, labels: Tensor, compiler: str) -> None:
+    def check(
+        criterion: Callable[..., Tensor],
+        leaf: Tensor,
+        labels: Tensor,
+        compiler: str,
+        dynamic: bool | None = None,
+    ) -> None:
         torch._dynamo.reset()
-        compiled = torch.compile(criterion, fullgraph=True, backend=compiler)
+        compiled = torch.compile(criterion, fullgraph=True, backend=compiler, dynamic=dynamic)
         results = []
         for function in (criterion, compiled):
             leaf = leaf.detach().requires_grad_()
@@ -441,7 +532,7 @@ def check_compiled(backend: str) -> None:
         criterion = ial_cuda.ImportanceAwareLoss(levels, reduction=reduction)
         if dim == 0:
             criterion = ial_cuda.CrossEntropyLoss(ignore_index=255, reduction=reduction)
-        check(criterion, *shards, "aot_eager")
+        check(criterion, *shards, "aot_eager", dynamic=dim == 2 or None)
 
 
 class Wire(TorchDispatchMode):
@@ -610,7 +701,9 @@ CASES = dict(
     nccl=check_nccl,
     dtensors=check_dtensors,
     arguments=check_arguments,
+    groups=check_groups,
     dtensor_arguments=check_dtensor_arguments,
+    derivatives=check_derivatives,
     compiled=check_compiled,
     wire=check_wire,
     training=check_training,
