@@ -93,7 +93,7 @@ def _sharded_dim(logits: DTensor, placement: Placement, upsample: bool, name: st
     dim = None
     if type(placement) is Shard:
         # torch.compile may make placement.dim a symbol, which Shard() does not take. range() has constants.
-        dim = next(d for d in range(logits.dim()) if d == placement.dim % logits.dim())
+        dim = next(d for d in range(logits.dim()) if d == placement.dim)
     if dim is None:
         expected = "Replicate(), Shard(0) or Shard(d) of a spatial dimension d >= 2"
     elif dim == 1:

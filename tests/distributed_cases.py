@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ial_cuda
-from ial_cuda import Hierarchy
+from ial_cuda import Hierarchy, calls
 
 TIMEOUT = timedelta(seconds=60)  # of every collective: an error instead of a hanging test
 LEVELS = {"four": Hierarchy([[3], [0, 4], [1], [2]]), "one": Hierarchy.flat(5)}
@@ -92,6 +93,7 @@ def option_sets(backend: str = "cpu") -> Iterator[dict]:
     yield dict(hierarchy=LEVELS["four"], factor_normalization="sum", lambdas=(0.2, 0.0, 1.5), alpha=0.3)
     yield dict(hierarchy=LEVELS["four"], gradient="paper", label_smoothing=0.1, factor_scope="batch")
     yield dict(hierarchy=LEVELS["four"], divisor=3.5)
+    yield dict(hierarchy=LEVELS["four"], divisor=3.5, factor_scope="batch")
     yield dict(hierarchy=LEVELS["one"], divisor=0.0)
 
 
@@ -309,6 +311,9 @@ def check_arguments(backend: str) -> None:
     expected = F.cross_entropy(rows, labels, ignore_index=255)
     loss = ial_cuda.cross_entropy(rows[own], labels[own], ignore_index=255, process_group=group)
     torch.testing.assert_close(loss, expected, **CLOSE)
+    cached = calls._cached_of_classes.cache_info()
+    ial_cuda.cross_entropy(rows[own], labels[own], ignore_index=255, process_group=group)
+    assert calls._cached_of_classes.cache_info() == cached, "a cache would keep the group alive"
     image, label = make_input(device)[0][1], make_input(device)[1][1]
     expected = F.cross_entropy(image[None], label[None], ignore_index=255)
     slab = slice(0, 5) if rank == 0 else slice(5, 6)
@@ -390,6 +395,15 @@ def check_dtensor_arguments(backend: str) -> None:
         ignore_index=255,
         upsample="bilinear",
     )
+    # A shard may be a leaf's memory and is not overwritten.
+    leaf, labels = shards(0)
+    ial_cuda.importance_aware_loss(leaf, labels, LEVELS["four"], inplace=True, backend=backend).backward()
+    assert torch.equal(leaf.full_tensor(), logits)
+    # A count of pixels is a partial sum of each rank.
+    expected = F.cross_entropy(logits, target, ignore_index=255)
+    leaf, labels = shards(2)
+    loss = ial_cuda.cross_entropy(leaf, labels, ignore_index=255, divisor=(labels != 255).sum())
+    torch.testing.assert_close(loss.full_tensor(), expected, **CLOSE)
     # The result of a redistribution may still be on its way when the loss is called.
     leaf, labels = shards(0)
     check(
@@ -424,6 +438,8 @@ def check_dtensor_arguments(backend: str) -> None:
     assert "expected whole images with upsample" in error_of(leaf, labels, upsample="bilinear")
     partial = DTensor.from_local(logits, mesh, [Partial()])
     assert "expected Replicate(), Shard(0) or Shard(d)" in error_of(partial, labels)
+    strided = DTensor.from_local(logits, mesh, [_StridedShard(0, split_factor=2)], run_check=False)
+    assert "expected Replicate(), Shard(0) or Shard(d)" in error_of(strided, labels)
     assert "target is a plain tensor, expected a DTensor like input" in error_of(leaf, target)
     assert "target is a DTensor, expected a plain tensor like input" in error_of(logits, labels)
     other = distribute_tensor(target, init_device_mesh(device, (2, 2)), [Shard(0), Shard(1)])
