@@ -201,7 +201,8 @@ def importance_aware_loss(
             same loss; with "none" it gets the losses of its own images. The gradient is that of the sum of
             the losses of all ranks. DDP and FSDP divide by the number of ranks, which gives the gradient of
             the loss. Ranks may have different numbers of images, or none. Other options must be the same on
-            all ranks. With IAL_CUDA_DEBUG=1 in the environment this is checked, which synchronises.
+            all ranks. With IAL_CUDA_DEBUG=1 in the environment this is checked, which synchronises. Call
+            `torch.distributed.init_process_group` first: until then `torch.distributed.group.WORLD` is None.
         spatial_group: None, or the group or mesh dimension over which the pixels of each image are split, in
             any way. All its ranks pass the same N images. Not with ``upsample``.
 

@@ -7,6 +7,7 @@ Every process knows the whole input and computes the whole loss without a group,
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -288,7 +289,7 @@ def check_arguments(backend: str) -> None:
             for given in (group, mesh["images"]):
                 criterion.process_group = given
                 leaf.grad = None
-                loss = criterion(leaf * 1, labels[own])
+                loss = copy.deepcopy(criterion)(leaf * 1, labels[own])
                 loss.sum().backward()
                 criterion.process_group = None
                 none = criterion.reduction == "none"
