@@ -406,8 +406,11 @@ def _call_operators(
     return distributed.combine(combine, stats, divisor, options.combine_arguments, dtype, split)
 
 
-#: Options that may differ between processes.
-_OF_A_PROCESS = {"hierarchy", "backend", "inplace", "grad_in_forward", "process_group", "spatial_group"}
+#: Options that may differ between processes. Those in the second line are compared by what they mean.
+_OF_A_PROCESS = {
+    *("backend", "inplace", "grad_in_forward", "return_components", "process_group", "spatial_group"),
+    *("hierarchy", "lambdas", "ignore_index"),
+}
 
 
 def _check_ranks(
@@ -422,6 +425,8 @@ def _check_ranks(
     alike = {
         "the number of classes": options.hierarchy.num_classes,
         "class_levels": options.hierarchy.class_levels,
+        "lambdas": options.factor_lambdas,
+        "ignore_index": options.void_label,
         **{name: value for name, value in vars(options).items() if name not in _OF_A_PROCESS},
         "weight": None if weight is None else weight.tolist(),
         "divisor": None if divisor is None else divisor.item(),
