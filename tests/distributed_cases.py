@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 
@@ -81,6 +81,18 @@ def whole(tensor: Tensor, _: int) -> Tensor:
     return tensor
 
 
+def assert_same(found: Sequence, expected: Sequence, case: object) -> None:
+    """Compares results of `loss_of`."""
+    for name, ours, theirs in zip(("loss", "gradient", "components"), found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE, msg=f"{name}, {case}")
+
+
+def images_of(group: dist.ProcessGroup) -> slice:
+    """This rank's images."""
+    rank, numbers = group.rank(), IMAGES[group.size()]
+    return slice(sum(numbers[:rank]), sum(numbers[: rank + 1]))
+
+
 def option_sets(backend: str = "cpu") -> Iterator[dict]:
     """Options of importance_aware_loss. An emulated backend gets few, since each takes seconds."""
     if backend in EMULATED:
@@ -101,8 +113,7 @@ def option_sets(backend: str = "cpu") -> Iterator[dict]:
 def check_images(group: dist.ProcessGroup, device: str, backend: str) -> None:
     """The images are split unevenly. Each rank multiplies its loss by another number."""
     rank, world = group.rank(), group.size()
-    stop = list(itertools.accumulate(IMAGES[world]))[rank]
-    own = slice(stop - IMAGES[world][rank], stop)
+    own = images_of(group)
     for options in option_sets(backend):
         # What reaches the gradient is the sum over ranks, 1 + 2 + ..., of one replicated loss. With "none"
         # each image's loss is on one rank.
@@ -110,17 +121,13 @@ def check_images(group: dist.ProcessGroup, device: str, backend: str) -> None:
         if options.get("reduction") == "none":
             total = torch.arange(1.0, 6.0, device=device)
             upstream = total[own]
-        loss, gradient, parts = loss_of(
-            lambda x, _: x[own], device, options | dict(process_group=group), backend, upstream
-        )
-        expected_loss, expected, expected_parts = loss_of(whole, device, options, backend, total)
+        split = options | dict(process_group=group)
+        found = loss_of(lambda x, _: x[own], device, split, backend, upstream)
+        loss, gradient, parts = loss_of(whole, device, options, backend, total)
         if options.get("reduction") == "none":
-            expected_loss = expected_loss[own]
-        torch.testing.assert_close(loss, expected_loss, **CLOSE, msg=f"loss, {options}")
-        torch.testing.assert_close(gradient, expected[own], **CLOSE, msg=f"gradient, {options}")
-        for ours, theirs in zip(parts, expected_parts, strict=True):
-            theirs = theirs if theirs.shape[0] == 1 else theirs[own]
-            torch.testing.assert_close(ours, theirs, **CLOSE, msg=f"components, {options}")
+            loss = loss[own]
+        parts = tuple(part if part.shape[0] == 1 else part[own] for part in parts)
+        assert_same(found, (loss, gradient[own], parts), options)
 
 
 def check_pixels(group: dist.ProcessGroup, device: str, backend: str) -> None:
@@ -138,19 +145,16 @@ def check_pixels(group: dist.ProcessGroup, device: str, backend: str) -> None:
         mine = order.split([n * SIZE[1] for n in ROWS[world]])[rank]
         return tensor.flatten(dim).index_select(dim, mine.to(tensor.device))
 
-    parts = itertools.cycle((rows, columns, scattered))
-    for part, options in zip(parts, option_sets(backend), strict=False):
+    every = itertools.cycle((rows, columns, scattered))
+    for part, options in zip(every, option_sets(backend), strict=False):
         upstream, total = torch.tensor(rank + 1.0, device=device), world * (world + 1) / 2
         if options.get("reduction") == "none":
             upstream = torch.arange(1.0, 6.0, device=device) * (rank + 1)
             total = torch.arange(1.0, 6.0, device=device) * total
         split = options | dict(spatial_group=group)
-        loss, gradient, parts = loss_of(part, device, split, backend, upstream)
-        expected_loss, expected, expected_parts = loss_of(whole, device, options, backend, total)
-        torch.testing.assert_close(loss, expected_loss, **CLOSE, msg=f"loss, {options}")
-        torch.testing.assert_close(gradient, part(expected, 2), **CLOSE, msg=f"gradient, {options}")
-        for ours, theirs in zip(parts, expected_parts, strict=True):
-            torch.testing.assert_close(ours, theirs, **CLOSE, msg=f"components, {options}")
+        loss, gradient, parts = loss_of(whole, device, options, backend, total)
+        found = loss_of(part, device, split, backend, upstream)
+        assert_same(found, (loss, part(gradient, 2), parts), options)
 
 
 def check_both(device: str, backend: str) -> None:
@@ -169,12 +173,12 @@ def check_both(device: str, backend: str) -> None:
             upstream = torch.arange(1.0, 6.0, device=device)[images] * (row + 1)
             total = torch.arange(1.0, 6.0, device=device) * 3
         groups = dict(process_group=mesh["images"], spatial_group=mesh["rows"].get_group())
-        loss, gradient, _ = loss_of(part, device, options | groups, backend, upstream)
-        expected_loss, expected, _ = loss_of(whole, device, options, backend, total)
+        loss, gradient, parts = loss_of(whole, device, options, backend, total)
         if options.get("reduction") == "none":
-            expected_loss = expected_loss[images]
-        torch.testing.assert_close(loss, expected_loss, **CLOSE, msg=f"loss, {options}")
-        torch.testing.assert_close(gradient, part(expected, 2), **CLOSE, msg=f"gradient, {options}")
+            loss = loss[images]
+        parts = tuple(x if x.shape[0] == 1 else x[images] for x in parts)
+        found = loss_of(part, device, options | groups, backend, upstream)
+        assert_same(found, (loss, part(gradient, 2), parts), options)
 
 
 #: Placements of the logits, by the shape of the mesh.
@@ -224,18 +228,17 @@ def check_dtensors(backend: str) -> None:
             upstream = torch.tensor(3.0, device=device)
             if none := options.get("reduction") == "none":
                 upstream = torch.arange(1.0, 6.0, device=device)
-            expected_loss, expected, expected_parts = loss_of(whole, device, options, backend, upstream)
+            expected = loss_of(whole, device, options, backend, upstream)
             scaled = (loss * distribute_tensor(upstream, mesh, loss.placements)).sum()
             # Not backward: torch 2.11 accumulates the gradient of uneven shards as replicas.
             (gradient,) = torch.autograd.grad(scaled, leaf)
             case = f"{placements}, {options}"
             images = [p if p == Shard(0) else Replicate() for p in placements]
             assert list(loss.placements) == (images if none else [Replicate()] * len(shape)), case
-            torch.testing.assert_close(loss.full_tensor(), expected_loss, **CLOSE, msg=f"loss, {case}")
             assert gradient.placements == leaf.placements, case
-            torch.testing.assert_close(gradient.full_tensor(), expected, **CLOSE, msg=f"gradient, {case}")
-            for ours, theirs in zip(parts, expected_parts, strict=True):
-                torch.testing.assert_close(ours.full_tensor(), theirs, **CLOSE, msg=f"components, {case}")
+            found = (loss, gradient, *parts)
+            loss, gradient, *parts = (result.full_tensor() for result in found)
+            assert_same((loss, gradient, tuple(parts)), expected, case)
 
 
 def check_split(backend: str) -> None:
@@ -259,7 +262,7 @@ def check_nccl(backend: str) -> None:
 
 
 def check_arguments(backend: str) -> None:
-    """Modules, cross_entropy, dtypes, layouts and mesh dimensions, with rows split over two of four ranks."""
+    """Modules, cross_entropy, dtypes, layouts and mesh dimensions; images split over two of four ranks."""
     device = device_of(backend)
     mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("images", "rows"))
     group, rank = mesh["images"].get_group(), mesh.get_coordinate()[0]
@@ -461,9 +464,8 @@ def check_derivatives(backend: str) -> None:
     world, mesh = dist.get_world_size(), init_device_mesh("cpu", (dist.get_world_size(),))
     logits, target, _ = make_input("cpu")
     direction = make_logits(logits.shape, seed=2)
-    images = list(itertools.accumulate(IMAGES[world]))
-    own = slice(images[dist.get_rank()] - IMAGES[world][dist.get_rank()], images[dist.get_rank()])
     group = dist.group.WORLD
+    own = images_of(group)
 
     def second(leaf: Tensor, along: Tensor, labels: Tensor, **options: object) -> Tensor:
         leaf = leaf.detach().requires_grad_()
