@@ -20,7 +20,7 @@ from ial_cuda.class_weights import LabelError, median_frequency_weights
 
 RANKS = range(3)
 # A rank that waits for another one fails after this time.
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=5)
 
 
 class DiskError(Exception):

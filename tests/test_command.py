@@ -44,7 +44,7 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) | options
     return subprocess.run(
-        [sys.executable, "-m", "ial_cuda", *map(str, arguments)], text=True, timeout=120, **options
+        [sys.executable, "-m", "ial_cuda", *map(str, arguments)], text=True, timeout=600, **options
     )
 
 
@@ -400,7 +400,7 @@ def test_a_real_interrupt_while_images_are_read(folder):
     code = f"""
 import time
 from ial_cuda import __main__, label_images
-label_images.read_labels = lambda file: print("reading", flush=True) or time.sleep(60)
+label_images.read_labels = lambda file: print("reading", flush=True) or time.sleep(600)
 __main__.main(["weights", {str(folder)!r}, "--num-classes", "3"])
 """
     process = subprocess.Popen(
@@ -408,7 +408,7 @@ __main__.main(["weights", {str(folder)!r}, "--num-classes", "3"])
     )
     assert process.stdout.readline() == "reading\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
@@ -451,6 +451,6 @@ def test_a_pipe_among_the_images_is_not_read(folder):
 
 def test_closed_stderr(folder):
     command = f"{sys.executable} -m ial_cuda weights {folder} --num-classes 3 2>&-"
-    finished = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=120)
+    finished = subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, text=True, timeout=600)
     assert finished.returncode == 0
     assert finished.stdout.startswith("2 images\n")

@@ -58,7 +58,7 @@ OURS = ("benchmarks", "examples", "tools", "ial_cuda")
 @pytest.mark.parametrize("command", sorted(c for c in commands() if c.split()[2].split(".")[0] in OURS))
 def test_commands_exist(command):
     arguments = [sys.executable, *command.split()[1:], "--help"]
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=600)
     missing = re.search(r"^ModuleNotFoundError: No module named '(\w+)", done.stderr, re.MULTILINE)
     if missing and missing[1] not in OURS:
         pytest.skip(missing[0])  # an optional library

@@ -26,7 +26,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 def losses_of(process: subprocess.Popen[str]) -> list[float]:
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     return [float(loss) for loss in re.findall(r"^step \d: loss (.+)$", printed, re.M)]
 

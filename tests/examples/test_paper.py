@@ -348,7 +348,7 @@ def test_killed_and_resumed_equals_never_killed(camvid, tmp_path):
     options = ["--epochs", 10, "--batch", 2, "--interval", 1]  # 30 steps of ENet, with dropout and momentum
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = start("examples.paper", *arguments(camvid, killed, *options))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (killed / "log.json").exists() or len(read_log(killed)["rows"]) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

@@ -21,7 +21,7 @@ def losses(*arguments: str) -> list[float]:
         env=os.environ | {"PYTHONPATH": str(FILE.parents[1])},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return [float(loss) for loss in re.findall(r"^step +\d+: loss ([\d.]+)$", done.stdout, re.M)]

@@ -13,8 +13,10 @@ import sysconfig
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import simt
@@ -29,11 +31,32 @@ ROOT = Path(__file__).resolve().parents[2]
 H100, NO_GPU = (gpu_check.Found(capability, "2.11.0+cu130", "13.0") for capability in ("9.0", None))
 
 
-def python(name: str, code: str, seconds: float = 30, **more) -> Stage:
+def python(name: str, code: str, seconds: float = 600, **more) -> Stage:
     return Stage(name, [sys.executable, "-c", code], seconds, **more)
 
 
-def run(output: Path, *groups: list[Stage], total: float = 90) -> tuple[stages.Check, dict]:
+@pytest.fixture
+def jump(monkeypatch):
+    """``jump(seconds, when)``: the clock of the stages shows 0 until an event, then jumps and goes on.
+
+    So what is to be interrupted has begun, however long a slow machine takes to start it.
+    """
+
+    def replace_clock(seconds: float, when: Callable[[], bool]) -> None:
+        jumped = []
+
+        def monotonic() -> float:
+            if not jumped and when():
+                jumped.append(time.monotonic())
+            return seconds + time.monotonic() - jumped[0] if jumped else 0.0
+
+        clock = SimpleNamespace(monotonic=monotonic, sleep=time.sleep, time=time.time)
+        monkeypatch.setattr(stages, "time", clock)
+
+    return replace_clock
+
+
+def run(output: Path, *groups: list[Stage], total: float = 1200) -> tuple[stages.Check, dict]:
     check = stages.Check(output, "archive", total=total)
     for group in groups:
         check.run(group)
@@ -41,9 +64,9 @@ def run(output: Path, *groups: list[Stage], total: float = 90) -> tuple[stages.C
 
 
 def ends(pid: int) -> bool:
-    """Whether the process is gone within seconds; a killed one that nobody has waited for yet is."""
+    """Whether the process is gone within a minute; a killed one that nobody has waited for yet is."""
     status = Path(f"/proc/{pid}/stat")
-    for _ in range(100):
+    for _ in range(1200):
         try:
             if status.read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
@@ -68,7 +91,7 @@ def built():
 def test_a_dry_run(what, chosen, tmp_path, built):
     command = [sys.executable, "-m", "tools.gpu_check", what, "--dry-run", "--output", tmp_path]
     command += ["--stages", *chosen] if chosen else []
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     results = {stage["name"]: stage["result"] for stage in summary["stages"]}
@@ -110,7 +133,7 @@ def test_a_dry_run(what, chosen, tmp_path, built):
 def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
     broken = python("broken", "import sys; print('broken output'); sys.exit(3)")
     crashed = python("crashed", "import os; os.abort()")
-    absent = Stage("absent", ["/no/such/program"], 30)
+    absent = Stage("absent", ["/no/such/program"], 600)
     check, summary = run(tmp_path, [broken], [crashed, absent], [python("next", "print('fine')")])
     assert [(stage["name"], stage["result"], stage["why"]) for stage in summary["stages"]] == [
         ("broken", "failed", "exit code 3: broken output"),
@@ -126,23 +149,29 @@ def test_a_stage_that_fails_stops_no_other(tmp_path, capsys):
     assert "broken output" in (tmp_path / "log.txt").read_text()
 
 
-def test_a_stage_over_its_time_is_interrupted_then_killed_with_its_children(tmp_path, monkeypatch):
-    monkeypatch.setattr(stages, "GRACE", 2)
-    pids = tmp_path / "pids"
+def test_a_stage_over_its_time_is_interrupted_then_killed_with_its_children(tmp_path, monkeypatch, jump):
+    monkeypatch.setattr(stages, "GRACE", 5)
+    pids, polite_runs = tmp_path / "pids", tmp_path / "polite"
     code = f"""
 import os, signal, subprocess, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen(["sleep", "300"])
-open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 print("about to hang", flush=True)
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 time.sleep(300)
 """
-    polite = "import time\ntry: time.sleep(300)\nexcept KeyboardInterrupt: print('interrupted')"
-    start = time.monotonic()
+    polite = f"""
+import time
+try:
+    open({str(polite_runs)!r}, "w")
+    time.sleep(300)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    jump(4, lambda: pids.exists() and pids.read_text() and polite_runs.exists())
     child = f"import subprocess as s; open({str(pids)!r}, 'a').write(f\" {{s.Popen(['sleep', '300']).pid}}\")"
     group = [python("hangs", code, 4), python("polite", polite, 4)]
     _, summary = run(tmp_path / "out", group, [python("leaves a child", child)])
-    assert time.monotonic() - start < 30
     hangs, other, after = summary["stages"]
     assert (hangs["result"], hangs["tail"]) == ("timed out", "about to hang")
     assert hangs["why"] == "after 4 s, killed: about to hang"
@@ -158,11 +187,11 @@ from pathlib import Path
 from tools import stages
 
 signal.signal(signal.{signal}, lambda *_: sys.exit(1))
-code = "import time\\nprint('so far', flush=True)\\n"
-code += "try: time.sleep(300)\\nexcept KeyboardInterrupt: print('end')"
-check = stages.Check(Path({folder!r}), "archive", total=300)
-check.run([stages.Stage("done", [sys.executable, "-c", "print('done')"], 60)])
-check.run([stages.Stage("long", [sys.executable, "-c", code], 200)])
+code = "import time\\ntry: print('so far', flush=True); time.sleep(300)\\n"
+code += "except KeyboardInterrupt: print('end')"
+check = stages.Check(Path({folder!r}), "archive", total=1200)
+check.run([stages.Stage("done", [sys.executable, "-c", "print('done')"], 600)])
+check.run([stages.Stage("long", [sys.executable, "-c", code], 600)])
 """
 
 
@@ -171,12 +200,12 @@ def test_what_is_cut_off_leaves_what_there_was(number, tmp_path):
     code = CUT_OFF.format(signal=number.name, folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     log = tmp_path / "logs" / "long.txt"
-    for _ in range(600):
+    for _ in range(12000):
         if log.exists() and "so far" in log.read_text():
             break
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(60) == 1
+    assert process.wait(600) == 1
     with tarfile.open(tmp_path / "archive.tar.gz") as archive:
         summary = json.load(archive.extractfile("archive/summary.json"))
         assert archive.extractfile("archive/logs/long.txt").read() == b"so far\nend\n"
@@ -223,15 +252,17 @@ def test_what_is_missing_is_named(tmp_path):
     assert reasons == ["no no_such_module here", "no no-such-program here", "done already"]
 
 
-def test_no_stage_runs_past_the_end(tmp_path, monkeypatch):
+def test_no_stage_runs_past_the_end(tmp_path, monkeypatch, jump):
     """Not even one that ignores its interruption."""
     monkeypatch.setattr(stages, "GRACE", 2)
-    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(300)"
-    start = time.monotonic()
-    _, summary = run(tmp_path, [python("long", stubborn, 200)], [python("late", "")], total=5)
-    assert time.monotonic() - start < 6
+    runs = tmp_path / "runs"
+    stubborn = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    stubborn += f"open({str(runs)!r}, 'w'); time.sleep(300)"
+    jump(98, runs.exists)
+    _, summary = run(tmp_path / "out", [python("long", stubborn, 200)], [python("late", "")], total=100)
     long, late = summary["stages"]
-    assert long["result"] == "timed out"
+    assert (long["result"], long["why"]) == ("timed out", "after 98 s, killed: ")
+    assert 100 <= long["seconds"] < 300
     assert (late["result"], late["why"]) == ("skipped", "no time left")
 
 
@@ -243,7 +274,7 @@ def test_old_results_stay_but_are_not_archived(tmp_path):
     other, again = tmp_path / "other.json", tmp_path / "again.png"
     for file in [*replaced, other, again]:
         file.write_text("of yesterday")
-    check = stages.Check(tmp_path, "archive", total=30)
+    check = stages.Check(tmp_path, "archive", total=1200)
     assert not any(file.exists() for file in replaced) and check.products() == []
     check.run([python("again", f"open({str(again)!r}, 'w').write('of today')")])
     assert check.products() == ["again.png"] and other.exists()
@@ -283,7 +314,7 @@ def test_figures_are_in_the_summary(tmp_path, capsys):
     ]
     case = dict(input="IAL, 1x19x4x8 bfloat16 on cuda", labels="CamVid", gpu_before=clocks, gpu_after={})
     text = json.dumps({"cases": [case | {"providers": [row | each for each in rows]}]})
-    report = gpu_check.Report(tmp_path, "gpu-bench", total=60)
+    report = gpu_check.Report(tmp_path, "gpu-bench", total=1200)
     report.run([python("loss", f"open({str(tmp_path / 'loss.json')!r}, 'w').write({text!r})")])
     (found,) = json.loads((tmp_path / "summary.json").read_text())["cases"]
     assert found["fastest_peer"] == {"name": "fast", "median_ms": 0.2, "ratio": 1.62}
@@ -304,7 +335,7 @@ IAL, 1x19x4x8 bfloat16 on cuda, CamVid labels
 
 @pytest.mark.parametrize("text", ["{", '{"cases": [{}]}'], ids=["incomplete", "without figures"])
 def test_a_strange_result_stops_nothing(text, tmp_path):
-    report = gpu_check.Report(tmp_path, "gpu-bench", total=60)
+    report = gpu_check.Report(tmp_path, "gpu-bench", total=1200)
     report.run([python("loss", f"open({str(tmp_path / 'loss.json')!r}, 'w').write({text!r})")])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["stages"][0]["result"] == "ok" and not any(case["ours"] for case in summary["cases"])
@@ -327,7 +358,7 @@ def test_a_gpu_that_torch_does_not_see_is_no_dry_run(hidden, monkeypatch):
 # ---- planted errors -------------------------------------------------------------------------------------
 
 
-def planted(name: str, folder: Path, code: str, seconds: float = 60, workers: int = 0) -> Stage:
+def planted(name: str, folder: Path, code: str, seconds: float = 600, workers: int = 0) -> Stage:
     """Tests as a stage runs them, with tests/gpu_process.py."""
     file = folder / f"test_{name}.py"
     file.write_text(code)
@@ -397,7 +428,7 @@ def test_a_lost_context_fails_one_test_only(tmp_path, monkeypatch):
 
 
 HANG = """
-import ctypes, time
+import ctypes, os, time
 import pytest
 
 @pytest.fixture
@@ -412,6 +443,7 @@ def test_fails():
     assert 1 == 2
 
 def test_hangs(slow_teardown):
+    open(f"{__file__}.{os.getpid()}.hangs", "w")
     time.sleep(300)
 """
 # As in a kernel that never ends: no handler of Python's is called.
@@ -430,16 +462,24 @@ child.wait()
 """
 
 
-def test_a_hang_leaves_the_failures_before_it(tmp_path):
+def test_a_hang_leaves_the_failures_before_it(tmp_path, monkeypatch, jump):
     pytest.importorskip("xdist")
+    monkeypatch.setattr(stages, "GRACE", 60)  # a slow machine takes seconds to print the failures
     alone = planted("alone", tmp_path, HANG, 12)
     command = [sys.executable, "-c", WRAPPER, *alone.command]
     in_c = planted("in_c", tmp_path, HANG_IN_C, 12, workers=2)
     group = [alone, replace(alone, name="wrapped", command=command)]
     group += [planted("workers", tmp_path, HANG, 12, workers=2), in_c]
     if "faulthandler_exit_on_timeout=true" in in_c.command:
-        at_once = [re.sub("timeout=150", "timeout=4", part) for part in in_c.command]
-        group.append(replace(in_c, name="replaced", command=at_once, seconds=60))
+        at_once = [re.sub("timeout=150", "timeout=10", part) for part in in_c.command]
+        group.append(replace(in_c, name="replaced", command=at_once, seconds=600))
+
+    def all_hang() -> bool:
+        reported = [file.read_text() for file in tmp_path.glob("logs/*.txt")]
+        ready = sum("PASSED" in text and "FAILED" in text for text in reported)
+        return ready == len(list(tmp_path.glob("*.hangs"))) == len(group)
+
+    jump(12, all_hang)
     _, summary = run(tmp_path, group)
     for stage in summary["stages"]:
         if stage["name"] == "replaced":  # the test that hangs is ended, and the stage goes on to its end
