@@ -29,7 +29,7 @@ _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 _FLAGS = {
     "plain": (["-O1"], []),
     # these checks of UBSan are slow to compile, and ASan finds the same errors
-    "sanitized": (["-O1", *_SANITIZERS, "-fno-sanitize=null,object-size,vptr"], _SANITIZERS),
+    "sanitized": (["-O1", *_SANITIZERS, "-fno-sanitize=null,object-size,pointer-overflow,vptr"], _SANITIZERS),
     # contracts products with additions, like nvcc; g++ does this from -O2 on
     "contracted": (["-O2", *_FMA, "-ffp-contract=fast"], []),
 }

@@ -94,8 +94,9 @@ extern unsigned char ial_shared[];
 namespace simt {
 
 constexpr int kWarp = 32;
-// Bytes of a fibre's stack, and of the most shared memory that a block can request.
-constexpr size_t kStack = 256 << 10, kMaxSharedBytes = 128 << 10;
+// Bytes of a fibre's stack, and of the most shared memory that a block can request. Stacks that are a power
+// of two apart would share the same few lines of the cache.
+constexpr size_t kStack = (256 << 10) + 320, kMaxSharedBytes = 128 << 10;
 
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -103,21 +104,23 @@ struct Barrier {
 
 struct Fibre {
     ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
-    bool done = false;
+    bool done;
 };
 
 struct Block {
     dim3 index;
     std::vector<Fibre> fibres;
+    std::unique_ptr<char[]> stacks;  // of all fibres
     Barrier all;
     std::vector<Barrier> warps;
     std::vector<uint64_t> lanes;        // the value of each thread in a shuffle
     std::vector<unsigned char> shared;  // saved while another block runs
-    bool descending, done;
+    bool descending = false, done = true;
+
+    char* stack(unsigned thread) const { return stacks.get() + thread * kStack; }
 };
 inline std::function<void()> kernel;
-inline std::vector<Block> blocks;  // all blocks of a cooperative launch, otherwise one
+inline std::vector<Block> blocks;  // at least all blocks of a cooperative launch, otherwise one
 inline Block* block;               // the running block
 inline Barrier grid;
 inline ucontext_t scheduler;
@@ -177,9 +180,7 @@ inline Space space_of(const void* address) {
         return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(from) < bytes;
     };
     if (is_in(ial::gpu::ial_shared, kMaxSharedBytes)) return kShared;
-    for (const Fibre& fibre : block->fibres)
-        if (is_in(fibre.stack.get(), kStack)) return kLocal;
-    return kGlobal;
+    return is_in(block->stack(0), block->fibres.size() * kStack) ? kLocal : kGlobal;
 }
 
 // Checks the address of an instruction that works in one address space only.
@@ -190,11 +191,13 @@ inline void expect(Space expected, const void* address, const std::string& instr
         throw std::logic_error("simt: " + instruction + " on an address in " + kNames[space] + " memory");
 }
 
-// An exception must not leave the fibre's stack.
+// An exception must not leave the fibre's stack. The functions that it ends do not clear their marks for
+// AddressSanitizer.
 inline void run_fibre() {
     try {
         kernel();
     } catch (...) {
+        ASAN_UNPOISON_MEMORY_REGION(block->stack(threadIdx.x), kStack);
         failure = std::current_exception();
     }
     block->fibres[threadIdx.x].done = true;
@@ -210,16 +213,20 @@ inline void start(Block& block, dim3 index, size_t shared) {
     block.all = {};
     block.warps.assign(threads / kWarp, {});
     block.lanes.assign(threads, 0);
-    if (block.fibres.size() < threads) block.fibres.resize(threads);
+    if (block.fibres.size() < threads) {
+        block.fibres.resize(threads);
+        block.stacks.reset(new char[threads * kStack]);
+        for (Fibre& fibre : block.fibres) getcontext(&fibre.context);  // a system call
+    }
     for (unsigned t = 0; t < threads; ++t) {
         Fibre& fibre = block.fibres[t];
         fibre.done = false;
-        ASAN_UNPOISON_MEMORY_REGION(fibre.stack.get(), kStack);
-        getcontext(&fibre.context);
-        fibre.context.uc_stack.ss_sp = fibre.stack.get();
+        fibre.context.uc_stack.ss_sp = block.stack(t);
         fibre.context.uc_stack.ss_size = kStack;
         fibre.context.uc_link = &scheduler;
         makecontext(&fibre.context, run_fibre, 0);
+        // At each switch AddressSanitizer would forget what it knows about a stack of this size.
+        fibre.context.uc_stack.ss_size = 0;
     }
 }
 
@@ -261,7 +268,10 @@ void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int th
     gridDim = size;
     blockDim = dim3(threads);
     grid = {};
-    blocks.resize(cooperative ? size.x : 1);
+    // A launch that failed left some fibres in the middle of a kernel.
+    if (!std::all_of(blocks.begin(), blocks.end(), [](const Block& each) { return each.done; }))
+        blocks.clear();
+    if (const size_t count = cooperative ? size.x : 1; blocks.size() < count) blocks.resize(count);
     constexpr const char* kStuck = "simt: not all threads arrive at a barrier";
     if (!cooperative) {
         for (unsigned y = 0; y < size.y; ++y)
@@ -277,7 +287,7 @@ void launch(bool cooperative, void (*function)(Parameters...), dim3 size, int th
         bool advanced = false;
         alive = false;
         for (Block& each : blocks) {
-            if (each.done) continue;
+            if (each.done) continue;  // or of an earlier launch
             advanced |= run(each);
             alive |= !each.done;
         }
