@@ -113,7 +113,7 @@ struct Block {
     std::unique_ptr<char[]> stacks;  // of all fibres
     Barrier all;
     std::vector<Barrier> warps;
-    std::vector<uint64_t> lanes;        // the value of each thread in a shuffle
+    std::vector<uint64_t> lanes[2];     // the value of each thread in a shuffle, and in the next one
     std::vector<unsigned char> shared;  // saved while another block runs
     bool descending = false, done = true;
 
@@ -164,10 +164,10 @@ inline void syncgrid(const char* file, int line) {
 template <typename T>
 T shuffle_xor(T value, int mask) {
     Barrier& warp = block->warps[threadIdx.x / kWarp];
-    std::memcpy(&block->lanes[threadIdx.x], &value, sizeof(T));
+    std::vector<uint64_t>& lanes = block->lanes[warp.generation % 2];
+    std::memcpy(&lanes[threadIdx.x], &value, sizeof(T));
     wait(warp, kWarp);
-    std::memcpy(&value, &block->lanes[threadIdx.x ^ mask], sizeof(T));
-    wait(warp, kWarp);
+    std::memcpy(&value, &lanes[threadIdx.x ^ mask], sizeof(T));
     return value;
 }
 
@@ -212,7 +212,7 @@ inline void start(Block& block, dim3 index, size_t shared) {
     block.shared.assign(shared, 0xff);  // NaN until written
     block.all = {};
     block.warps.assign(threads / kWarp, {});
-    block.lanes.assign(threads, 0);
+    for (auto& lanes : block.lanes) lanes.assign(threads, 0);
     if (block.fibres.size() < threads) {
         block.fibres.resize(threads);
         block.stacks.reset(new char[threads * kStack]);
