@@ -161,9 +161,9 @@ open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
 time.sleep(300)
 """
     polite = f"""
-import time
+import pathlib, time
 try:
-    open({str(polite_runs)!r}, "w")
+    pathlib.Path({str(polite_runs)!r}).touch()
     time.sleep(300)
 except KeyboardInterrupt:
     print("interrupted")
@@ -174,8 +174,8 @@ except KeyboardInterrupt:
     _, summary = run(tmp_path / "out", group, [python("leaves a child", child)])
     hangs, other, after = summary["stages"]
     assert (hangs["result"], hangs["tail"]) == ("timed out", "about to hang")
-    assert hangs["why"] == "after 4 s, killed: about to hang"
-    assert (other["result"], other["why"]) == ("timed out", "after 4 s: interrupted")
+    assert re.fullmatch(r"after \d+ s, killed: about to hang", hangs["why"])
+    assert other["result"] == "timed out" and re.fullmatch(r"after \d+ s: interrupted", other["why"])
     assert after["result"] == "ok"
     pids = pids.read_text().split()
     assert len(pids) == 3 and all(ends(int(pid)) for pid in pids)
@@ -261,7 +261,7 @@ def test_no_stage_runs_past_the_end(tmp_path, monkeypatch, jump):
     jump(98, runs.exists)
     _, summary = run(tmp_path / "out", [python("long", stubborn, 200)], [python("late", "")], total=100)
     long, late = summary["stages"]
-    assert (long["result"], long["why"]) == ("timed out", "after 98 s, killed: ")
+    assert long["result"] == "timed out" and re.fullmatch(r"after \d+ s, killed: ", long["why"])
     assert 100 <= long["seconds"] < 300
     assert (late["result"], late["why"]) == ("skipped", "no time left")
 
@@ -428,7 +428,7 @@ def test_a_lost_context_fails_one_test_only(tmp_path, monkeypatch):
 
 
 HANG = """
-import ctypes, os, time
+import ctypes, os, pathlib, time
 import pytest
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_fails():
     assert 1 == 2
 
 def test_hangs(slow_teardown):
-    open(f"{__file__}.{os.getpid()}.hangs", "w")
+    pathlib.Path(f"{__file__}.{os.getpid()}.hangs").touch()
     time.sleep(300)
 """
 # As in a kernel that never ends: no handler of Python's is called.
@@ -487,7 +487,7 @@ def test_a_hang_leaves_the_failures_before_it(tmp_path, jump):
             assert re.search(r'File ".*test_in_c.py", line \d+ in test_hangs', stage["tail"])
         else:
             assert stage["result"] == "timed out"
-            assert stage["why"].startswith("after 12 s: 1 failed, 1 passed"), stage
+            assert re.match(r"after \d+ s: 1 failed, 1 passed", stage["why"]), stage
         for line in (r"=+ FAILURES =+", r"E   assert 1 == 2", r".*::test_hangs .*"):
             assert re.search(f"^{line}$", stage["tail"], re.M), stage
         assert "PASSED" not in stage["tail"]
