@@ -428,7 +428,7 @@ def test_a_lost_context_fails_one_test_only(tmp_path, monkeypatch):
 
 
 HANG = """
-import ctypes, os, pathlib, time
+import ctypes, os, pathlib, signal, time
 import pytest
 
 @pytest.fixture
@@ -443,7 +443,7 @@ def test_fails():
     assert 1 == 2
 
 def test_hangs(slow_teardown):
-    pathlib.Path(f"{__file__}.{os.getpid()}.hangs").touch()
+    pathlib.Path(f"{__file__}.{os.getpid()}.hangs").write_text(str(signal.getsignal(signal.SIGINT)))
     time.sleep(300)
 """
 # As in a kernel that never ends: no handler of Python's is called.
@@ -462,8 +462,9 @@ child.wait()
 """
 
 
-def test_a_hang_leaves_the_failures_before_it(tmp_path, jump):
+def test_a_hang_leaves_the_failures_before_it(tmp_path, monkeypatch, jump):
     pytest.importorskip("xdist")
+    monkeypatch.setattr(stages, "GRACE", 60)  # the failures take a second or two, more if a machine stalls
     alone = planted("alone", tmp_path, HANG, 12)
     command = [sys.executable, "-c", WRAPPER, *alone.command]
     in_c = planted("in_c", tmp_path, HANG_IN_C, 12, workers=2)
@@ -491,6 +492,9 @@ def test_a_hang_leaves_the_failures_before_it(tmp_path, jump):
         for line in (r"=+ FAILURES =+", r"E   assert 1 == 2", r".*::test_hangs .*"):
             assert re.search(f"^{line}$", stage["tail"], re.M), stage
         assert "PASSED" not in stage["tail"]
+    # The default action ends a worker at once. pytest-xdist does so only after the real GRACE.
+    workers = [file for name in ("workers", "in_c") for file in tmp_path.glob(f"test_{name}.py.*.hangs")]
+    assert {file.read_text() for file in workers} == {str(signal.SIG_DFL)}
 
 
 # ---- what the plans choose ------------------------------------------------------------------------------
