@@ -174,8 +174,9 @@ except KeyboardInterrupt:
     _, summary = run(tmp_path / "out", group, [python("leaves a child", child)])
     hangs, other, after = summary["stages"]
     assert (hangs["result"], hangs["tail"]) == ("timed out", "about to hang")
-    assert re.fullmatch(r"after \d+ s, killed: about to hang", hangs["why"])
-    assert other["result"] == "timed out" and re.fullmatch(r"after \d+ s: interrupted", other["why"])
+    assert int(re.fullmatch(r"after (\d+) s, killed: about to hang", hangs["why"])[1]) >= 4
+    assert other["result"] == "timed out"
+    assert int(re.fullmatch(r"after (\d+) s: interrupted", other["why"])[1]) >= 4
     assert after["result"] == "ok"
     pids = pids.read_text().split()
     assert len(pids) == 3 and all(ends(int(pid)) for pid in pids)
@@ -261,7 +262,8 @@ def test_no_stage_runs_past_the_end(tmp_path, monkeypatch, jump):
     jump(98, runs.exists)
     _, summary = run(tmp_path / "out", [python("long", stubborn, 200)], [python("late", "")], total=100)
     long, late = summary["stages"]
-    assert long["result"] == "timed out" and re.fullmatch(r"after \d+ s, killed: ", long["why"])
+    assert long["result"] == "timed out"
+    assert int(re.fullmatch(r"after (\d+) s, killed: ", long["why"])[1]) >= 98
     assert 100 <= long["seconds"] < 300
     assert (late["result"], late["why"]) == ("skipped", "no time left")
 
@@ -488,7 +490,7 @@ def test_a_hang_leaves_the_failures_before_it(tmp_path, monkeypatch, jump):
             assert re.search(r'File ".*test_in_c.py", line \d+ in test_hangs', stage["tail"])
         else:
             assert stage["result"] == "timed out"
-            assert re.match(r"after \d+ s: 1 failed, 1 passed", stage["why"]), stage
+            assert int(re.match(r"after (\d+) s: 1 failed, 1 passed", stage["why"])[1]) >= 12, stage
         for line in (r"=+ FAILURES =+", r"E   assert 1 == 2", r".*::test_hangs .*"):
             assert re.search(f"^{line}$", stage["tail"], re.M), stage
         assert "PASSED" not in stage["tail"]
